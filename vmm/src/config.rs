@@ -1,0 +1,434 @@
+//! What a virtual machine is made of: the JSON of the Cloud Hypervisor API, as far as this VMM
+//! has the hardware.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// A virtual machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// vCPUs.
+    #[serde(default)]
+    pub cpus: CpusConfig,
+    /// RAM.
+    #[serde(default)]
+    pub memory: MemoryConfig,
+    /// What to boot.
+    pub payload: PayloadConfig,
+    /// Disks, in the order in which the guest finds them (`vda` first).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DiskConfig>,
+    /// Network cards, in the order in which the guest finds them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub net: Vec<NetConfig>,
+    /// Entropy source.
+    #[serde(default)]
+    pub rng: RngConfig,
+    /// Serial port (COM1).
+    #[serde(default)]
+    pub serial: SerialConfig,
+    /// Paravirtualized console. This VMM has none: the mode is always `Off`.
+    #[serde(default)]
+    pub console: ConsoleConfig,
+    /// Socket device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockConfig>,
+}
+
+/// A disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// Name of the device in the API and in events.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// Image file.
+    pub path: PathBuf,
+    /// The guest may not write.
+    #[serde(default)]
+    pub readonly: bool,
+    /// How the image is read. Never guessed from its content, which the guest may have written.
+    #[serde(default)]
+    pub image_type: ImageType,
+    /// Whether a qcow2 image may name a backing file. Off by default: the name in the image is
+    /// a path on the host.
+    #[serde(default)]
+    pub backing_files: bool,
+    /// Serial number that the guest reads, at most 20 bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
+}
+
+/// A network card, backed by a tap.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// Name of the device in the API and in events.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// Name of an existing tap of the host.
+    pub tap: String,
+    /// Address of the guest's card; a random locally administered one if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<MacAddress>,
+}
+
+/// The socket device and its socket on the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockConfig {
+    /// Address of the guest, at least 3 (0 to 2 are reserved).
+    pub cid: u32,
+    /// UNIX socket that leads to the guest: a client sends `CONNECT <port>\n` and reads
+    /// `OK <port>\n`. A guest that connects to port P of the host reaches the socket `<path>_P`.
+    pub socket: PathBuf,
+}
+
+/// vCPUs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CpusConfig {
+    /// vCPUs that are online at boot, 1 to [`MAX_VCPUS`].
+    pub boot_vcpus: u8,
+    /// vCPUs that may come online later, at least `boot_vcpus`.
+    pub max_vcpus: u8,
+}
+
+/// The most vCPUs of one machine.
+pub const MAX_VCPUS: u8 = 32;
+
+impl Default for CpusConfig {
+    fn default() -> Self {
+        Self {
+            boot_vcpus: 1,
+            max_vcpus: 1,
+        }
+    }
+}
+
+/// RAM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryConfig {
+    /// Size in bytes, a multiple of 1 MiB, at least [`MIN_MEMORY`].
+    pub size: u64,
+}
+
+/// The least RAM that a Linux guest with an initramfs boots in.
+pub const MIN_MEMORY: u64 = 64 << 20;
+
+/// The most RAM of one machine: far below the 46 physical address bits that guests are given,
+/// and above any host that this VMM is meant for.
+pub const MAX_MEMORY: u64 = 1 << 40;
+
+impl Default for MemoryConfig {
+    fn default() -> Self {
+        Self { size: 512 << 20 }
+    }
+}
+
+/// What to boot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PayloadConfig {
+    /// Kernel: an ELF `vmlinux` or a bzImage.
+    pub kernel: PathBuf,
+    /// Kernel command line.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cmdline: Option<String>,
+    /// Initial RAM file system.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initramfs: Option<PathBuf>,
+}
+
+/// The format of a disk image.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ImageType {
+    /// The bytes of the disk.
+    #[default]
+    Raw,
+    /// QEMU copy-on-write version 2 or 3.
+    Qcow2,
+}
+
+/// Entropy source.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RngConfig {
+    /// File that the random bytes come from.
+    pub src: PathBuf,
+}
+
+impl Default for RngConfig {
+    fn default() -> Self {
+        Self {
+            src: PathBuf::from("/dev/urandom"),
+        }
+    }
+}
+
+/// Where the bytes of a serial port go.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ConsoleMode {
+    /// There is no such port.
+    Off,
+    /// The port is there; output is dropped.
+    #[default]
+    Null,
+    /// The terminal that the VMM was started on, in raw mode.
+    Tty,
+    /// Output goes to a file.
+    File,
+}
+
+/// Serial port (COM1).
+#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SerialConfig {
+    /// Where its bytes go.
+    pub mode: ConsoleMode,
+    /// The file of mode `File`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+}
+
+/// Paravirtualized console.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConsoleConfig {
+    /// `Off`.
+    pub mode: ConsoleMode,
+}
+
+impl Default for ConsoleConfig {
+    fn default() -> Self {
+        Self {
+            mode: ConsoleMode::Off,
+        }
+    }
+}
+
+/// An Ethernet address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct MacAddress([u8; 6]);
+
+impl MacAddress {
+    /// The address with these octets.
+    ///
+    /// # Errors
+    /// It is a group address, which no card can have.
+    pub fn new(octets: [u8; 6]) -> Result<Self, ParseMacError> {
+        if octets[0] & 1 != 0 {
+            Err(ParseMacError::Group)
+        } else {
+            Ok(Self(octets))
+        }
+    }
+
+    /// The octets in the order in which they go over the wire.
+    pub fn octets(self) -> [u8; 6] {
+        self.0
+    }
+}
+
+/// Why a string is no card's Ethernet address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum ParseMacError {
+    /// Not six octets.
+    #[error("expected six octets in hexadecimal, separated by colons, as in 52:54:00:12:34:56")]
+    Syntax,
+    /// A multicast or broadcast address.
+    #[error("a group address cannot belong to a card: the first octet must be even")]
+    Group,
+}
+
+impl FromStr for MacAddress {
+    type Err = ParseMacError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let mut octets = [0; 6];
+        let mut parts = text.split(':');
+        for octet in &mut octets {
+            let part = parts.next().ok_or(ParseMacError::Syntax)?;
+            if part.len() != 2 || !part.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+                return Err(ParseMacError::Syntax);
+            }
+            *octet = u8::from_str_radix(part, 16).map_err(|_| ParseMacError::Syntax)?;
+        }
+        if parts.next().is_some() {
+            return Err(ParseMacError::Syntax);
+        }
+        Self::new(octets)
+    }
+}
+
+impl TryFrom<String> for MacAddress {
+    type Error = ParseMacError;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
+    }
+}
+
+impl From<MacAddress> for String {
+    fn from(mac: MacAddress) -> Self {
+        mac.to_string()
+    }
+}
+
+impl fmt::Display for MacAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+/// Why a [`VmConfig`] describes no machine that this VMM can build.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// Bad number of vCPUs.
+    #[error("{asked} vCPUs asked for; a machine has 1 to {MAX_VCPUS}")]
+    Vcpus {
+        /// The number asked for.
+        asked: u8,
+    },
+    /// `max_vcpus` below `boot_vcpus`.
+    #[error("max_vcpus ({max}) is below boot_vcpus ({boot})")]
+    MaxVcpus {
+        /// `boot_vcpus`.
+        boot: u8,
+        /// `max_vcpus`.
+        max: u8,
+    },
+    /// More vCPUs later than now, which this VMM cannot plug in.
+    #[error(
+        "max_vcpus ({max}) above boot_vcpus ({boot}) needs vCPU hotplug, which this version lacks"
+    )]
+    VcpuHotplug {
+        /// `boot_vcpus`.
+        boot: u8,
+        /// `max_vcpus`.
+        max: u8,
+    },
+    /// Bad memory size.
+    #[error(
+        "{size} bytes of memory asked for; a machine has {} MiB to {} GiB, in steps of 1 MiB",
+        MIN_MEMORY >> 20,
+        MAX_MEMORY >> 30
+    )]
+    Memory {
+        /// The size asked for, in bytes.
+        size: u64,
+    },
+    /// A path that leads to nothing usable.
+    #[error("{what} {path}: {source}", path = path.display())]
+    Path {
+        /// What the path is for.
+        what: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// What the host says.
+        source: std::io::Error,
+    },
+    /// Disk serial number too long.
+    #[error("disk serial {serial:?} is longer than 20 bytes")]
+    DiskSerial {
+        /// The serial number.
+        serial: String,
+    },
+    /// Reserved vsock address.
+    #[error("vsock cid {cid} is reserved; a guest's is 3 to 4294967294")]
+    Cid {
+        /// The address asked for.
+        cid: u32,
+    },
+    /// More devices than interrupt lines.
+    #[error("{count} virtio devices asked for; a machine has at most {max}")]
+    Devices {
+        /// The number asked for.
+        count: usize,
+        /// The limit.
+        max: usize,
+    },
+    /// The serial port's file is missing or superfluous.
+    #[error("serial: mode File needs a file, and no other mode takes one")]
+    SerialFile,
+    /// A console device was asked for.
+    #[error("console: this VMM has no virtio console; use the serial port and set the mode Off")]
+    Console,
+}
+
+impl VmConfig {
+    /// Checks everything that can be known before the machine is built.
+    ///
+    /// # Errors
+    /// The first thing found wrong, with what was expected.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let CpusConfig {
+            boot_vcpus: boot,
+            max_vcpus: max,
+        } = self.cpus;
+        for asked in [boot, max] {
+            if !(1..=MAX_VCPUS).contains(&asked) {
+                return Err(ConfigError::Vcpus { asked });
+            }
+        }
+        if max < boot {
+            return Err(ConfigError::MaxVcpus { boot, max });
+        }
+        if max > boot {
+            return Err(ConfigError::VcpuHotplug { boot, max });
+        }
+        let size = self.memory.size;
+        if !(MIN_MEMORY..=MAX_MEMORY).contains(&size) || size % (1 << 20) != 0 {
+            return Err(ConfigError::Memory { size });
+        }
+        readable("kernel", &self.payload.kernel)?;
+        if let Some(initramfs) = &self.payload.initramfs {
+            readable("initramfs", initramfs)?;
+        }
+        for disk in &self.disks {
+            readable("disk", &disk.path)?;
+            if let Some(serial) = disk.serial.as_ref().filter(|serial| serial.len() > 20) {
+                return Err(ConfigError::DiskSerial {
+                    serial: serial.clone(),
+                });
+            }
+        }
+        if let Some(vsock) = &self.vsock
+            && (vsock.cid < 3 || vsock.cid == u32::MAX)
+        {
+            return Err(ConfigError::Cid { cid: vsock.cid });
+        }
+        if (self.serial.mode == ConsoleMode::File) != self.serial.file.is_some() {
+            return Err(ConfigError::SerialFile);
+        }
+        if self.console.mode != ConsoleMode::Off {
+            return Err(ConfigError::Console);
+        }
+        Ok(())
+    }
+}
+
+/// Fails early, and by name, on a file that the machine could not be built from.
+fn readable(what: &'static str, path: &Path) -> Result<(), ConfigError> {
+    std::fs::File::open(path)
+        .and_then(|file| file.metadata())
+        .and_then(|metadata| {
+            if metadata.is_dir() {
+                Err(std::io::ErrorKind::IsADirectory.into())
+            } else {
+                Ok(())
+            }
+        })
+        .map_err(|source| ConfigError::Path {
+            what,
+            path: path.to_owned(),
+            source,
+        })
+}
