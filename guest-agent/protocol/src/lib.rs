@@ -1,1 +1,141 @@
-//! Placeholder.
+//! What the host and the guest agent say to each other.
+//!
+//! # Transport
+//!
+//! The agent listens on AF_VSOCK port [`AGENT_PORT`] and accepts connections from the host
+//! (CID 2) only. Each connection carries one HTTP/1.1 request and is closed after its response:
+//! a guest that is snapshotted between two operations holds no half-spoken stream. Once it
+//! serves, the agent connects once to CID 2, port [`READY_PORT`], writes one JSON [`Ready`]
+//! followed by a newline, and closes; that nobody listens there is no error.
+//!
+//! # Operations
+//!
+//! | Request | Answer |
+//! |---|---|
+//! | `GET /v1/health` | 200, JSON [`Health`] |
+//! | `POST /v1/exec`, JSON [`ExecRequest`] | 101, then frames both ways; see below |
+//! | `PUT /v1/files?path=&mode=&user=`, raw bytes | 201 (created) or 200 (replaced), JSON [`Entry`] |
+//! | `GET /v1/files?path=` | 200, raw bytes, metadata in the headers [`HEADER_MODE`] … |
+//! | `GET /v1/stat?path=` | 200, JSON [`Entry`]; a symbolic link is described, not followed |
+//! | `GET /v1/dir?path=` | 200, one JSON [`Entry`] per line, in no order, without `.` and `..` |
+//! | `POST /v1/shutdown`, JSON [`ShutdownRequest`] | 202 with an empty body, then the guest goes down |
+//!
+//! Every failure is answered with the status of its [`ErrorCode`] and a JSON [`ErrorBody`].
+//! JSON request bodies are limited to [`MAX_JSON_BODY`] bytes; unknown fields are refused.
+//!
+//! Query values are percent-encoded as in RFC 3986 (a `+` is a plus sign); [`FileQuery`] writes
+//! and reads them. A path is a sequence of bytes, starts with `/`, holds no NUL, and is at most
+//! [`MAX_PATH`] bytes long.
+//!
+//! # Exec
+//!
+//! The request names [`EXEC_UPGRADE`] as the protocol to switch to:
+//!
+//! ```text
+//! POST /v1/exec HTTP/1.1
+//! Host: agent
+//! Connection: Upgrade
+//! Upgrade: exec-frames/1
+//! Content-Type: application/json
+//! Content-Length: 27
+//!
+//! {"argv":["ls","-l","/etc"]}
+//! ```
+//!
+//! A program that cannot be started gives an ordinary HTTP error, so that nothing has to be
+//! undone: [`ErrorCode::CommandNotFound`] (a shell would report 127),
+//! [`ErrorCode::CommandNotExecutable`] (126), [`ErrorCode::BadCwd`], [`ErrorCode::UnknownUser`],
+//! [`ErrorCode::BadRequest`].
+//!
+//! Otherwise the answer is `101 Switching Protocols`, and from the next byte on both directions
+//! carry frames: one byte of type ([`FrameKind`]), the payload's length as a 32-bit big-endian
+//! number, at most [`MAX_FRAME_PAYLOAD`], and the payload.
+//!
+//! | Direction | Frames, in order |
+//! |---|---|
+//! | agent → host | `Started`, any number of `Stdout` and `Stderr`, `Exit` (or `Error`); then the agent closes |
+//! | host → agent | if `stdin` was asked for: any number of `Stdin`, `StdinEnd` |
+//!
+//! - The order within a stream is kept; between stdout and stderr it is only roughly so.
+//! - Nothing is buffered beyond one frame per direction and the kernel's pipes and sockets: a
+//!   host that does not read stops the program's writes, a program that does not read stops the
+//!   host's.
+//! - The host keeps its side of the connection open until it has read `Exit`. If it closes or
+//!   half-closes earlier, the program is killed together with all its descendants.
+//! - With a timeout, the same happens when it runs out; the output up to then and an `Exit` with
+//!   `timed_out` follow. "All descendants" means the exec's own cgroup where the guest has
+//!   cgroup v2, and its process group where it has not.
+//! - The exec ends when its first process has exited and both output streams have ended. If
+//!   processes left in the background keep them open, it ends [`BACKGROUND_GRACE`] after that
+//!   exit, with everything that was written by then. These processes go on running; what they
+//!   write later is read and dropped.
+//! - Bytes for stdin that the program did not read are dropped.
+//! - A frame that breaks these rules is answered with `Error`, and the program is killed.
+//!
+//! # Files
+//!
+//! `PUT` writes a temporary file in the target's directory and renames it over the target: a
+//! reader sees the old content or the new one, and a failed or interrupted transfer leaves
+//! nothing behind. Missing parent directories are made (mode 0755, owned by `user`). A symbolic
+//! link to an existing file is followed. Without `mode`, a replaced file keeps its mode and a
+//! new one gets 0644; without `user`, a replaced file keeps its owner and a new one belongs to
+//! the agent's user (root). The content is not forced to the disk, as with any other program's
+//! write.
+//!
+//! `GET` sends as many bytes as the file had when it was opened, with `Content-Length`; for a
+//! file that reports size 0 (as those of `/proc` do) it sends all there is, chunked. Only regular
+//! files are read and written. A body that ends early means that the read failed.
+
+mod control;
+mod error;
+mod exec;
+mod files;
+mod frame;
+mod query;
+
+use std::time::Duration;
+
+pub use control::{Health, Ready, ShutdownAction, ShutdownRequest};
+pub use error::{ErrorBody, ErrorCode, ErrorDetail};
+pub use exec::{AgentFrame, ExecRequest, Exit, HostFrame, Started};
+pub use files::{Entry, EntryKind, FileQuery, FileQueryError};
+pub use frame::{FRAME_HEADER_LEN, FrameError, FrameKind, MAX_FRAME_PAYLOAD, encode, header};
+pub use query::{percent_decode, percent_encode};
+
+/// The vsock port on which the agent serves.
+pub const AGENT_PORT: u32 = 1024;
+/// The vsock port on the host to which the agent sends [`Ready`].
+pub const READY_PORT: u32 = 1025;
+/// The largest JSON request body that the agent reads, in bytes.
+pub const MAX_JSON_BODY: usize = 1 << 20;
+/// The longest path, in bytes: Linux's `PATH_MAX` (4096) less the terminating NUL.
+pub const MAX_PATH: usize = 4095;
+/// The protocol that `POST /v1/exec` switches to, for the header `Upgrade`.
+pub const EXEC_UPGRADE: &str = "exec-frames/1";
+/// How long an exec waits for output streams that background processes keep open, once its
+/// first process has exited.
+pub const BACKGROUND_GRACE: Duration = Duration::from_millis(250);
+
+/// Path of the health check.
+pub const PATH_HEALTH: &str = "/v1/health";
+/// Path of exec.
+pub const PATH_EXEC: &str = "/v1/exec";
+/// Path of reading and writing files.
+pub const PATH_FILES: &str = "/v1/files";
+/// Path of describing one file.
+pub const PATH_STAT: &str = "/v1/stat";
+/// Path of listing a directory.
+pub const PATH_DIR: &str = "/v1/dir";
+/// Path of shutting the guest down.
+pub const PATH_SHUTDOWN: &str = "/v1/shutdown";
+
+/// Header of `GET /v1/files`: permission bits in octal, as `0644`.
+pub const HEADER_MODE: &str = "x-file-mode";
+/// Header of `GET /v1/files`: numeric user id of the owner.
+pub const HEADER_UID: &str = "x-file-uid";
+/// Header of `GET /v1/files`: numeric group id of the owner.
+pub const HEADER_GID: &str = "x-file-gid";
+/// Header of `GET /v1/files`: size in bytes when the file was opened.
+pub const HEADER_SIZE: &str = "x-file-size";
+/// Header of `GET /v1/files`: last modification in microseconds since the Unix epoch.
+pub const HEADER_MTIME_US: &str = "x-file-mtime-us";
