@@ -1,9 +1,30 @@
 //! A virtual machine monitor for Linux guests on KVM.
 //!
-//! One process runs one microVM. [`config::VmConfig`] describes it, `builder` turns the
-//! description into a paused machine, and the machine then runs until the guest ends it or
+//! One process runs one microVM. [`config::VmConfig`] describes it, [`builder`] turns the
+//! description into a paused machine, and the [`machine`] then runs until the guest ends it or
 //! the host does.
 
+pub mod arch;
+pub mod builder;
+pub mod cli;
 pub mod config;
 pub mod devices;
+pub mod events;
+pub mod exit;
+pub mod kvm;
+pub mod machine;
 pub mod memory;
+pub mod signals;
+pub mod terminal;
+
+/// An error and everything that caused it, in one line, outermost first.
+pub fn error_chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}

@@ -10,6 +10,8 @@
 //! and reset are messages to the event loop.
 
 pub mod interrupt;
+pub mod mmio;
+pub mod worker;
 
 use std::os::fd::RawFd;
 

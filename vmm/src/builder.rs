@@ -1,0 +1,296 @@
+//! Builds a machine from its configuration. Read top to bottom, this is the order in which a
+//! machine comes into being; it ends paused, before the first instruction of the guest.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use event_manager::SubscriberOps;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::arch::x86_64::acpi::{self, AcpiError, VirtioMmioSlot};
+use crate::arch::x86_64::boot::{self, LoadError};
+use crate::arch::x86_64::layout::{
+    GED_GSI, I8042_COMMAND_PORT, I8042_DATA_PORT, MAX_VIRTIO_DEVICES, PVPANIC_PORT, RESET_PORT,
+    SERIAL_GSI, SERIAL_PORT, SERIAL_PORT_COUNT, SLEEP_CONTROL_PORT, VIRTIO_GSI_START,
+    VIRTIO_MMIO_SIZE, VIRTIO_MMIO_START,
+};
+use crate::config::{ConfigError, ConsoleMode, SerialConfig, VmConfig};
+use crate::devices::bus::{BusDevice, OverlapError};
+use crate::devices::legacy::i8042::KeyboardController;
+use crate::devices::legacy::power::PowerRegisters;
+use crate::devices::legacy::pvpanic::PanicPort;
+use crate::devices::legacy::serial::{BoundedLog, LOG_LIMIT, Output, SerialInput, SerialPort};
+use crate::devices::virtio::worker::{self, Parts, SplitError};
+use crate::devices::virtio::{Interrupt, VirtioDevice};
+use crate::devices::vmgenid::{self, GenerationIdError};
+use crate::events::EventStream;
+use crate::exit::ExitSignal;
+use crate::kvm::vcpu::{Buses, VcpuError};
+use crate::kvm::vm::{Vm, VmError};
+use crate::machine::{EventLoop, ExitWatch, Machine};
+use crate::memory::{self, AllocateError, GuestMemory};
+use crate::signals::Signals;
+
+/// Register of virtio-mmio to which a driver writes the index of the queue that it notifies
+/// (virtio 1.2, 4.2.2).
+const QUEUE_NOTIFY: u64 = 0x50;
+
+/// Why a machine could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// It was not described properly.
+    #[error("the configuration describes no possible machine")]
+    Config(#[from] ConfigError),
+    /// No memory.
+    #[error("cannot give the guest its memory")]
+    Memory(#[from] AllocateError),
+    /// KVM refused the machine.
+    #[error("cannot create the virtual machine")]
+    Vm(#[from] VmError),
+    /// KVM refused a vCPU.
+    #[error("cannot create the vCPUs")]
+    Vcpu(#[from] VcpuError),
+    /// The kernel cannot be booted.
+    #[error("cannot load the guest")]
+    Load(#[from] LoadError),
+    /// The tables do not fit.
+    #[error("cannot describe the machine to the guest")]
+    Acpi(#[from] AcpiError),
+    /// No random bits.
+    #[error("cannot give the machine its generation ID")]
+    GenerationId(#[from] GenerationIdError),
+    /// The serial port's file.
+    #[error("cannot write the serial port's output to {path}", path = path.display())]
+    SerialFile {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What the host says.
+        #[source]
+        source: io::Error,
+    },
+    /// A device could not be connected.
+    #[error("cannot connect a device")]
+    Split(#[from] SplitError),
+    /// Two devices at one address.
+    #[error("the devices do not fit together")]
+    Overlap(#[from] OverlapError),
+    /// The host ran out of something.
+    #[error("the host has no descriptors left")]
+    Host(#[from] io::Error),
+    /// The event loop cannot be set up.
+    #[error("cannot set up the event loop: {0}")]
+    EventLoop(event_manager::Error),
+}
+
+/// Builds the machine that `config` describes, ready to boot.
+///
+/// Blocks SIGINT and SIGTERM for this thread and those it starts: they end the machine in order.
+///
+/// # Errors
+/// The configuration is wrong, a file or device of the host cannot be used, or KVM refuses.
+pub fn build_for_boot(config: &VmConfig, events: EventStream) -> Result<Machine, BuildError> {
+    config.validate()?;
+    let exit = ExitSignal::new()?;
+    let mut event_loop = EventLoop::new().map_err(BuildError::EventLoop)?;
+    event_loop.add_subscriber(Box::new(ExitWatch(exit.clone())));
+    event_loop.add_subscriber(Box::new(Signals::new(exit.clone())?));
+
+    let memory = memory::allocate(config.memory.size)?;
+    let vm = Vm::new(memory.clone())?;
+    let vcpus = vm.create_vcpus(config.cpus.boot_vcpus)?;
+    tracing::info!(
+        vcpus = vcpus.len(),
+        memory = config.memory.size,
+        "created the machine"
+    );
+
+    let mut devices = DeviceBuilder {
+        vm: &vm,
+        memory: &memory,
+        events: &events,
+        exit: &exit,
+        buses: Buses::default(),
+        event_loop: &mut event_loop,
+        virtio: Vec::new(),
+    };
+    devices.add_legacy()?;
+    devices.add_serial(&config.serial)?;
+    devices.add_all_virtio(config)?;
+    let DeviceBuilder { buses, virtio, .. } = devices;
+    let generation_irqfd = eventfd()?;
+    vm.register_irqfd(&generation_irqfd, GED_GSI)?;
+
+    let payload = &config.payload;
+    let cmdline = payload.cmdline.as_deref().unwrap_or_default();
+    let entry = boot::load(
+        &memory,
+        &payload.kernel,
+        payload.initramfs.as_deref(),
+        cmdline,
+    )?;
+    let has_serial = config.serial.mode != ConsoleMode::Off;
+    acpi::write_tables(&memory, config.cpus.boot_vcpus, has_serial, &virtio)?;
+    crate::arch::x86_64::regs::write_boot_tables(&memory).map_err(LoadError::Memory)?;
+    vmgenid::renew(&memory)?;
+    tracing::info!(entry = format_args!("{:#x}", entry.0), "loaded the guest");
+
+    let buses = Arc::new(buses);
+    let vcpus = vcpus
+        .into_iter()
+        .map(|vcpu| {
+            vcpu.set_boot_state(entry)?;
+            vcpu.spawn(buses.clone(), exit.clone())
+        })
+        .collect::<Result<Vec<_>, VcpuError>>()?;
+
+    Ok(Machine {
+        event_loop,
+        vcpus,
+        _buses: buses,
+        _vm: vm,
+        _generation_irqfd: generation_irqfd,
+        exit,
+        events,
+    })
+}
+
+fn eventfd() -> io::Result<EventFd> {
+    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+}
+
+/// Connects devices to the machine, one after the other.
+struct DeviceBuilder<'a> {
+    vm: &'a Vm,
+    memory: &'a GuestMemory,
+    events: &'a EventStream,
+    exit: &'a ExitSignal,
+    buses: Buses,
+    event_loop: &'a mut EventLoop,
+    virtio: Vec<VirtioMmioSlot>,
+}
+
+impl DeviceBuilder<'_> {
+    fn add_ports(
+        &mut self,
+        first: u16,
+        count: u16,
+        device: impl BusDevice + 'static,
+    ) -> Result<(), OverlapError> {
+        let device = Arc::new(Mutex::new(device));
+        self.buses
+            .pio
+            .insert(u64::from(first), u64::from(count), device)
+    }
+
+    fn add_legacy(&mut self) -> Result<(), BuildError> {
+        let exit = || self.exit.clone();
+        let (keyboard, panic, power) = (
+            KeyboardController::new(exit()),
+            PanicPort::new(exit()),
+            PowerRegisters::new(exit()),
+        );
+        self.add_ports(
+            I8042_DATA_PORT,
+            I8042_COMMAND_PORT - I8042_DATA_PORT + 1,
+            keyboard,
+        )?;
+        self.add_ports(PVPANIC_PORT, 1, panic)?;
+        self.add_ports(
+            SLEEP_CONTROL_PORT,
+            RESET_PORT - SLEEP_CONTROL_PORT + 1,
+            power,
+        )?;
+        Ok(())
+    }
+
+    fn add_serial(&mut self, config: &SerialConfig) -> Result<(), BuildError> {
+        let output = match (config.mode, &config.file) {
+            (ConsoleMode::Off, _) => return Ok(()),
+            (ConsoleMode::Tty, _) => Output::Stdout,
+            (ConsoleMode::File, Some(path)) => Output::Log(serial_log(path)?),
+            (ConsoleMode::File, None) => return Err(ConfigError::SerialFile.into()),
+            (ConsoleMode::Null, _) => Output::Null,
+        };
+        let irqfd = eventfd()?;
+        self.vm.register_irqfd(&irqfd, SERIAL_GSI)?;
+        let port = SerialPort::new(irqfd, output)?;
+        if config.mode == ConsoleMode::Tty {
+            let input = std::fs::File::from(io::stdin().as_fd().try_clone_to_owned()?);
+            let input = SerialInput::new(port.clone(), input, self.exit.clone());
+            self.event_loop.add_subscriber(Box::new(input));
+        }
+        self.add_ports(SERIAL_PORT, SERIAL_PORT_COUNT, port)?;
+        Ok(())
+    }
+
+    /// Disks come first, then cards, since the guest names them in the order of their slots.
+    fn add_all_virtio(&mut self, config: &VmConfig) -> Result<(), BuildError> {
+        let _ = (config, name(&None, "", 0));
+        Ok(())
+    }
+
+    fn add_virtio(
+        &mut self,
+        name: String,
+        device: impl VirtioDevice + 'static,
+    ) -> Result<(), BuildError> {
+        let index = self.virtio.len();
+        if index == MAX_VIRTIO_DEVICES {
+            return Err(ConfigError::Devices {
+                count: index + 1,
+                max: MAX_VIRTIO_DEVICES,
+            }
+            .into());
+        }
+        // Below the I/O APIC and the last interrupt line, as the limit just checked ensures.
+        let address = VIRTIO_MMIO_START + index as u64 * VIRTIO_MMIO_SIZE;
+        let gsi = VIRTIO_GSI_START + index as u32;
+        let interrupt = Interrupt::new(eventfd()?);
+        self.vm.register_irqfd(interrupt.irqfd(), gsi)?;
+        tracing::debug!(
+            name,
+            address = format_args!("{address:#x}"),
+            gsi,
+            "virtio device"
+        );
+
+        let Parts {
+            transport,
+            worker,
+            notifications,
+        } = worker::split(
+            name,
+            device,
+            self.memory.clone(),
+            interrupt,
+            self.events.clone(),
+        )?;
+        for (queue, notification) in (0..).zip(&notifications) {
+            self.vm
+                .register_ioeventfd(notification, address + QUEUE_NOTIFY, queue)?;
+        }
+        self.buses
+            .mmio
+            .insert(address, VIRTIO_MMIO_SIZE, Arc::new(Mutex::new(transport)))?;
+        self.event_loop.add_subscriber(Box::new(worker));
+        self.virtio.push(VirtioMmioSlot {
+            address: address as u32,
+            size: VIRTIO_MMIO_SIZE as u32,
+            gsi,
+        });
+        Ok(())
+    }
+}
+
+fn name(id: &Option<String>, kind: &str, index: usize) -> String {
+    id.clone().unwrap_or_else(|| format!("{kind}{index}"))
+}
+
+fn serial_log(path: &Path) -> Result<BoundedLog, BuildError> {
+    BoundedLog::create(path, LOG_LIMIT).map_err(|source| BuildError::SerialFile {
+        path: path.to_owned(),
+        source,
+    })
+}

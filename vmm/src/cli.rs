@@ -1,0 +1,391 @@
+//! The command line: flags named as in Cloud Hypervisor, turned into a [`VmConfig`].
+
+use std::fs::File;
+use std::os::fd::{FromRawFd, RawFd};
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{
+    ConsoleConfig, ConsoleMode, CpusConfig, DiskConfig, ImageType, MemoryConfig, NetConfig,
+    PayloadConfig, RngConfig, SerialConfig, VmConfig, VsockConfig,
+};
+
+/// Boots Linux in a virtual machine of its own.
+///
+/// With --serial tty the terminal belongs to the guest: Ctrl-A x ends the machine.
+///
+/// Exit status: 0 the guest powered off, or the host asked the VMM to end; 1 the VMM failed;
+/// 2 the configuration is wrong; 10 the guest rebooted; 11 the guest's kernel panicked;
+/// 12 the guest caused a triple fault.
+#[derive(Debug, Parser)]
+#[command(
+    name = "vmm",
+    version,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true
+)]
+pub struct Cli {
+    /// What to do instead of booting.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// What to boot.
+    #[command(flatten)]
+    pub boot: BootArgs,
+}
+
+/// What the program does besides booting.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Tells whether this machine's KVM runs Linux guests, and if not, why and what to do.
+    ///
+    /// Exit status: 0 usable, 1 not usable.
+    Doctor {
+        /// Print the findings as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// What to boot, and how.
+#[derive(Debug, Args)]
+pub struct BootArgs {
+    /// Kernel: an ELF vmlinux or a bzImage.
+    #[arg(long, value_name = "PATH", required = true)]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM file system.
+    #[arg(long, value_name = "PATH")]
+    pub initramfs: Option<PathBuf>,
+    /// Kernel command line.
+    #[arg(long, value_name = "TEXT", default_value = "console=ttyS0 panic=1")]
+    pub cmdline: String,
+    /// vCPUs: boot=N[,max=N], 1 to 32.
+    #[arg(long, value_name = "OPTIONS", default_value = "boot=1", value_parser = parse_cpus)]
+    pub cpus: CpusConfig,
+    /// RAM: size=N[K|M|G], in steps of 1 MiB.
+    #[arg(long, value_name = "OPTIONS", default_value = "size=512M", value_parser = parse_memory)]
+    pub memory: MemoryConfig,
+    /// Disk: path=PATH[,readonly=on|off][,image_type=raw|qcow2][,backing_files=on|off]
+    /// [,id=NAME][,serial=TEXT]. May be given several times.
+    #[arg(long = "disk", value_name = "OPTIONS", value_parser = parse_disk)]
+    pub disks: Vec<DiskConfig>,
+    /// Network card: tap=NAME[,mac=ADDRESS][,id=NAME]. May be given several times.
+    #[arg(long, value_name = "OPTIONS", value_parser = parse_net)]
+    pub net: Vec<NetConfig>,
+    /// Socket device: cid=N,socket=PATH.
+    #[arg(long, value_name = "OPTIONS", value_parser = parse_vsock)]
+    pub vsock: Option<VsockConfig>,
+    /// Entropy source: src=PATH.
+    #[arg(long, value_name = "OPTIONS", default_value = "src=/dev/urandom", value_parser = parse_rng)]
+    pub rng: RngConfig,
+    /// Serial port: tty, null, off or file=PATH.
+    #[arg(long, value_name = "MODE", default_value = "null", value_parser = parse_serial)]
+    pub serial: SerialConfig,
+    /// Paravirtualized console: off (this VMM has none).
+    #[arg(long, value_name = "MODE", default_value = "off", value_parser = parse_console)]
+    pub console: ConsoleConfig,
+    /// Where to report events, one JSON object a line: fd=N or path=PATH.
+    #[arg(long, value_name = "TARGET", value_parser = parse_event_target)]
+    pub event_monitor: Option<EventTarget>,
+    /// Tell more about what the VMM does; up to three times.
+    #[arg(short, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+impl BootArgs {
+    /// The machine that the flags describe; `None` without a kernel.
+    pub fn vm_config(&self) -> Option<VmConfig> {
+        Some(VmConfig {
+            cpus: self.cpus,
+            memory: self.memory,
+            payload: PayloadConfig {
+                kernel: self.kernel.clone()?,
+                cmdline: Some(self.cmdline.clone()),
+                initramfs: self.initramfs.clone(),
+            },
+            disks: self.disks.clone(),
+            net: self.net.clone(),
+            rng: self.rng.clone(),
+            serial: self.serial.clone(),
+            console: self.console.clone(),
+            vsock: self.vsock.clone(),
+        })
+    }
+}
+
+/// Where events are reported.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum EventTarget {
+    /// A descriptor that the VMM inherited.
+    Fd(RawFd),
+    /// A file, created or appended to.
+    Path(PathBuf),
+}
+
+impl EventTarget {
+    /// Opens the target.
+    ///
+    /// # Errors
+    /// The descriptor is not open, or the file cannot be opened.
+    pub fn open(&self) -> std::io::Result<File> {
+        match self {
+            Self::Fd(fd) => {
+                // SAFETY: F_SETFD takes a number and writes to no memory; it fails on a
+                // descriptor that is not open.
+                if unsafe { libc::fcntl(*fd, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+                // SAFETY: the descriptor is open, and whoever started the VMM gave it away for
+                // this purpose.
+                Ok(unsafe { File::from_raw_fd(*fd) })
+            }
+            Self::Path(path) => File::options().create(true).append(true).open(path),
+        }
+    }
+}
+
+/// `key=value` pairs separated by commas, of which each key may come once.
+struct Options<'a> {
+    pairs: Vec<(&'a str, &'a str)>,
+}
+
+impl<'a> Options<'a> {
+    fn parse(text: &'a str, known: &[&str]) -> Result<Self, String> {
+        let mut pairs: Vec<(&str, &str)> = Vec::new();
+        for part in text.split(',') {
+            let (key, value) = part
+                .split_once('=')
+                .ok_or_else(|| format!("expected key=value, found {part:?}"))?;
+            if !known.contains(&key) {
+                return Err(format!(
+                    "unknown key {key:?}; known are {}",
+                    known.join(", ")
+                ));
+            }
+            if pairs.iter().any(|(other, _)| *other == key) {
+                return Err(format!("{key} is given twice"));
+            }
+            pairs.push((key, value));
+        }
+        Ok(Self { pairs })
+    }
+
+    fn text(&self, key: &str) -> Option<&'a str> {
+        self.pairs
+            .iter()
+            .find(|(other, _)| *other == key)
+            .map(|(_, value)| *value)
+    }
+
+    fn required(&self, key: &str) -> Result<&'a str, String> {
+        self.text(key).ok_or_else(|| format!("{key} is missing"))
+    }
+
+    fn get<T: FromStr<Err: std::fmt::Display>>(&self, key: &str) -> Result<Option<T>, String> {
+        self.text(key)
+            .map(|value| {
+                value
+                    .parse()
+                    .map_err(|error| format!("{key}={value}: {error}"))
+            })
+            .transpose()
+    }
+
+    fn switch(&self, key: &str) -> Result<bool, String> {
+        match self.text(key) {
+            None | Some("off" | "false") => Ok(false),
+            Some("on" | "true") => Ok(true),
+            Some(other) => Err(format!("{key}={other}: expected on or off")),
+        }
+    }
+}
+
+fn parse_cpus(text: &str) -> Result<CpusConfig, String> {
+    let options = Options::parse(text, &["boot", "max"])?;
+    let boot_vcpus = options.get("boot")?.unwrap_or(1);
+    Ok(CpusConfig {
+        boot_vcpus,
+        max_vcpus: options.get("max")?.unwrap_or(boot_vcpus),
+    })
+}
+
+fn parse_memory(text: &str) -> Result<MemoryConfig, String> {
+    let options = Options::parse(text, &["size"])?;
+    Ok(MemoryConfig {
+        size: parse_size(options.required("size")?)?,
+    })
+}
+
+/// A number of bytes, or of KiB, MiB or GiB with the suffix K, M or G.
+fn parse_size(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.as_bytes().last() {
+        Some(b'K' | b'k') => (&text[..text.len() - 1], 10),
+        Some(b'M' | b'm') => (&text[..text.len() - 1], 20),
+        Some(b'G' | b'g') => (&text[..text.len() - 1], 30),
+        _ => (text, 0),
+    };
+    digits
+        .parse::<u64>()
+        .ok()
+        .and_then(|number| number.checked_mul(1 << shift))
+        .ok_or_else(|| format!("{text:?} is no size: expected a number with K, M or G, as in 512M"))
+}
+
+fn parse_disk(text: &str) -> Result<DiskConfig, String> {
+    let known = [
+        "path",
+        "readonly",
+        "image_type",
+        "backing_files",
+        "id",
+        "serial",
+    ];
+    let options = Options::parse(text, &known)?;
+    Ok(DiskConfig {
+        id: options.text("id").map(str::to_owned),
+        path: options.required("path")?.into(),
+        readonly: options.switch("readonly")?,
+        image_type: match options.text("image_type") {
+            None | Some("raw") => ImageType::Raw,
+            Some("qcow2") => ImageType::Qcow2,
+            Some(other) => return Err(format!("image_type={other}: expected raw or qcow2")),
+        },
+        backing_files: options.switch("backing_files")?,
+        serial: options.text("serial").map(str::to_owned),
+    })
+}
+
+fn parse_net(text: &str) -> Result<NetConfig, String> {
+    let options = Options::parse(text, &["tap", "mac", "id"])?;
+    Ok(NetConfig {
+        id: options.text("id").map(str::to_owned),
+        tap: options.required("tap")?.to_owned(),
+        mac: options.get("mac")?,
+    })
+}
+
+fn parse_vsock(text: &str) -> Result<VsockConfig, String> {
+    let options = Options::parse(text, &["cid", "socket"])?;
+    let cid = options.get("cid")?.ok_or("cid is missing")?;
+    Ok(VsockConfig {
+        cid,
+        socket: options.required("socket")?.into(),
+    })
+}
+
+fn parse_rng(text: &str) -> Result<RngConfig, String> {
+    let options = Options::parse(text, &["src"])?;
+    Ok(RngConfig {
+        src: options.required("src")?.into(),
+    })
+}
+
+fn parse_serial(text: &str) -> Result<SerialConfig, String> {
+    let mode = match text {
+        "tty" => ConsoleMode::Tty,
+        "null" => ConsoleMode::Null,
+        "off" => ConsoleMode::Off,
+        _ => {
+            let path = text
+                .strip_prefix("file=")
+                .ok_or("expected tty, null, off or file=PATH")?;
+            return Ok(SerialConfig {
+                mode: ConsoleMode::File,
+                file: Some(path.into()),
+            });
+        }
+    };
+    Ok(SerialConfig { mode, file: None })
+}
+
+fn parse_console(text: &str) -> Result<ConsoleConfig, String> {
+    match text {
+        "off" => Ok(ConsoleConfig {
+            mode: ConsoleMode::Off,
+        }),
+        _ => Err("this VMM has no virtio console; use --serial and --console off".to_owned()),
+    }
+}
+
+fn parse_event_target(text: &str) -> Result<EventTarget, String> {
+    match text.split_once('=') {
+        Some(("fd", number)) => {
+            // 0 to 2 are the terminal's: taking one over would mix events into other output.
+            let fd = number.parse().ok().filter(|fd| *fd > 2);
+            fd.map(EventTarget::Fd)
+                .ok_or_else(|| format!("fd={number}: expected a descriptor above 2"))
+        }
+        Some(("path", path)) => Ok(EventTarget::Path(path.into())),
+        _ => Err("expected fd=N or path=PATH".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(arguments: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(std::iter::once("vmm").chain(arguments.split(' ')))
+    }
+
+    #[test]
+    fn flags_become_a_configuration() {
+        let cli = parse(
+            "--kernel k --initramfs i --cpus boot=4 --memory size=1G \
+             --disk path=a.qcow2,image_type=qcow2,backing_files=on --disk path=b,readonly=on \
+             --net tap=tap0,mac=52:54:00:12:34:56 --vsock cid=3,socket=/s --serial file=log \
+             --event-monitor fd=5",
+        )
+        .unwrap();
+        let config = cli.boot.vm_config().unwrap();
+        assert_eq!(
+            config.cpus,
+            CpusConfig {
+                boot_vcpus: 4,
+                max_vcpus: 4
+            }
+        );
+        assert_eq!(config.memory.size, 1 << 30);
+        assert_eq!(config.disks[0].image_type, ImageType::Qcow2);
+        assert!(config.disks[0].backing_files && !config.disks[0].readonly);
+        assert!(config.disks[1].readonly);
+        assert_eq!(config.net[0].mac.unwrap().to_string(), "52:54:00:12:34:56");
+        assert_eq!(config.vsock.as_ref().unwrap().cid, 3);
+        assert_eq!(config.serial.file.as_deref().unwrap().to_str(), Some("log"));
+        assert_eq!(cli.boot.event_monitor, Some(EventTarget::Fd(5)));
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        for (arguments, named) in [
+            ("--kernel k --cpus boots=4", "known are boot, max"),
+            ("--kernel k --cpus boot=300", "boot=300"),
+            ("--kernel k --memory size=much", "512M"),
+            ("--kernel k --memory size=99999999999G", "no size"),
+            ("--kernel k --disk readonly=on", "path is missing"),
+            ("--kernel k --disk path=a,path=b", "twice"),
+            ("--kernel k --disk path=a,readonly=maybe", "on or off"),
+            (
+                "--kernel k --net tap=t,mac=01:00:5e:00:00:01",
+                "group address",
+            ),
+            ("--kernel k --vsock socket=/s", "cid is missing"),
+            ("--kernel k --serial printer", "expected tty"),
+            ("--kernel k --console tty", "no virtio console"),
+            ("--kernel k --event-monitor fd=1", "above 2"),
+            ("--cpus boot=1", "--kernel"),
+        ] {
+            let error = parse(arguments).unwrap_err().to_string();
+            assert!(error.contains(named), "{arguments}: {error}");
+        }
+    }
+
+    #[test]
+    fn doctor_needs_no_kernel() {
+        assert!(matches!(
+            parse("doctor --json").unwrap().command,
+            Some(Command::Doctor { json: true })
+        ));
+    }
+}

@@ -1,0 +1,304 @@
+//! The event loop's side of a virtio device: it runs the device's behaviour when a queue is
+//! notified or a descriptor is ready, and takes activation and reset from the registers.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender, SyncSender, TryRecvError};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use event_manager::{EventOps, Events, MutEventSubscriber};
+use virtio_queue::{Queue, QueueT};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::mmio::MmioTransport;
+use super::{Activation, DeviceError, Interrupt, Source, VirtioDevice};
+use crate::events::{Event, EventStream};
+use crate::memory::GuestMemory;
+
+/// What the registers ask of the event loop. Each answers when it is done; if the event loop is
+/// gone the sender is dropped, which frees the waiting vCPU as well.
+enum Request {
+    Activate {
+        features: u64,
+        queues: Vec<Queue>,
+        done: SyncSender<()>,
+    },
+    Reset {
+        done: SyncSender<()>,
+    },
+}
+
+/// The registers' way to the event loop.
+pub(super) struct Link {
+    requests: Sender<Request>,
+    wake: Arc<EventFd>,
+}
+
+impl Link {
+    /// Activates the device and waits until that has worked or failed.
+    pub(super) fn activate(&self, features: u64, queues: Vec<Queue>) {
+        self.call(|done| Request::Activate {
+            features,
+            queues,
+            done,
+        });
+    }
+
+    /// Resets the device and waits until it no longer touches guest memory.
+    pub(super) fn reset(&self) {
+        self.call(|done| Request::Reset { done });
+    }
+
+    fn call(&self, request: impl FnOnce(SyncSender<()>) -> Request) {
+        let (done, outcome) = mpsc::sync_channel(1);
+        if self.requests.send(request(done)).is_ok() && self.wake.write(1).is_ok() {
+            // An error means that the event loop, and with it the machine, is ending.
+            let _ = outcome.recv();
+        }
+    }
+}
+
+/// The eventfd of a queue's notifications.
+#[derive(Clone)]
+pub(super) struct Notifier(Arc<EventFd>);
+
+impl Notifier {
+    pub(super) fn notify(&self) {
+        // Fails only if the counter is full, and then a notification is pending anyway.
+        let _ = self.0.write(1);
+    }
+}
+
+/// A device taken apart for the two kinds of threads that it lives on.
+pub struct Parts {
+    /// The registers, for the bus.
+    pub transport: MmioTransport,
+    /// The behaviour, for the event loop.
+    pub worker: Worker,
+    /// One eventfd a queue, to be bound to the QueueNotify register.
+    pub notifications: Vec<Arc<EventFd>>,
+}
+
+/// Takes a device apart.
+///
+/// # Errors
+/// The host has no eventfd left, or the device names a queue size that is no power of two.
+pub fn split(
+    name: String,
+    device: impl VirtioDevice + 'static,
+    memory: GuestMemory,
+    interrupt: Interrupt,
+    events: EventStream,
+) -> Result<Parts, SplitError> {
+    let eventfd = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map(Arc::new);
+    let sizes = device.queue_max_sizes().to_vec();
+    let queues = sizes
+        .iter()
+        .map(|size| Queue::new(*size).map_err(SplitError::Queue))
+        .collect::<Result<Vec<_>, _>>()?;
+    let notifications = sizes
+        .iter()
+        .map(|_| eventfd().map_err(SplitError::EventFd))
+        .collect::<Result<Vec<_>, _>>()?;
+    let wake = eventfd().map_err(SplitError::EventFd)?;
+    let (sender, requests) = mpsc::channel();
+    let device: Arc<Mutex<dyn VirtioDevice>> = Arc::new(Mutex::new(device));
+    let needs_reset = Arc::new(AtomicBool::new(false));
+
+    let transport = MmioTransport::new(
+        device.clone(),
+        queues,
+        notifications.iter().cloned().map(Notifier).collect(),
+        interrupt.clone(),
+        needs_reset.clone(),
+        Link {
+            requests: sender,
+            wake: wake.clone(),
+        },
+    );
+    let worker = Worker {
+        name,
+        device,
+        memory,
+        interrupt,
+        needs_reset,
+        requests,
+        wake,
+        notifications: notifications.clone(),
+        events,
+        watched: None,
+    };
+    Ok(Parts {
+        transport,
+        worker,
+        notifications,
+    })
+}
+
+/// Why a device could not be taken apart.
+#[derive(Debug, thiserror::Error)]
+pub enum SplitError {
+    /// No eventfd.
+    #[error("cannot create an eventfd")]
+    EventFd(#[source] std::io::Error),
+    /// A queue that cannot be.
+    #[error("the device has a queue of impossible size")]
+    Queue(#[source] virtio_queue::Error),
+}
+
+/// Runs one device on the event loop.
+pub struct Worker {
+    name: String,
+    device: Arc<Mutex<dyn VirtioDevice>>,
+    memory: GuestMemory,
+    interrupt: Interrupt,
+    needs_reset: Arc<AtomicBool>,
+    requests: Receiver<Request>,
+    wake: Arc<EventFd>,
+    notifications: Vec<Arc<EventFd>>,
+    events: EventStream,
+    /// What is watched besides `wake`; `None` unless the device is active.
+    watched: Option<Vec<Source>>,
+}
+
+const TOKEN_WAKE: u32 = 0;
+const TOKEN_FIRST_QUEUE: u32 = 1;
+/// Set in the tokens of the device's own sources.
+const TOKEN_SOURCE: u32 = 1 << 31;
+
+impl Worker {
+    fn with_device<T>(&self, use_it: impl FnOnce(&mut dyn VirtioDevice) -> T) -> T {
+        use_it(&mut *self.device.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn serve_requests(&mut self, ops: &mut EventOps) {
+        let _ = self.wake.read();
+        loop {
+            match self.requests.try_recv() {
+                Ok(Request::Activate {
+                    features,
+                    queues,
+                    done,
+                }) => {
+                    if let Err(error) = self.activate(features, queues, ops) {
+                        self.fail(&error, ops);
+                    }
+                    let _ = done.send(());
+                }
+                Ok(Request::Reset { done }) => {
+                    self.deactivate(ops);
+                    let _ = done.send(());
+                }
+                Err(TryRecvError::Empty | TryRecvError::Disconnected) => return,
+            }
+        }
+    }
+
+    fn activate(
+        &mut self,
+        features: u64,
+        queues: Vec<Queue>,
+        ops: &mut EventOps,
+    ) -> Result<(), DeviceError> {
+        for (index, queue) in queues.iter().enumerate() {
+            if queue.ready() && !queue.is_valid(&self.memory) {
+                return Err(DeviceError::Queue {
+                    index,
+                    source: virtio_queue::Error::QueueNotReady,
+                });
+            }
+        }
+        let activation = Activation {
+            memory: self.memory.clone(),
+            features,
+            queues,
+            interrupt: self.interrupt.clone(),
+        };
+        let sources = self.with_device(|device| {
+            device.activate(activation)?;
+            Ok(device.sources())
+        })?;
+
+        let watch = |error| DeviceError::Host {
+            action: "watching the descriptors of the device",
+            source: std::io::Error::other(error),
+        };
+        let notifications = self.notifications.clone();
+        self.watched = Some(sources.clone());
+        for (token, notification) in (TOKEN_FIRST_QUEUE..).zip(&notifications) {
+            let events = Events::with_data(notification.as_ref(), token, EventSet::IN);
+            ops.add(events).map_err(watch)?;
+        }
+        for source in sources {
+            let token = source.token | TOKEN_SOURCE;
+            ops.add(Events::with_data_raw(source.fd, token, source.events))
+                .map_err(watch)?;
+        }
+        // Buffers may have been made available before the notifications were watched.
+        for index in 0..notifications.len() {
+            self.with_device(|device| device.process_queue(index))?;
+        }
+        Ok(())
+    }
+
+    fn deactivate(&mut self, ops: &mut EventOps) {
+        let Some(sources) = self.watched.take() else {
+            return;
+        };
+        // Removing what was never added (activation failed half-way) is an error that does not
+        // matter.
+        for notification in &self.notifications {
+            let _ = ops.remove(Events::empty(notification.as_ref()));
+        }
+        for source in sources {
+            let _ = ops.remove(Events::empty_raw(source.fd));
+        }
+        self.with_device(|device| device.reset());
+    }
+
+    fn fail(&mut self, error: &DeviceError, ops: &mut EventOps) {
+        self.deactivate(ops);
+        let reason = crate::error_chain(error);
+        self.events.emit(&Event::DeviceError {
+            device: self.name.clone(),
+            reason,
+        });
+        self.needs_reset.store(true, Ordering::SeqCst);
+        // Without the interrupt the driver finds out when it next reads the status.
+        let _ = self.interrupt.signal_config_change();
+    }
+}
+
+impl MutEventSubscriber for Worker {
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        let token = events.data();
+        if token == TOKEN_WAKE {
+            self.serve_requests(ops);
+            return;
+        }
+        // An event that was already on its way when the device was reset.
+        if self.watched.is_none() {
+            return;
+        }
+        let outcome = if token & TOKEN_SOURCE != 0 {
+            let ready = events.event_set();
+            self.with_device(|device| device.process_source(token & !TOKEN_SOURCE, ready))
+        } else {
+            let index = (token - TOKEN_FIRST_QUEUE) as usize;
+            if let Some(notification) = self.notifications.get(index) {
+                let _ = notification.read();
+            }
+            self.with_device(|device| device.process_queue(index))
+        };
+        if let Err(error) = outcome {
+            self.fail(&error, ops);
+        }
+    }
+
+    fn init(&mut self, ops: &mut EventOps) {
+        let wake = Events::with_data(self.wake.as_ref(), TOKEN_WAKE, EventSet::IN);
+        if let Err(error) = ops.add(wake) {
+            tracing::error!(device = self.name, %error, "the device cannot be activated");
+        }
+    }
+}

@@ -1,0 +1,4 @@
+//! The objects of KVM: the virtual machine with its interrupt controllers, and its vCPUs.
+
+pub mod vcpu;
+pub mod vm;

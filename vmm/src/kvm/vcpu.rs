@@ -1,0 +1,338 @@
+//! A vCPU and the thread that runs it.
+//!
+//! ```text
+//!              resume                     the machine ends,
+//!   (new) ──► Paused ──────────► Running ──or KVM fails──────► thread ends
+//!               ▲                   │                              ▲
+//!               └───────────────────┘                              │
+//!               │      pause (kick)                                │
+//!               └──────────────── handle dropped ──────────────────┘
+//! ```
+//!
+//! Threads are born paused. Only the owner of the [`VcpuHandle`] moves a vCPU between Paused and
+//! Running; a thread leaves Running by itself when the guest ends the machine.
+
+use std::cell::Cell;
+use std::io;
+use std::ptr;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
+use std::thread::{self, JoinHandle};
+
+use kvm_bindings::{CpuId, Msrs, kvm_run};
+use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
+use vm_memory::GuestAddress;
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+use crate::arch::x86_64::{cpuid, msrs, regs};
+use crate::devices::bus::Bus;
+use crate::exit::{ExitReason, ExitSignal};
+
+/// Why a vCPU could not be made or set up.
+#[derive(Debug, thiserror::Error)]
+pub enum VcpuError {
+    /// An ioctl failed.
+    #[error("{ioctl} failed")]
+    Ioctl {
+        /// Name of the ioctl.
+        ioctl: &'static str,
+        /// What the kernel says.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// KVM does not know a register that every machine needs.
+    #[error("KVM refuses to set the model-specific register {index:#x}")]
+    Msr {
+        /// Number of the register.
+        index: u32,
+    },
+    /// More registers or CPUID entries than KVM takes.
+    #[error("too many entries for one call of KVM")]
+    TooManyEntries,
+    /// No thread.
+    #[error("cannot start a thread for vCPU {index}")]
+    Thread {
+        /// Number of the vCPU.
+        index: u8,
+        /// What the host says.
+        #[source]
+        source: io::Error,
+    },
+    /// The signal that interrupts a running vCPU cannot be caught.
+    #[error("cannot install the handler of the signal that interrupts vCPUs")]
+    SignalHandler(#[source] vmm_sys_util::errno::Error),
+}
+
+/// A vCPU that no thread runs yet.
+pub struct Vcpu {
+    index: u8,
+    fd: VcpuFd,
+}
+
+impl Vcpu {
+    /// Creates the vCPU and gives it its CPUID.
+    pub(super) fn new(
+        vm: &VmFd,
+        index: u8,
+        count: u8,
+        supported: &CpuId,
+    ) -> Result<Self, VcpuError> {
+        let fd = vm
+            .create_vcpu(u64::from(index))
+            .map_err(|source| VcpuError::Ioctl {
+                ioctl: "KVM_CREATE_VCPU",
+                source,
+            })?;
+        // Before any register that depends on CPUID: from Linux 6.13 on, KVM reports such MSRs
+        // as zero and refuses to set them while the feature is not there.
+        fd.set_cpuid2(&cpuid::for_vcpu(supported, index, count))
+            .map_err(|source| VcpuError::Ioctl {
+                ioctl: "KVM_SET_CPUID2",
+                source,
+            })?;
+        Ok(Self { index, fd })
+    }
+
+    /// Sets the registers with which the machine boots. vCPU 0 starts at `entry`; the others
+    /// wait for the kernel's INIT and SIPI as KVM creates them.
+    ///
+    /// # Errors
+    /// KVM refuses a register.
+    pub fn set_boot_state(&self, entry: GuestAddress) -> Result<(), VcpuError> {
+        let ioctl = |ioctl| move |source| VcpuError::Ioctl { ioctl, source };
+        let entries = msrs::boot_msrs();
+        let msrs = Msrs::from_entries(&entries).map_err(|_| VcpuError::TooManyEntries)?;
+        let accepted = self.fd.set_msrs(&msrs).map_err(ioctl("KVM_SET_MSRS"))?;
+        if let Some(refused) = entries.get(accepted) {
+            return Err(VcpuError::Msr {
+                index: refused.index,
+            });
+        }
+        self.fd
+            .set_fpu(&regs::reset_fpu())
+            .map_err(ioctl("KVM_SET_FPU"))?;
+        if self.index == 0 {
+            let reset = self.fd.get_sregs().map_err(ioctl("KVM_GET_SREGS"))?;
+            self.fd
+                .set_sregs(&regs::boot_sregs(&reset))
+                .map_err(ioctl("KVM_SET_SREGS"))?;
+            self.fd
+                .set_regs(&regs::boot_regs(entry))
+                .map_err(ioctl("KVM_SET_REGS"))?;
+        }
+        Ok(())
+    }
+
+    /// Starts a thread for the vCPU, paused.
+    ///
+    /// # Errors
+    /// The host gives no thread.
+    pub fn spawn(self, buses: Arc<Buses>, exit: ExitSignal) -> Result<VcpuHandle, VcpuError> {
+        register_signal_handler(kick_signal(), on_kick).map_err(VcpuError::SignalHandler)?;
+        let index = self.index;
+        let (commands, received) = mpsc::channel();
+        let (acknowledge, acknowledged) = mpsc::channel();
+        let runner = Runner {
+            fd: self.fd,
+            buses,
+            exit,
+            commands: received,
+            acknowledge,
+        };
+        let thread = thread::Builder::new()
+            .name(format!("vcpu{index}"))
+            .spawn(move || runner.run())
+            .map_err(|source| VcpuError::Thread { index, source })?;
+        Ok(VcpuHandle {
+            commands: Some(commands),
+            acknowledged,
+            thread: Some(thread),
+        })
+    }
+}
+
+/// The two address spaces that exits to user space come from.
+#[derive(Default)]
+pub struct Buses {
+    /// I/O ports.
+    pub pio: Bus,
+    /// Memory-mapped registers.
+    pub mmio: Bus,
+}
+
+enum Command {
+    Resume,
+    Pause,
+}
+
+/// The owner's hold on a vCPU thread. Dropping it ends the thread.
+pub struct VcpuHandle {
+    /// `None` only while the handle is dropped: the closed channel ends the thread.
+    commands: Option<Sender<Command>>,
+    acknowledged: Receiver<()>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// The vCPU thread has ended: the machine is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the vCPU has stopped for good")]
+pub struct StoppedError;
+
+impl VcpuHandle {
+    /// Lets the vCPU run.
+    ///
+    /// # Errors
+    /// Its thread has ended.
+    pub fn resume(&self) -> Result<(), StoppedError> {
+        self.command(Command::Resume)
+    }
+
+    /// Stops the vCPU between two instructions, and returns when it has stopped.
+    ///
+    /// Not to be called from the event loop: the vCPU may be waiting for it (activation or
+    /// reset of a device).
+    ///
+    /// # Errors
+    /// Its thread has ended.
+    pub fn pause(&self) -> Result<(), StoppedError> {
+        self.command(Command::Pause)
+    }
+
+    fn command(&self, command: Command) -> Result<(), StoppedError> {
+        let commands = self.commands.as_ref().ok_or(StoppedError)?;
+        commands.send(command).map_err(|_| StoppedError)?;
+        self.kick();
+        self.acknowledged.recv().map_err(|_| StoppedError)
+    }
+
+    /// Takes the thread out of the guest, so that it looks at its commands.
+    fn kick(&self) {
+        if let Some(thread) = self.thread.as_ref().filter(|thread| !thread.is_finished()) {
+            // Fails only if the thread ends just now.
+            let _ = thread.kill(kick_signal() - SIGRTMIN());
+        }
+    }
+}
+
+impl Drop for VcpuHandle {
+    fn drop(&mut self) {
+        self.commands = None;
+        self.kick();
+        if let Some(thread) = self.thread.take() {
+            // A panic of the thread has been reported by the panic hook already.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn kick_signal() -> libc::c_int {
+    SIGRTMIN()
+}
+
+thread_local! {
+    /// The run structure of the vCPU that this thread runs, for the signal handler.
+    static RUN: Cell<*mut kvm_run> = const { Cell::new(ptr::null_mut()) };
+}
+
+/// Makes a KVM_RUN that is about to start return at once. One that is under way is interrupted
+/// by the signal itself.
+extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    let run = RUN.get();
+    if !run.is_null() {
+        // SAFETY: the pointer is set only while this very thread owns the vCPU whose mapping it
+        // leads to. The field is read by the kernel and by nobody else; the write is volatile
+        // because the interrupted code does not know of it.
+        unsafe { ptr::write_volatile(&raw mut (*run).immediate_exit, 1) };
+    }
+}
+
+struct Runner {
+    fd: VcpuFd,
+    buses: Arc<Buses>,
+    exit: ExitSignal,
+    commands: Receiver<Command>,
+    acknowledge: Sender<()>,
+}
+
+impl Runner {
+    fn run(mut self) {
+        RUN.set(ptr::from_mut(self.fd.get_kvm_run()));
+        self.paused();
+        RUN.set(ptr::null_mut());
+    }
+
+    /// State Paused: waits for commands. Returns when the thread is to end.
+    fn paused(&mut self) {
+        while let Ok(command) = self.commands.recv() {
+            // The owner waits for this; if it has gone, so has the channel of commands.
+            let _ = self.acknowledge.send(());
+            if matches!(command, Command::Resume) && !self.running() {
+                return;
+            }
+        }
+    }
+
+    /// State Running. Returns whether the vCPU was paused; if not, the thread is to end.
+    fn running(&mut self) -> bool {
+        loop {
+            match self.enter_guest() {
+                Ok(()) => {}
+                Err(reason) => {
+                    self.exit.end(reason);
+                    return false;
+                }
+            }
+            if self.exit.reason().is_some() {
+                return false;
+            }
+            match self.commands.try_recv() {
+                Err(TryRecvError::Empty) => {}
+                Err(TryRecvError::Disconnected) => return false,
+                Ok(command) => {
+                    let _ = self.acknowledge.send(());
+                    if matches!(command, Command::Pause) {
+                        return true;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Runs the guest until it needs something from user space or is interrupted.
+    fn enter_guest(&mut self) -> Result<(), ExitReason> {
+        match self.fd.run() {
+            Ok(VcpuExit::IoIn(port, data)) => self.buses.pio.read(u64::from(port), data),
+            Ok(VcpuExit::IoOut(port, data)) => self.buses.pio.write(u64::from(port), data),
+            Ok(VcpuExit::MmioRead(address, data)) => self.buses.mmio.read(address, data),
+            Ok(VcpuExit::MmioWrite(address, data)) => self.buses.mmio.write(address, data),
+            Ok(VcpuExit::Intr) => {}
+            Ok(VcpuExit::Shutdown) => return Err(ExitReason::TripleFault),
+            Ok(VcpuExit::InternalError) => return Err(self.internal_error()),
+            Ok(VcpuExit::FailEntry(reason, cpu)) => {
+                return Err(ExitReason::Error(format!(
+                    "the processor refused to enter the guest on CPU {cpu} (reason {reason:#x})"
+                )));
+            }
+            Ok(exit) => {
+                return Err(ExitReason::Error(format!(
+                    "unexpected exit from the guest: {exit:?}"
+                )));
+            }
+            Err(error) if error.errno() == libc::EINTR => self.fd.set_kvm_immediate_exit(0),
+            Err(error) if error.errno() == libc::EAGAIN => {}
+            Err(error) => return Err(ExitReason::Error(format!("KVM_RUN failed: {error}"))),
+        }
+        Ok(())
+    }
+
+    fn internal_error(&mut self) -> ExitReason {
+        // SAFETY: KVM_RUN has just returned KVM_EXIT_INTERNAL_ERROR, for which this is the
+        // valid member of the union.
+        let suberror = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal.suberror };
+        let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
+        ExitReason::Error(format!(
+            "KVM cannot run the guest any further (internal error {suberror} at rip {rip:#x}); \
+             `vmm doctor` tells whether this host's KVM runs Linux guests"
+        ))
+    }
+}

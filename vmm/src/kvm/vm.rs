@@ -1,0 +1,207 @@
+//! A virtual machine as KVM knows it: memory slots, in-kernel interrupt controllers and timer.
+
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use kvm_bindings::{
+    KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::arch::x86_64::layout::KVM_TSS_ADDR;
+use crate::kvm::vcpu::{Vcpu, VcpuError};
+use crate::memory::GuestMemory;
+
+/// Why KVM gave no virtual machine.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// No KVM.
+    #[error("cannot open /dev/kvm (`vmm doctor` says what to do)")]
+    Open(#[source] kvm_ioctls::Error),
+    /// A KVM of another age.
+    #[error("KVM speaks API version {found}, this VMM needs {KVM_API_VERSION}")]
+    ApiVersion {
+        /// The version found.
+        found: i32,
+    },
+    /// A KVM that cannot do what every machine needs.
+    #[error("KVM lacks the capability {cap:?} (`vmm doctor` lists all that are needed)")]
+    Capability {
+        /// The first missing capability.
+        cap: Cap,
+    },
+    /// An ioctl failed.
+    #[error("{ioctl} failed")]
+    Ioctl {
+        /// Name of the ioctl.
+        ioctl: &'static str,
+        /// What the kernel says.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+}
+
+fn ioctl(ioctl: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmError {
+    move |source| VmError::Ioctl { ioctl, source }
+}
+
+/// What every machine needs.
+pub const REQUIRED_CAPABILITIES: [Cap; 15] = [
+    Cap::Irqchip,
+    Cap::Ioeventfd,
+    Cap::Irqfd,
+    Cap::UserMemory,
+    Cap::SetTssAddr,
+    Cap::Pit2,
+    Cap::PitState2,
+    Cap::AdjustClock,
+    Cap::Debugregs,
+    Cap::MpState,
+    Cap::VcpuEvents,
+    Cap::Xcrs,
+    Cap::Xsave,
+    Cap::ExtCpuid,
+    Cap::ImmediateExit,
+];
+
+/// A virtual machine without vCPUs.
+pub struct Vm {
+    kvm: Kvm,
+    fd: Arc<VmFd>,
+    /// KVM maps it as long as the machine exists.
+    _memory: GuestMemory,
+}
+
+impl Vm {
+    /// Creates the machine with its memory, interrupt controllers and timer.
+    ///
+    /// # Errors
+    /// KVM is not there, is too old, or refuses.
+    pub fn new(memory: GuestMemory) -> Result<Self, VmError> {
+        let kvm = Kvm::new().map_err(VmError::Open)?;
+        let found = kvm.get_api_version();
+        if found != KVM_API_VERSION as i32 {
+            return Err(VmError::ApiVersion { found });
+        }
+        if let Some(cap) = REQUIRED_CAPABILITIES
+            .into_iter()
+            .find(|cap| !kvm.check_extension(*cap))
+        {
+            return Err(VmError::Capability { cap });
+        }
+        // Before KVM_GET_SUPPORTED_CPUID: older kernels otherwise report half of AMX, and the
+        // guest then faults when it enables the state.
+        request_amx_permission();
+
+        let fd = create_vm(&kvm)?;
+        fd.set_tss_address(KVM_TSS_ADDR)
+            .map_err(ioctl("KVM_SET_TSS_ADDR"))?;
+        // Interrupt controllers and timer before any vCPU: KVM gives a vCPU its local APIC when
+        // it is created, and only if the machine has an in-kernel irqchip by then.
+        fd.create_irq_chip().map_err(ioctl("KVM_CREATE_IRQCHIP"))?;
+        // Port 0x61 (speaker) is handled in the kernel too, or its accesses would exit.
+        let pit = kvm_pit_config {
+            flags: KVM_PIT_SPEAKER_DUMMY,
+            ..Default::default()
+        };
+        fd.create_pit2(pit).map_err(ioctl("KVM_CREATE_PIT2"))?;
+
+        for (slot, region) in (0..).zip(memory.iter()) {
+            let slot = kvm_userspace_memory_region {
+                slot,
+                flags: 0,
+                guest_phys_addr: region.start_addr().raw_value(),
+                memory_size: region.len(),
+                userspace_addr: region.as_ptr() as u64,
+            };
+            // SAFETY: the range is a mapping of its own that belongs to `memory`, of which this
+            // object keeps a clone until the machine is gone.
+            unsafe { fd.set_user_memory_region(slot) }
+                .map_err(ioctl("KVM_SET_USER_MEMORY_REGION"))?;
+        }
+        Ok(Self {
+            kvm,
+            fd: Arc::new(fd),
+            _memory: memory,
+        })
+    }
+
+    /// Creates the vCPUs 0 to `count` - 1, each with its CPUID.
+    ///
+    /// # Errors
+    /// KVM refuses one of them.
+    pub fn create_vcpus(&self, count: u8) -> Result<Vec<Vcpu>, VcpuError> {
+        let supported = self
+            .kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(|source| VcpuError::Ioctl {
+                ioctl: "KVM_GET_SUPPORTED_CPUID",
+                source,
+            })?;
+        (0..count)
+            .map(|index| Vcpu::new(&self.fd, index, count, &supported))
+            .collect()
+    }
+
+    /// Binds `irqfd` to an interrupt line: writing to it raises an edge on the line.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn register_irqfd(&self, irqfd: &EventFd, gsi: u32) -> Result<(), VmError> {
+        self.fd
+            .register_irqfd(irqfd, gsi)
+            .map_err(ioctl("KVM_IRQFD"))
+    }
+
+    /// Binds `eventfd` to the register at `address`: a 32-bit write of `value` there signals it
+    /// instead of leaving the guest.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn register_ioeventfd(
+        &self,
+        eventfd: &EventFd,
+        address: u64,
+        value: u32,
+    ) -> Result<(), VmError> {
+        self.fd
+            .register_ioevent(eventfd, &IoEventAddress::Mmio(address), value)
+            .map_err(ioctl("KVM_IOEVENTFD"))
+    }
+}
+
+/// `KVM_CREATE_VM` is interrupted by any signal, and by the kernel's own freezer.
+fn create_vm(kvm: &Kvm) -> Result<VmFd, VmError> {
+    loop {
+        match kvm.create_vm() {
+            Err(error) if error.errno() == libc::EINTR => {}
+            result => return result.map_err(ioctl("KVM_CREATE_VM")),
+        }
+    }
+}
+
+/// Asks the host kernel to let guests use the AMX tile data (Documentation/arch/x86/xstate.rst).
+fn request_amx_permission() {
+    const ARCH_REQ_XCOMP_GUEST_PERM: libc::c_int = 0x1025;
+    const XFEATURE_XTILEDATA: libc::c_ulong = 18;
+    // SAFETY: this operation takes a number and writes to no memory. It fails where the
+    // processor or the kernel does not know AMX, and then there is nothing to permit.
+    unsafe {
+        libc::syscall(
+            libc::SYS_arch_prctl,
+            ARCH_REQ_XCOMP_GUEST_PERM,
+            XFEATURE_XTILEDATA,
+        )
+    };
+}
+
+impl std::fmt::Debug for Vm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Vm")
+            .field("fd", &self.fd.as_raw_fd())
+            .finish()
+    }
+}
