@@ -9,8 +9,15 @@
 //! A vCPU thread never runs device code: a queue notification is an ioeventfd, and activation
 //! and reset are messages to the event loop.
 
+pub mod block;
+pub mod buffers;
+pub mod config_space;
 pub mod interrupt;
 pub mod mmio;
+pub mod queue;
+pub mod rng;
+#[cfg(test)]
+mod testing;
 pub mod worker;
 
 use std::os::fd::RawFd;

@@ -1,0 +1,260 @@
+//! A queue of an active device: taking chains from the driver, giving them back, and telling it.
+//!
+//! The rules that every device shares are kept here:
+//!
+//! - One visit takes at most [`VISIT_CHAINS`] chains, so that a driver that adds buffers as fast
+//!   as the device uses them does not keep the event loop from the other devices. What is left
+//!   waits for the next turn of the loop, which the queue's own eventfd brings about.
+//! - Notifications are asked for again only when the queue was found empty, and the queue is
+//!   looked at once more afterwards (virtio 1.2, 2.7.7.1): a buffer that came in between is not
+//!   forgotten.
+//! - The interrupt is raised once a visit, if the driver asked for it (2.7.7.2).
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{Activation, DeviceError, Interrupt, Source};
+use crate::memory::GuestMemory;
+
+/// The most chains that one visit to a queue takes.
+pub const VISIT_CHAINS: usize = 64;
+
+/// A chain of descriptors that the driver made available.
+pub type Chain = DescriptorChain<Arc<GuestMemory>>;
+
+/// A queue of an active device.
+#[derive(Debug)]
+pub struct ActiveQueue {
+    index: usize,
+    queue: Queue,
+    memory: Arc<GuestMemory>,
+    interrupt: Interrupt,
+    /// Readable while chains are left over from a visit.
+    unfinished: EventFd,
+    /// Whether chains were used since the driver was last told.
+    used: bool,
+}
+
+impl ActiveQueue {
+    /// The queues of an activated device that has `N` of them.
+    ///
+    /// # Errors
+    /// The activation has another number of queues, or the host has no descriptors left.
+    pub fn from_activation<const N: usize>(
+        activation: Activation,
+    ) -> Result<[Self; N], DeviceError> {
+        let memory = Arc::new(activation.memory);
+        let queues = activation
+            .queues
+            .into_iter()
+            .enumerate()
+            .map(|(index, queue)| {
+                Ok(Self {
+                    index,
+                    queue,
+                    memory: Arc::clone(&memory),
+                    interrupt: activation.interrupt.clone(),
+                    unfinished: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+                    used: false,
+                })
+            })
+            .collect::<io::Result<Vec<_>>>()
+            .map_err(|source| DeviceError::Host {
+                action: "creating the eventfd of a queue",
+                source,
+            })?;
+        queues
+            .try_into()
+            .map_err(|queues: Vec<_>| DeviceError::Host {
+                action: "taking over the queues",
+                source: io::Error::other(format!(
+                    "the device has {N} queues, the transport {}",
+                    queues.len()
+                )),
+            })
+    }
+
+    /// The guest memory that the chains of this queue point into.
+    pub fn memory(&self) -> &Arc<GuestMemory> {
+        &self.memory
+    }
+
+    /// What to watch so that leftover chains get their turn. Once it is ready, the device has to
+    /// visit the queue.
+    pub fn source(&self, token: u32) -> Source {
+        Source {
+            fd: self.unfinished.as_raw_fd(),
+            token,
+            events: EventSet::IN,
+        }
+    }
+
+    /// Serves the available chains: `handle` does what a chain asks for and returns the number of
+    /// bytes that it wrote to the chain, counted from the first writable one.
+    ///
+    /// # Errors
+    /// The rings are malformed, or `handle` failed.
+    pub fn serve(
+        &mut self,
+        mut handle: impl FnMut(&GuestMemory, Chain) -> Result<u32, DeviceError>,
+    ) -> Result<(), DeviceError> {
+        let memory = Arc::clone(&self.memory);
+        let mut visit = self.visit()?;
+        while let Some(chain) = visit.next()? {
+            let head = chain.head_index();
+            let written = handle(&memory, chain)?;
+            visit.queue.add_used(head, written)?;
+        }
+        self.announce()
+    }
+
+    /// Starts to take chains. A queue that the driver did not enable has none.
+    ///
+    /// # Errors
+    /// The rings are malformed.
+    pub fn visit(&mut self) -> Result<Visit<'_>, DeviceError> {
+        // Whatever is left over is seen by this visit. The eventfd is not blocking, and the only
+        // other failure is that it was not set.
+        let _ = self.unfinished.read();
+        self.disable_notification()?;
+        Ok(Visit {
+            queue: self,
+            turns: 0,
+        })
+    }
+
+    /// Takes the next available chain, whatever the rules of a visit.
+    ///
+    /// # Errors
+    /// The driver claims more available chains than the queue has room for.
+    pub fn pop(&mut self) -> Result<Option<Chain>, DeviceError> {
+        if !self.queue.ready() {
+            return Ok(None);
+        }
+        match self.queue.iter(Arc::clone(&self.memory)) {
+            Ok(mut chains) => Ok(chains.next()),
+            Err(source) => Err(self.malformed(source)),
+        }
+    }
+
+    /// Makes the chain that was taken last, and not used, available again.
+    pub fn undo_pop(&mut self) {
+        self.queue.go_to_previous_position();
+    }
+
+    /// Gives a chain back to the driver, `written` bytes of it written.
+    ///
+    /// # Errors
+    /// The chain's head lies outside of the descriptor table.
+    pub fn add_used(&mut self, head: u16, written: u32) -> Result<(), DeviceError> {
+        self.queue
+            .add_used(self.memory.as_ref(), head, written)
+            .map_err(|source| self.malformed(source))?;
+        self.used = true;
+        Ok(())
+    }
+
+    /// Asks the driver to notify the device of new chains. Returns whether there are some
+    /// already, for which no notification may come.
+    ///
+    /// # Errors
+    /// The rings are malformed.
+    pub fn enable_notification(&mut self) -> Result<bool, DeviceError> {
+        if !self.queue.ready() {
+            return Ok(false);
+        }
+        self.queue
+            .enable_notification(self.memory.as_ref())
+            .map_err(|source| self.malformed(source))
+    }
+
+    /// Tells the driver not to notify the device of new chains.
+    fn disable_notification(&mut self) -> Result<(), DeviceError> {
+        if !self.queue.ready() {
+            return Ok(());
+        }
+        self.queue
+            .disable_notification(self.memory.as_ref())
+            .map_err(|source| self.malformed(source))
+    }
+
+    /// Raises the interrupt if chains were used and the driver wants to know.
+    ///
+    /// # Errors
+    /// The rings are malformed, or the interrupt could not be raised.
+    pub fn announce(&mut self) -> Result<(), DeviceError> {
+        if !self.used {
+            return Ok(());
+        }
+        self.used = false;
+        let wanted = self
+            .queue
+            .needs_notification(self.memory.as_ref())
+            .map_err(|source| self.malformed(source))?;
+        if wanted {
+            self.interrupt
+                .signal_used_buffers()
+                .map_err(|source| DeviceError::Host {
+                    action: "raising the interrupt",
+                    source,
+                })?;
+        }
+        Ok(())
+    }
+
+    /// Brings about another visit in a later turn of the event loop.
+    ///
+    /// # Errors
+    /// The eventfd refused.
+    pub fn resume_later(&self) -> Result<(), DeviceError> {
+        self.unfinished
+            .write(1)
+            .map_err(|source| DeviceError::Host {
+                action: "putting a queue off",
+                source,
+            })
+    }
+
+    fn malformed(&self, source: virtio_queue::Error) -> DeviceError {
+        DeviceError::Queue {
+            index: self.index,
+            source,
+        }
+    }
+}
+
+/// A bounded walk through the available chains.
+pub struct Visit<'q> {
+    /// The queue, to give chains back.
+    pub queue: &'q mut ActiveQueue,
+    /// Looks at the ring, each of which may find a chain.
+    turns: usize,
+}
+
+impl Visit<'_> {
+    /// The next chain. `None` ends the visit: either the driver will notify the device of the next
+    /// chain, or the queue's [`source`](ActiveQueue::source) is ready.
+    ///
+    /// # Errors
+    /// The rings are malformed.
+    #[expect(clippy::should_implement_trait, reason = "fallible")]
+    pub fn next(&mut self) -> Result<Option<Chain>, DeviceError> {
+        while self.turns < VISIT_CHAINS {
+            self.turns += 1;
+            if let Some(chain) = self.queue.pop()? {
+                return Ok(Some(chain));
+            }
+            if !self.queue.enable_notification()? {
+                return Ok(None);
+            }
+            self.queue.disable_notification()?;
+        }
+        self.queue.resume_later()?;
+        Ok(None)
+    }
+}
