@@ -18,6 +18,7 @@ pub mod queue;
 pub mod rng;
 #[cfg(test)]
 mod testing;
+pub mod vsock;
 pub mod worker;
 
 use std::os::fd::RawFd;

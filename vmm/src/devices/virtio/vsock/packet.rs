@@ -1,0 +1,495 @@
+//! Packets and the descriptor chains that hold them (virtio 1.2, 5.10.6).
+//!
+//! A chain is a header and then data. How the driver cuts the two into descriptors is its own
+//! affair (2.7.4.1): Linux puts both into one descriptor, or the header into one and a list of
+//! pages into others.
+
+use std::ops::Deref;
+
+use virtio_queue::DescriptorChain;
+use vm_memory::{GuestMemory as _, Permissions, VolatileSlice};
+
+use crate::memory::GuestMemory;
+
+/// Size of `struct virtio_vsock_hdr`.
+pub(super) const HEADER_SIZE: usize = 44;
+
+/// The most data that one packet may carry, as in Linux's `VIRTIO_VSOCK_MAX_PKT_BUF_SIZE`. The
+/// specification sets no limit, and a packet must be handled in one step.
+pub(super) const MAX_DATA: usize = 64 << 10;
+
+/// The most pieces of guest memory that one packet is gathered from: a full packet cut into
+/// 4 KiB pages needs 18.
+const MAX_SLICES: usize = 128;
+
+/// `VIRTIO_VSOCK_TYPE_STREAM`.
+pub(super) const TYPE_STREAM: u16 = 1;
+
+/// `VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE`: the sender of the packet will not receive any more.
+pub(super) const SHUTDOWN_RECEIVE: u32 = 1;
+
+/// `VIRTIO_VSOCK_SHUTDOWN_F_SEND`: the sender of the packet will not send any more.
+pub(super) const SHUTDOWN_SEND: u32 = 2;
+
+/// What a packet asks for (`enum virtio_vsock_op`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u16)]
+pub(super) enum Op {
+    Request = 1,
+    Response = 2,
+    Reset = 3,
+    Shutdown = 4,
+    Data = 5,
+    CreditUpdate = 6,
+    CreditRequest = 7,
+}
+
+impl Op {
+    /// The operation with this number, if there is one.
+    pub(super) fn from_number(number: u16) -> Option<Self> {
+        Some(match number {
+            1 => Self::Request,
+            2 => Self::Response,
+            3 => Self::Reset,
+            4 => Self::Shutdown,
+            5 => Self::Data,
+            6 => Self::CreditUpdate,
+            7 => Self::CreditRequest,
+            _ => return None,
+        })
+    }
+}
+
+/// `struct virtio_vsock_hdr`.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Header {
+    pub(super) src_cid: u64,
+    pub(super) dst_cid: u64,
+    pub(super) src_port: u32,
+    pub(super) dst_port: u32,
+    /// Bytes of data after the header.
+    pub(super) len: u32,
+    pub(super) kind: u16,
+    pub(super) op: u16,
+    pub(super) flags: u32,
+    /// Size of the sender's receive buffer for this connection.
+    pub(super) buf_alloc: u32,
+    /// Bytes that have ever left that buffer, modulo 2^32.
+    pub(super) fwd_cnt: u32,
+}
+
+impl Header {
+    /// Reads a header from its wire format.
+    pub(super) fn decode(bytes: &[u8; HEADER_SIZE]) -> Self {
+        let mut rest = &bytes[..];
+        Self {
+            src_cid: u64::from_le_bytes(take(&mut rest)),
+            dst_cid: u64::from_le_bytes(take(&mut rest)),
+            src_port: u32::from_le_bytes(take(&mut rest)),
+            dst_port: u32::from_le_bytes(take(&mut rest)),
+            len: u32::from_le_bytes(take(&mut rest)),
+            kind: u16::from_le_bytes(take(&mut rest)),
+            op: u16::from_le_bytes(take(&mut rest)),
+            flags: u32::from_le_bytes(take(&mut rest)),
+            buf_alloc: u32::from_le_bytes(take(&mut rest)),
+            fwd_cnt: u32::from_le_bytes(take(&mut rest)),
+        }
+    }
+
+    /// The header in its wire format.
+    pub(super) fn encode(&self) -> [u8; HEADER_SIZE] {
+        let mut bytes = [0; HEADER_SIZE];
+        bytes[0..8].copy_from_slice(&self.src_cid.to_le_bytes());
+        bytes[8..16].copy_from_slice(&self.dst_cid.to_le_bytes());
+        bytes[16..20].copy_from_slice(&self.src_port.to_le_bytes());
+        bytes[20..24].copy_from_slice(&self.dst_port.to_le_bytes());
+        bytes[24..28].copy_from_slice(&self.len.to_le_bytes());
+        bytes[28..30].copy_from_slice(&self.kind.to_le_bytes());
+        bytes[30..32].copy_from_slice(&self.op.to_le_bytes());
+        bytes[32..36].copy_from_slice(&self.flags.to_le_bytes());
+        bytes[36..40].copy_from_slice(&self.buf_alloc.to_le_bytes());
+        bytes[40..44].copy_from_slice(&self.fwd_cnt.to_le_bytes());
+        bytes
+    }
+
+    /// The packet that tells the sender of this one that there is no such connection.
+    pub(super) fn reset_reply(&self) -> Self {
+        Self {
+            src_cid: self.dst_cid,
+            dst_cid: self.src_cid,
+            src_port: self.dst_port,
+            dst_port: self.src_port,
+            kind: self.kind,
+            op: Op::Reset as u16,
+            ..Self::default()
+        }
+    }
+}
+
+/// Takes `N` bytes off the front of `rest`, which holds at least that many.
+fn take<const N: usize>(rest: &mut &[u8]) -> [u8; N] {
+    let (head, tail) = rest.split_at(N);
+    *rest = tail;
+    let mut bytes = [0; N];
+    bytes.copy_from_slice(head);
+    bytes
+}
+
+/// Why a chain holds no packet, or has no room for one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(super) enum BadChain {
+    #[error("the buffer is too short for a packet header")]
+    NoHeader,
+    #[error("the buffer has no room for data")]
+    NoRoom,
+    #[error("a buffer that the device reads is marked writable, or the other way round")]
+    Direction,
+    #[error("the buffer lies outside of the guest's memory")]
+    Memory,
+    #[error("the buffer is cut into more than {MAX_SLICES} pieces")]
+    Pieces,
+}
+
+/// A packet that the driver sent.
+pub(super) struct TxPacket<'m> {
+    /// A copy: what the guest does to its memory from now on changes nothing.
+    pub(super) header: Header,
+    /// The data, `header.len` bytes; `None` if the chain is shorter than that or the packet
+    /// longer than [`MAX_DATA`].
+    pub(super) data: Option<Vec<VolatileSlice<'m>>>,
+}
+
+impl<'m> TxPacket<'m> {
+    /// Reads the header of the packet in `chain` and finds its data.
+    ///
+    /// # Errors
+    /// There is no header to answer to.
+    pub(super) fn parse<M>(
+        memory: &'m GuestMemory,
+        chain: DescriptorChain<M>,
+    ) -> Result<Self, BadChain>
+    where
+        M: Deref<Target = GuestMemory>,
+    {
+        let mut slices = gather(memory, chain, Permissions::Read)?;
+        let mut bytes = [0; HEADER_SIZE];
+        let mut filled = 0;
+        for slice in split_front(&mut slices, HEADER_SIZE).ok_or(BadChain::NoHeader)? {
+            filled += slice.copy_to(&mut bytes[filled..]);
+        }
+        let header = Header::decode(&bytes);
+        let data = match header.len as usize {
+            0 => Some(Vec::new()),
+            len if len <= MAX_DATA => split_front(&mut slices, len),
+            _ => None,
+        };
+        Ok(Self { header, data })
+    }
+}
+
+/// A buffer of the driver, to be filled with a packet.
+pub(super) struct RxBuffer<'m> {
+    header: Vec<VolatileSlice<'m>>,
+    data: Vec<VolatileSlice<'m>>,
+}
+
+impl<'m> RxBuffer<'m> {
+    /// Finds the places for header and data in `chain`.
+    ///
+    /// # Errors
+    /// No packet fits in there.
+    pub(super) fn parse<M>(
+        memory: &'m GuestMemory,
+        chain: DescriptorChain<M>,
+    ) -> Result<Self, BadChain>
+    where
+        M: Deref<Target = GuestMemory>,
+    {
+        let mut data = gather(memory, chain, Permissions::Write)?;
+        let header = split_front(&mut data, HEADER_SIZE).ok_or(BadChain::NoHeader)?;
+        if data.is_empty() {
+            return Err(BadChain::NoRoom);
+        }
+        Ok(Self { header, data })
+    }
+
+    /// Where data goes, in order.
+    pub(super) fn data(&self) -> &[VolatileSlice<'m>] {
+        &self.data
+    }
+
+    /// Writes the header.
+    pub(super) fn write_header(&self, header: &Header) {
+        let bytes = header.encode();
+        let mut written = 0;
+        for slice in &self.header {
+            slice.copy_from(&bytes[written..written + slice.len()]);
+            written += slice.len();
+        }
+    }
+}
+
+/// The pieces of guest memory that a chain consists of, up to the size of the largest packet.
+fn gather<'m, M>(
+    memory: &'m GuestMemory,
+    chain: DescriptorChain<M>,
+    access: Permissions,
+) -> Result<Vec<VolatileSlice<'m>>, BadChain>
+where
+    M: Deref<Target = GuestMemory>,
+{
+    let mut slices = Vec::with_capacity(2);
+    let mut room = HEADER_SIZE + MAX_DATA;
+    for (count, descriptor) in chain.enumerate() {
+        if count == MAX_SLICES {
+            return Err(BadChain::Pieces);
+        }
+        if descriptor.is_write_only() != (access == Permissions::Write) {
+            return Err(BadChain::Direction);
+        }
+        let len = room.min(descriptor.len() as usize);
+        if len == 0 {
+            continue;
+        }
+        let pieces = memory
+            .get_slices(descriptor.addr(), len, access)
+            .map_err(|_| BadChain::Memory)?;
+        for piece in pieces {
+            slices.push(piece.map_err(|_| BadChain::Memory)?);
+        }
+        room -= len;
+        if room == 0 {
+            break;
+        }
+    }
+    Ok(slices)
+}
+
+/// Takes the first `len` bytes off `slices`; `None`, and nothing taken, if there are fewer.
+fn split_front<'m>(
+    slices: &mut Vec<VolatileSlice<'m>>,
+    len: usize,
+) -> Option<Vec<VolatileSlice<'m>>> {
+    let mut missing = len;
+    for (index, slice) in slices.iter().enumerate() {
+        if missing > slice.len() {
+            missing -= slice.len();
+            continue;
+        }
+        let (head, tail) = slice.split_at(missing).ok()?;
+        let rest = slices.split_off(index + 1);
+        let mut front = std::mem::take(slices);
+        front[index] = head;
+        if !tail.is_empty() {
+            slices.push(tail);
+        }
+        slices.extend(rest);
+        return Some(front);
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use virtio_queue::desc::{RawDescriptor, split::Descriptor};
+    use virtio_queue::mock::MockSplitQueue;
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+
+    const WRITE: u16 = 2;
+
+    fn memory() -> GuestMemory {
+        GuestMemory::from_ranges(&[
+            (GuestAddress(0), 0x10_0000),
+            (GuestAddress(0x10_0000), 0x10_0000),
+        ])
+        .unwrap()
+    }
+
+    /// Address, length and flags of a descriptor.
+    type Buffer = (u64, u32, u16);
+
+    fn with_chain<R>(
+        memory: &GuestMemory,
+        buffers: &[Buffer],
+        test: impl FnOnce(DescriptorChain<&GuestMemory>) -> R,
+    ) -> R {
+        let queue = MockSplitQueue::new(memory, 256);
+        let descriptors: Vec<_> = buffers
+            .iter()
+            .map(|&(addr, len, flags)| RawDescriptor::from(Descriptor::new(addr, len, flags, 0)))
+            .collect();
+        test(queue.build_desc_chain(&descriptors).unwrap())
+    }
+
+    fn header(len: u32) -> Header {
+        Header {
+            src_cid: 0x0102_0304_0506_0708,
+            dst_cid: 2,
+            src_port: 0x1112_1314,
+            dst_port: 0x2122_2324,
+            len,
+            kind: TYPE_STREAM,
+            op: Op::Data as u16,
+            flags: 3,
+            buf_alloc: 0x3132_3334,
+            fwd_cnt: 0x4142_4344,
+        }
+    }
+
+    #[test]
+    fn header_has_the_layout_of_the_specification() {
+        let bytes = header(5).encode();
+        assert_eq!(bytes[0], 8);
+        assert_eq!(bytes[8], 2);
+        assert_eq!(bytes[16], 0x14);
+        assert_eq!(bytes[20], 0x24);
+        assert_eq!(bytes[24], 5);
+        assert_eq!(bytes[28..32], [1, 0, 5, 0]);
+        assert_eq!(bytes[32], 3);
+        assert_eq!(bytes[36], 0x34);
+        assert_eq!(bytes[40], 0x44);
+        assert_eq!(Header::decode(&bytes), header(5));
+    }
+
+    #[test]
+    fn header_and_data_may_be_cut_anywhere() {
+        let memory = memory();
+        let mut packet = header(1000).encode().to_vec();
+        packet.extend((0..1000).map(|i| i as u8));
+        // The last cut lies where two memory regions meet.
+        let start = 0x10_0000 - 500;
+        memory.write_slice(&packet, GuestAddress(start)).unwrap();
+        let layouts: [&[u32]; 4] = [&[1044], &[44, 1000], &[10, 0, 34, 500, 500], &[43, 1001]];
+        for layout in layouts {
+            let mut at = start;
+            let buffers: Vec<_> = layout
+                .iter()
+                .map(|&len| {
+                    let buffer = (at, len, 0);
+                    at += u64::from(len);
+                    buffer
+                })
+                .collect();
+            with_chain(&memory, &buffers, |chain| {
+                let packet_read = TxPacket::parse(&memory, chain).unwrap();
+                assert_eq!(packet_read.header, header(1000));
+                let mut data = Vec::new();
+                for slice in packet_read.data.unwrap() {
+                    let mut bytes = vec![0; slice.len()];
+                    slice.copy_to(&mut bytes);
+                    data.extend(bytes);
+                }
+                assert_eq!(data, packet[HEADER_SIZE..]);
+            });
+        }
+    }
+
+    #[test]
+    fn data_beyond_the_chain_or_the_limit_is_not_found() {
+        let memory = memory();
+        for (claimed, there) in [
+            (1001, 1000),
+            (MAX_DATA as u32 + 1, 0x2_0000),
+            (u32::MAX, 10),
+        ] {
+            memory
+                .write_slice(&header(claimed).encode(), GuestAddress(0x1_0000))
+                .unwrap();
+            with_chain(&memory, &[(0x1_0000, 44 + there, 0)], |chain| {
+                assert!(TxPacket::parse(&memory, chain).unwrap().data.is_none());
+            });
+        }
+    }
+
+    #[test]
+    fn chains_without_a_packet_are_told_apart() {
+        let memory = memory();
+        let many = vec![(0x1_0000, 1, 0); 200];
+        let cases: [(&[Buffer], BadChain); 5] = [
+            (&[(0x1_0000, 43, 0)], BadChain::NoHeader),
+            (&[(0x1_0000, 44, WRITE)], BadChain::Direction),
+            (
+                &[(0x1_0000, 44, 0), (0x2_0000, 4, WRITE)],
+                BadChain::Direction,
+            ),
+            (&[(0x1f_fff0, 44, 0)], BadChain::Memory),
+            (&many, BadChain::Pieces),
+        ];
+        for (buffers, expected) in cases {
+            with_chain(&memory, buffers, |chain| {
+                assert_eq!(TxPacket::parse(&memory, chain).err(), Some(expected));
+            });
+        }
+        with_chain(&memory, &[(0x1_0000, 44, WRITE)], |chain| {
+            assert_eq!(
+                RxBuffer::parse(&memory, chain).err(),
+                Some(BadChain::NoRoom)
+            );
+        });
+    }
+
+    #[test]
+    fn receive_buffer_takes_header_and_data() {
+        let memory = memory();
+        let buffers = [
+            (0x1_0000, 20, WRITE),
+            (0x2_0000, 30, WRITE),
+            (0x3_0000, 100, WRITE),
+        ];
+        with_chain(&memory, &buffers, |chain| {
+            let buffer = RxBuffer::parse(&memory, chain).unwrap();
+            buffer.write_header(&header(7));
+            let room: usize = buffer.data().iter().map(VolatileSlice::len).sum();
+            assert_eq!(room, 106);
+        });
+        let mut bytes = [0; HEADER_SIZE];
+        memory
+            .read_slice(&mut bytes[..20], GuestAddress(0x1_0000))
+            .unwrap();
+        memory
+            .read_slice(&mut bytes[20..], GuestAddress(0x2_0000))
+            .unwrap();
+        assert_eq!(Header::decode(&bytes), header(7));
+    }
+
+    proptest! {
+        /// Whatever a chain looks like, a packet found in it lies within its descriptors.
+        #[test]
+        fn no_chain_yields_more_than_it_holds(
+            buffers in prop::collection::vec((any::<u64>(), any::<u32>(), 0u16..4), 1..40),
+            near in any::<bool>(),
+            claimed in any::<u32>(),
+        ) {
+            let memory = memory();
+            let buffers: Vec<_> = buffers
+                .into_iter()
+                .map(|(addr, len, flags)| {
+                    if near {
+                        (0x1_0000 + addr % 0x1f_0000, len % 0x3_0000, flags & WRITE)
+                    } else {
+                        (addr, len, flags & WRITE)
+                    }
+                })
+                .collect();
+            let _ = memory.write_slice(&header(claimed).encode(), GuestAddress(buffers[0].0));
+            let total: u64 = buffers.iter().map(|&(_, len, _)| u64::from(len)).sum();
+            with_chain(&memory, &buffers, |chain| {
+                if let Ok(packet) = TxPacket::parse(&memory, chain.clone())
+                    && let Some(data) = packet.data
+                {
+                    let found: usize = data.iter().map(VolatileSlice::len).sum();
+                    assert_eq!(found, packet.header.len as usize);
+                    assert!(found <= MAX_DATA && (found + HEADER_SIZE) as u64 <= total);
+                }
+                if let Ok(buffer) = RxBuffer::parse(&memory, chain) {
+                    buffer.write_header(&header(claimed));
+                    let room: usize = buffer.data().iter().map(VolatileSlice::len).sum();
+                    assert!(room <= MAX_DATA && (room + HEADER_SIZE) as u64 <= total);
+                }
+            });
+        }
+    }
+}
