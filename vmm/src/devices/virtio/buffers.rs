@@ -5,8 +5,8 @@
 
 use std::collections::VecDeque;
 
-use vm_memory::bitmap::Bitmap;
-use vm_memory::{GuestMemory as _, GuestMemoryError, Permissions, VolatileSlice};
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryError, Permissions, VolatileSlice};
 
 use super::queue::Chain;
 use crate::memory::GuestMemory;
@@ -31,6 +31,9 @@ pub enum ChainError {
     /// A device-readable descriptor follows a device-writable one (virtio 1.2, 2.7.4.2).
     #[error("a device-readable descriptor follows a device-writable one")]
     Order,
+    /// A device-readable descriptor where the device only writes.
+    #[error("a descriptor is device-readable where the device only writes")]
+    Direction,
     /// A descriptor points outside of guest memory.
     #[error("a descriptor points outside of guest memory")]
     Memory(#[source] GuestMemoryError),
@@ -56,32 +59,45 @@ impl<'m> ChainBuffers<'m> {
         limit: usize,
     ) -> Result<Self, ChainError> {
         let mut buffers = Self::default();
-        let mut complete = false;
-        for (index, descriptor) in chain.enumerate() {
-            if index == limit {
-                return Err(ChainError::TooLong { limit });
-            }
-            // The iterator also ends, without a word, where it cannot follow a link.
-            complete = !descriptor.has_next();
+        walk(chain, limit, |descriptor| {
             let (target, access) = if descriptor.is_write_only() {
                 (&mut buffers.writable, Permissions::Write)
-            } else if buffers.writable.slices.is_empty() {
-                (&mut buffers.readable, Permissions::Read)
             } else {
-                return Err(ChainError::Order);
+                (&mut buffers.readable, Permissions::Read)
             };
-            let slices = memory
-                .get_slices(descriptor.addr(), descriptor.len() as usize, access)
-                .map_err(ChainError::Memory)?;
-            for slice in slices {
-                target.push(slice.map_err(ChainError::Memory)?);
-            }
+            target.append(memory, descriptor.addr(), descriptor.len() as usize, access)
+        })?;
+        Ok(buffers)
+    }
+}
+
+/// Hands the descriptors of `chain` to `each`, `limit` of them at most.
+///
+/// # Errors
+/// The chain is malformed, or `each` found something wrong.
+pub fn walk(
+    chain: Chain,
+    limit: usize,
+    mut each: impl FnMut(Descriptor) -> Result<(), ChainError>,
+) -> Result<(), ChainError> {
+    let mut complete = false;
+    let mut writable = false;
+    for (index, descriptor) in chain.enumerate() {
+        if index == limit {
+            return Err(ChainError::TooLong { limit });
         }
-        if complete {
-            Ok(buffers)
-        } else {
-            Err(ChainError::Broken)
+        if writable && !descriptor.is_write_only() {
+            return Err(ChainError::Order);
         }
+        writable = descriptor.is_write_only();
+        // The iterator also ends, without a word, where it cannot follow a link.
+        complete = !descriptor.has_next();
+        each(descriptor)?;
+    }
+    if complete {
+        Ok(())
+    } else {
+        Err(ChainError::Broken)
     }
 }
 
@@ -93,6 +109,26 @@ pub struct Buffers<'m> {
 }
 
 impl<'m> Buffers<'m> {
+    /// Appends the `len` bytes at `addr`.
+    ///
+    /// # Errors
+    /// They do not lie in guest memory.
+    pub fn append(
+        &mut self,
+        memory: &'m GuestMemory,
+        addr: GuestAddress,
+        len: usize,
+        access: Permissions,
+    ) -> Result<(), ChainError> {
+        let slices = memory
+            .get_slices(addr, len, access)
+            .map_err(ChainError::Memory)?;
+        for slice in slices {
+            self.push(slice.map_err(ChainError::Memory)?);
+        }
+        Ok(())
+    }
+
     fn push(&mut self, slice: GuestSlice<'m>) {
         self.len += slice.len();
         self.slices.push_back(slice);
@@ -172,15 +208,5 @@ impl<'m> Buffers<'m> {
             copied += count;
         }
         copied
-    }
-
-    /// Notes that the first `count` bytes were written by other means than this type.
-    pub fn mark_dirty(&self, count: usize) {
-        let mut rest = count;
-        for slice in &self.slices {
-            let here = rest.min(slice.len());
-            slice.bitmap().mark_dirty(0, here);
-            rest -= here;
-        }
     }
 }

@@ -14,6 +14,7 @@ pub mod buffers;
 pub mod config_space;
 pub mod interrupt;
 pub mod mmio;
+pub mod net;
 pub mod queue;
 pub mod rng;
 #[cfg(test)]

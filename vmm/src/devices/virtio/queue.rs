@@ -113,22 +113,38 @@ impl ActiveQueue {
         self.announce()
     }
 
-    /// Starts to take chains. A queue that the driver did not enable has none.
+    /// Starts to take chains within the bounds of a visit.
     ///
     /// # Errors
     /// The rings are malformed.
     pub fn visit(&mut self) -> Result<Visit<'_>, DeviceError> {
-        // Whatever is left over is seen by this visit. The eventfd is not blocking, and the only
-        // other failure is that it was not set.
-        let _ = self.unfinished.read();
-        self.disable_notification()?;
+        self.begin()?;
         Ok(Visit {
             queue: self,
             turns: 0,
         })
     }
 
-    /// Takes the next available chain, whatever the rules of a visit.
+    /// Starts to take chains in the device's own order: it says itself when it goes on with
+    /// leftover chains ([`resume_later`](Self::resume_later)), waits for new ones
+    /// ([`enable_notification`](Self::enable_notification)) and tells the driver
+    /// ([`announce`](Self::announce)).
+    ///
+    /// # Errors
+    /// The rings are malformed.
+    pub fn begin(&mut self) -> Result<(), DeviceError> {
+        // Whatever was left over is seen now. The eventfd does not block, and the only other
+        // failure is that it was not set.
+        let _ = self.unfinished.read();
+        self.disable_notification()
+    }
+
+    /// The number of descriptors that the driver chose.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
+    /// Takes the next available chain. A queue that the driver did not enable has none.
     ///
     /// # Errors
     /// The driver claims more available chains than the queue has room for.

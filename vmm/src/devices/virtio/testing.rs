@@ -7,7 +7,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Activation, Interrupt, VirtioDevice};
+use super::{Activation, Interrupt, Source, VirtioDevice};
 use crate::memory::GuestMemory;
 
 /// The guest has three regions of 1 MiB: two that touch and, after a hole, a third.
@@ -212,6 +212,17 @@ impl Driver {
             .unwrap();
         bytes
     }
+}
+
+/// Whether the event loop would call the device about this source.
+pub fn is_ready(source: &Source) -> bool {
+    let mut poll = libc::pollfd {
+        fd: source.fd,
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    // SAFETY: `poll` is one valid entry, and the call does not wait.
+    unsafe { libc::poll(&mut poll, 1, 0) == 1 }
 }
 
 fn descriptor(piece: Piece, last: bool, next: u16) -> Descriptor {
