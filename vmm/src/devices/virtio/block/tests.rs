@@ -24,6 +24,8 @@ const OK: u8 = VIRTIO_BLK_S_OK as u8;
 const IOERR: u8 = VIRTIO_BLK_S_IOERR as u8;
 const UNSUPP: u8 = VIRTIO_BLK_S_UNSUPP as u8;
 
+mod images;
+
 /// A machine with one disk.
 struct Machine {
     driver: Driver,
@@ -381,51 +383,6 @@ fn a_host_failure_is_an_error_status() {
 }
 
 #[test]
-fn an_overlay_keeps_its_writes_and_leaves_its_base_alone() {
-    let dir = TempDir::new().unwrap();
-    let base = raw_image(&dir, 200);
-    let before = std::fs::read(&base).unwrap();
-    // The backing file is named relative to the overlay. The disk is larger than its base.
-    let size = 1 << 30;
-    let path = overlay(&dir, "top.qcow2", size, Some(("base.raw", "raw")));
-    let mut machine = Machine::new(&qcow2(&path));
-    let mut capacity = [0; 8];
-    machine.block.read_config(0, &mut capacity);
-    assert_eq!(u64::from_le_bytes(capacity), size / 512);
-
-    assert_eq!(machine.sectors(100, 512), [100; 512]);
-    assert_eq!(machine.write(100, &[0xaa; 512]), (OK, 1));
-    assert_eq!(machine.write(size / 512 - 1, &[0xbb; 512]), (OK, 1));
-    assert_eq!(machine.flush(), (OK, 1));
-    drop(machine);
-
-    let mut machine = Machine::new(&qcow2(&path));
-    assert_eq!(machine.sectors(99, 512), [99; 512]);
-    assert_eq!(machine.sectors(100, 512), [0xaa; 512]);
-    assert_eq!(machine.sectors(101, 512), [101; 512]);
-    assert_eq!(machine.sectors(300, 512), [0; 512]);
-    assert_eq!(machine.sectors(size / 512 - 1, 512), [0xbb; 512]);
-    assert_eq!(std::fs::read(&base).unwrap(), before);
-    // Only what was written takes up space.
-    assert!(std::fs::metadata(&path).unwrap().len() < 1 << 20);
-}
-
-#[test]
-fn what_was_flushed_survives_the_death_of_the_process() {
-    let dir = TempDir::new().unwrap();
-    raw_image(&dir, 200);
-    let path = overlay(&dir, "top.qcow2", 1 << 20, Some(("base.raw", "raw")));
-    let mut machine = Machine::new(&qcow2(&path));
-    assert_eq!(machine.write(100, &[0xaa; 512]), (OK, 1));
-    assert_eq!(machine.flush(), (OK, 1));
-    // A copy of the files as they are while the first machine still runs.
-    let copy = dir.path().join("copy.qcow2");
-    std::fs::copy(&path, &copy).unwrap();
-    let mut survivor = Machine::new(&qcow2(&copy));
-    assert_eq!(survivor.sectors(100, 512), [0xaa; 512]);
-}
-
-#[test]
 fn without_flush_every_write_is_durable() {
     let dir = TempDir::new().unwrap();
     let path = overlay(&dir, "top.qcow2", 1 << 20, None);
@@ -437,100 +394,6 @@ fn without_flush_every_write_is_durable() {
     std::fs::copy(&path, &copy).unwrap();
     let mut survivor = Machine::new(&qcow2(&copy));
     assert_eq!(survivor.sectors(100, 512), [0xaa; 512]);
-}
-
-fn refusal(config: &DiskConfig) -> ImageError {
-    match Block::new(config) {
-        Ok(_) => panic!("the image was accepted"),
-        Err(BlockError::Image { source, .. }) => source,
-    }
-}
-
-#[test]
-fn a_backing_file_is_opened_only_if_that_is_allowed() {
-    let dir = TempDir::new().unwrap();
-    raw_image(&dir, 8);
-    let path = overlay(&dir, "top.qcow2", 4096, Some(("base.raw", "raw")));
-    let denied = DiskConfig {
-        backing_files: false,
-        ..qcow2(&path)
-    };
-    assert!(matches!(refusal(&denied), ImageError::BackingDenied { .. }));
-}
-
-#[test]
-fn the_format_of_an_image_is_never_guessed() {
-    let dir = TempDir::new().unwrap();
-    let base = overlay(&dir, "base.qcow2", 4096, None);
-    // As a raw image it is just bytes.
-    let mut machine = Machine::new(&config(&base));
-    assert_eq!(&machine.sectors(0, 512)[..4], b"QFI\xfb");
-    drop(machine);
-
-    let other = overlay(&dir, "other", 4096, Some(("base.qcow2", "vmdk")));
-    assert!(matches!(
-        refusal(&qcow2(&other)),
-        ImageError::BackingFormat { .. }
-    ));
-
-    let raw = raw_image(&dir, 8);
-    assert!(matches!(
-        refusal(&qcow2(&raw)),
-        ImageError::Format {
-            format: "qcow2",
-            ..
-        }
-    ));
-}
-
-#[test]
-fn an_image_that_is_its_own_backing_file_is_refused() {
-    let dir = TempDir::new().unwrap();
-    let path = overlay(&dir, "loop", 4096, Some(("loop", "qcow2")));
-    let readonly = DiskConfig {
-        readonly: true,
-        ..qcow2(&path)
-    };
-    assert!(matches!(refusal(&readonly), ImageError::Layers { .. }));
-    assert!(matches!(refusal(&qcow2(&path)), ImageError::Locked { .. }));
-}
-
-#[test]
-fn an_image_has_one_writer_or_many_readers() {
-    let dir = TempDir::new().unwrap();
-    let base = raw_image(&dir, 8);
-    let one = overlay(&dir, "one", 4096, Some(("base.raw", "raw")));
-    let two = overlay(&dir, "two", 4096, Some(("base.raw", "raw")));
-    let first = Machine::new(&qcow2(&one));
-    let second = Machine::new(&qcow2(&two));
-    for written_or_built_on in [&qcow2(&one), &config(&base)] {
-        assert!(matches!(
-            refusal(written_or_built_on),
-            ImageError::Locked { .. }
-        ));
-    }
-    drop((first, second));
-    Machine::new(&config(&base));
-}
-
-#[test]
-fn directories_pipes_and_missing_files_are_refused() {
-    let dir = TempDir::new().unwrap();
-    let readonly = |path: &Path| DiskConfig {
-        readonly: true,
-        ..config(path)
-    };
-    assert!(matches!(
-        refusal(&readonly(dir.path())),
-        ImageError::Kind { .. }
-    ));
-    assert!(matches!(
-        refusal(&readonly(Path::new("/dev/null"))),
-        ImageError::Kind { .. }
-    ));
-    let missing = refusal(&config(&dir.path().join("missing")));
-    assert!(matches!(missing, ImageError::Open { .. }));
-    assert!(missing.to_string().contains("missing"));
 }
 
 fn piece() -> impl Strategy<Value = Piece> {
