@@ -16,7 +16,9 @@ use std::path::{Path, PathBuf};
 use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType};
-use vm_memory::{ReadVolatile, VolatileMemoryError, VolatileSlice, WriteVolatile};
+use vm_memory::{ReadVolatile, VolatileMemoryError, WriteVolatile};
+
+use crate::devices::virtio::buffers::Buffers;
 
 /// Host programs that may wait to be accepted, e.g. while the guest boots.
 const BACKLOG: i32 = 128;
@@ -277,15 +279,15 @@ impl HostStream {
         (&self.socket).write_all(format!("OK {port}\n").as_bytes())
     }
 
-    /// Reads up to `limit` bytes into `slices`. `Some(0)` is the end of the stream, `None`
+    /// Reads up to `limit` bytes into `buffers`. `Some(0)` is the end of the stream, `None`
     /// nothing for now.
     pub(super) fn read(
         &mut self,
-        slices: &[VolatileSlice<'_>],
+        buffers: &Buffers<'_>,
         limit: usize,
     ) -> io::Result<Option<usize>> {
         let mut total = 0;
-        for slice in slices {
+        for slice in buffers.slices() {
             let len = slice.len().min(limit - total);
             if len == 0 {
                 break;
@@ -309,11 +311,11 @@ impl HostStream {
         Ok(Some(total))
     }
 
-    /// Writes the data in `slices`, and keeps what the host program does not take now. Returns
+    /// Writes the data in `buffers`, and keeps what the host program does not take now. Returns
     /// the number of bytes it took.
-    pub(super) fn write(&mut self, slices: &[VolatileSlice<'_>]) -> io::Result<usize> {
+    pub(super) fn write(&mut self, buffers: &Buffers<'_>) -> io::Result<usize> {
         let mut total = 0;
-        for slice in slices {
+        for slice in buffers.slices() {
             let mut written = 0;
             while self.unread.is_empty() && written < slice.len() {
                 let rest = slice.offset(written).map_err(io::Error::other)?;

@@ -18,7 +18,6 @@ use rustix::time::{
 };
 use tracing::debug;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::connection::Connection;
 use super::host::{Greeting, HostStream, Listener, read_greeting};
@@ -59,8 +58,7 @@ const MAX_EVENTS: usize = 64;
 // What the events of the epoll descriptor belong to; everything from `FIRST_ID` on is a peer.
 const LISTENER: u64 = 0;
 const TIMER: u64 = 1;
-const WAKE: u64 = 2;
-const FIRST_ID: u64 = 3;
+const FIRST_ID: u64 = 2;
 
 /// A host program, by what it has to do with the guest.
 enum Peer {
@@ -79,7 +77,6 @@ pub(super) struct Muxer {
     listener: Listener,
     epoll: Epoll,
     timer: OwnedFd,
-    wake: EventFd,
     /// Serving a guest. Host programs that come earlier wait in the backlog.
     active: bool,
     /// The listener hangs on the epoll descriptor.
@@ -113,17 +110,14 @@ impl Muxer {
             TimerfdClockId::Monotonic,
             TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC,
         )?;
-        let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        for (fd, id) in [(timer.as_raw_fd(), TIMER), (wake.as_raw_fd(), WAKE)] {
-            epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, id))?;
-        }
+        let event = EpollEvent::new(EventSet::IN, TIMER);
+        epoll.ctl(ControlOperation::Add, timer.as_raw_fd(), event)?;
         Ok(Self {
             cid,
             patience,
             listener,
             epoll,
             timer,
-            wake,
             active: false,
             accepting: false,
             accept_pause: None,
@@ -163,12 +157,6 @@ impl Muxer {
         self.settle()
     }
 
-    /// Makes the epoll descriptor readable, so that the event loop comes back after the others
-    /// had their turn.
-    pub(super) fn wake(&self) -> io::Result<()> {
-        self.wake.write(1)
-    }
-
     /// Handles what happened on the host side.
     ///
     /// # Errors
@@ -187,9 +175,6 @@ impl Muxer {
                     let _ = rustix::io::read(&self.timer, &mut [0; 8]);
                     self.armed = None;
                     self.expire(Instant::now());
-                }
-                WAKE => {
-                    let _ = self.wake.read();
                 }
                 id => self.process_peer(id, event.event_set()),
             }

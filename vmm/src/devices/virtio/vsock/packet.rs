@@ -4,11 +4,8 @@
 //! affair (2.7.4.1): Linux puts both into one descriptor, or the header into one and a list of
 //! pages into others.
 
-use std::ops::Deref;
-
-use virtio_queue::DescriptorChain;
-use vm_memory::{GuestMemory as _, Permissions, VolatileSlice};
-
+use crate::devices::virtio::buffers::{Buffers, ChainBuffers, ChainError};
+use crate::devices::virtio::queue::Chain;
 use crate::memory::GuestMemory;
 
 /// Size of `struct virtio_vsock_hdr`.
@@ -18,9 +15,8 @@ pub(super) const HEADER_SIZE: usize = 44;
 /// specification sets no limit, and a packet must be handled in one step.
 pub(super) const MAX_DATA: usize = 64 << 10;
 
-/// The most pieces of guest memory that one packet is gathered from: a full packet cut into
-/// 4 KiB pages needs 18.
-const MAX_SLICES: usize = 128;
+/// The most descriptors of one packet: a full packet cut into 4 KiB pages needs 18.
+const MAX_DESCRIPTORS: usize = 128;
 
 /// `VIRTIO_VSOCK_TYPE_STREAM`.
 pub(super) const TYPE_STREAM: u16 = 1;
@@ -136,18 +132,14 @@ fn take<const N: usize>(rest: &mut &[u8]) -> [u8; N] {
 }
 
 /// Why a chain holds no packet, or has no room for one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub(super) enum BadChain {
-    #[error("the buffer is too short for a packet header")]
+    #[error(transparent)]
+    Malformed(#[from] ChainError),
+    #[error("the chain is too short for a packet header")]
     NoHeader,
-    #[error("the buffer has no room for data")]
+    #[error("the chain has no room for data")]
     NoRoom,
-    #[error("a buffer that the device reads is marked writable, or the other way round")]
-    Direction,
-    #[error("the buffer lies outside of the guest's memory")]
-    Memory,
-    #[error("the buffer is cut into more than {MAX_SLICES} pieces")]
-    Pieces,
 }
 
 /// A packet that the driver sent.
@@ -156,7 +148,7 @@ pub(super) struct TxPacket<'m> {
     pub(super) header: Header,
     /// The data, `header.len` bytes; `None` if the chain is shorter than that or the packet
     /// longer than [`MAX_DATA`].
-    pub(super) data: Option<Vec<VolatileSlice<'m>>>,
+    pub(super) data: Option<Buffers<'m>>,
 }
 
 impl<'m> TxPacket<'m> {
@@ -164,33 +156,21 @@ impl<'m> TxPacket<'m> {
     ///
     /// # Errors
     /// There is no header to answer to.
-    pub(super) fn parse<M>(
-        memory: &'m GuestMemory,
-        chain: DescriptorChain<M>,
-    ) -> Result<Self, BadChain>
-    where
-        M: Deref<Target = GuestMemory>,
-    {
-        let mut slices = gather(memory, chain, Permissions::Read)?;
-        let mut bytes = [0; HEADER_SIZE];
-        let mut filled = 0;
-        for slice in split_front(&mut slices, HEADER_SIZE).ok_or(BadChain::NoHeader)? {
-            filled += slice.copy_to(&mut bytes[filled..]);
-        }
-        let header = Header::decode(&bytes);
-        let data = match header.len as usize {
-            0 => Some(Vec::new()),
-            len if len <= MAX_DATA => split_front(&mut slices, len),
-            _ => None,
-        };
+    pub(super) fn parse(memory: &'m GuestMemory, chain: Chain) -> Result<Self, BadChain> {
+        let mut buffers = ChainBuffers::collect(memory, chain, MAX_DESCRIPTORS)?.readable;
+        let header = Header::decode(&buffers.read_front().ok_or(BadChain::NoHeader)?);
+        let len = header.len as usize;
+        let data = (len <= MAX_DATA)
+            .then(|| buffers.split_front(len))
+            .flatten();
         Ok(Self { header, data })
     }
 }
 
 /// A buffer of the driver, to be filled with a packet.
 pub(super) struct RxBuffer<'m> {
-    header: Vec<VolatileSlice<'m>>,
-    data: Vec<VolatileSlice<'m>>,
+    header: Buffers<'m>,
+    data: Buffers<'m>,
 }
 
 impl<'m> RxBuffer<'m> {
@@ -198,102 +178,34 @@ impl<'m> RxBuffer<'m> {
     ///
     /// # Errors
     /// No packet fits in there.
-    pub(super) fn parse<M>(
-        memory: &'m GuestMemory,
-        chain: DescriptorChain<M>,
-    ) -> Result<Self, BadChain>
-    where
-        M: Deref<Target = GuestMemory>,
-    {
-        let mut data = gather(memory, chain, Permissions::Write)?;
-        let header = split_front(&mut data, HEADER_SIZE).ok_or(BadChain::NoHeader)?;
+    pub(super) fn parse(memory: &'m GuestMemory, chain: Chain) -> Result<Self, BadChain> {
+        let mut data = ChainBuffers::collect(memory, chain, MAX_DESCRIPTORS)?.writable;
+        let header = data.split_front(HEADER_SIZE).ok_or(BadChain::NoHeader)?;
         if data.is_empty() {
             return Err(BadChain::NoRoom);
         }
         Ok(Self { header, data })
     }
 
-    /// Where data goes, in order.
-    pub(super) fn data(&self) -> &[VolatileSlice<'m>] {
+    /// Where data goes.
+    pub(super) fn data(&self) -> &Buffers<'m> {
         &self.data
     }
 
     /// Writes the header.
     pub(super) fn write_header(&self, header: &Header) {
-        let bytes = header.encode();
-        let mut written = 0;
-        for slice in &self.header {
-            slice.copy_from(&bytes[written..written + slice.len()]);
-            written += slice.len();
-        }
+        self.header.copy_from(&header.encode());
     }
-}
-
-/// The pieces of guest memory that a chain consists of, up to the size of the largest packet.
-fn gather<'m, M>(
-    memory: &'m GuestMemory,
-    chain: DescriptorChain<M>,
-    access: Permissions,
-) -> Result<Vec<VolatileSlice<'m>>, BadChain>
-where
-    M: Deref<Target = GuestMemory>,
-{
-    let mut slices = Vec::with_capacity(2);
-    let mut room = HEADER_SIZE + MAX_DATA;
-    for (count, descriptor) in chain.enumerate() {
-        if count == MAX_SLICES {
-            return Err(BadChain::Pieces);
-        }
-        if descriptor.is_write_only() != (access == Permissions::Write) {
-            return Err(BadChain::Direction);
-        }
-        let len = room.min(descriptor.len() as usize);
-        if len == 0 {
-            continue;
-        }
-        let pieces = memory
-            .get_slices(descriptor.addr(), len, access)
-            .map_err(|_| BadChain::Memory)?;
-        for piece in pieces {
-            slices.push(piece.map_err(|_| BadChain::Memory)?);
-        }
-        room -= len;
-        if room == 0 {
-            break;
-        }
-    }
-    Ok(slices)
-}
-
-/// Takes the first `len` bytes off `slices`; `None`, and nothing taken, if there are fewer.
-fn split_front<'m>(
-    slices: &mut Vec<VolatileSlice<'m>>,
-    len: usize,
-) -> Option<Vec<VolatileSlice<'m>>> {
-    let mut missing = len;
-    for (index, slice) in slices.iter().enumerate() {
-        if missing > slice.len() {
-            missing -= slice.len();
-            continue;
-        }
-        let (head, tail) = slice.split_at(missing).ok()?;
-        let rest = slices.split_off(index + 1);
-        let mut front = std::mem::take(slices);
-        front[index] = head;
-        if !tail.is_empty() {
-            slices.push(tail);
-        }
-        slices.extend(rest);
-        return Some(front);
-    }
-    None
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use proptest::prelude::*;
     use virtio_queue::desc::{RawDescriptor, split::Descriptor};
     use virtio_queue::mock::MockSplitQueue;
+    use virtio_queue::{Queue, QueueOwnedT};
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
@@ -311,17 +223,19 @@ mod tests {
     /// Address, length and flags of a descriptor.
     type Buffer = (u64, u32, u16);
 
-    fn with_chain<R>(
-        memory: &GuestMemory,
-        buffers: &[Buffer],
-        test: impl FnOnce(DescriptorChain<&GuestMemory>) -> R,
-    ) -> R {
-        let queue = MockSplitQueue::new(memory, 256);
+    fn chain(memory: &GuestMemory, buffers: &[Buffer]) -> Chain {
+        let rings = MockSplitQueue::new(memory, 256);
         let descriptors: Vec<_> = buffers
             .iter()
             .map(|&(addr, len, flags)| RawDescriptor::from(Descriptor::new(addr, len, flags, 0)))
             .collect();
-        test(queue.build_desc_chain(&descriptors).unwrap())
+        rings.build_desc_chain(&descriptors).unwrap();
+        let mut queue: Queue = rings.create_queue().unwrap();
+        queue
+            .iter(Arc::new(memory.clone()))
+            .unwrap()
+            .next()
+            .unwrap()
     }
 
     fn header(len: u32) -> Header {
@@ -373,17 +287,11 @@ mod tests {
                     buffer
                 })
                 .collect();
-            with_chain(&memory, &buffers, |chain| {
-                let packet_read = TxPacket::parse(&memory, chain).unwrap();
-                assert_eq!(packet_read.header, header(1000));
-                let mut data = Vec::new();
-                for slice in packet_read.data.unwrap() {
-                    let mut bytes = vec![0; slice.len()];
-                    slice.copy_to(&mut bytes);
-                    data.extend(bytes);
-                }
-                assert_eq!(data, packet[HEADER_SIZE..]);
-            });
+            let found = TxPacket::parse(&memory, chain(&memory, &buffers)).unwrap();
+            assert_eq!(found.header, header(1000));
+            let mut data = [0; 1000];
+            assert_eq!(found.data.unwrap().copy_to(&mut data), 1000);
+            assert_eq!(data, packet[HEADER_SIZE..]);
         }
     }
 
@@ -398,37 +306,33 @@ mod tests {
             memory
                 .write_slice(&header(claimed).encode(), GuestAddress(0x1_0000))
                 .unwrap();
-            with_chain(&memory, &[(0x1_0000, 44 + there, 0)], |chain| {
-                assert!(TxPacket::parse(&memory, chain).unwrap().data.is_none());
-            });
+            let chain = chain(&memory, &[(0x1_0000, 44 + there, 0)]);
+            assert!(TxPacket::parse(&memory, chain).unwrap().data.is_none());
         }
     }
 
     #[test]
-    fn chains_without_a_packet_are_told_apart() {
+    fn chains_without_a_packet_are_refused() {
         let memory = memory();
         let many = vec![(0x1_0000, 1, 0); 200];
-        let cases: [(&[Buffer], BadChain); 5] = [
-            (&[(0x1_0000, 43, 0)], BadChain::NoHeader),
-            (&[(0x1_0000, 44, WRITE)], BadChain::Direction),
-            (
-                &[(0x1_0000, 44, 0), (0x2_0000, 4, WRITE)],
-                BadChain::Direction,
-            ),
-            (&[(0x1f_fff0, 44, 0)], BadChain::Memory),
-            (&many, BadChain::Pieces),
+        let no_packets: [&[Buffer]; 5] = [
+            &[(0x1_0000, 43, 0)],
+            &[(0x1_0000, 44, WRITE)],
+            &[(0x1_0000, 40, 0), (0x2_0000, 4, WRITE)],
+            &[(0x1f_fff0, 44, 0)],
+            &many,
         ];
-        for (buffers, expected) in cases {
-            with_chain(&memory, buffers, |chain| {
-                assert_eq!(TxPacket::parse(&memory, chain).err(), Some(expected));
-            });
+        for buffers in no_packets {
+            assert!(TxPacket::parse(&memory, chain(&memory, buffers)).is_err());
         }
-        with_chain(&memory, &[(0x1_0000, 44, WRITE)], |chain| {
-            assert_eq!(
-                RxBuffer::parse(&memory, chain).err(),
-                Some(BadChain::NoRoom)
-            );
-        });
+        let no_room: [&[Buffer]; 3] = [
+            &[(0x1_0000, 44, WRITE)],
+            &[(0x1_0000, 43, WRITE)],
+            &[(0x1_0000, 44, 0), (0x2_0000, 43, WRITE)],
+        ];
+        for buffers in no_room {
+            assert!(RxBuffer::parse(&memory, chain(&memory, buffers)).is_err());
+        }
     }
 
     #[test]
@@ -439,12 +343,9 @@ mod tests {
             (0x2_0000, 30, WRITE),
             (0x3_0000, 100, WRITE),
         ];
-        with_chain(&memory, &buffers, |chain| {
-            let buffer = RxBuffer::parse(&memory, chain).unwrap();
-            buffer.write_header(&header(7));
-            let room: usize = buffer.data().iter().map(VolatileSlice::len).sum();
-            assert_eq!(room, 106);
-        });
+        let buffer = RxBuffer::parse(&memory, chain(&memory, &buffers)).unwrap();
+        buffer.write_header(&header(7));
+        assert_eq!(buffer.data().len(), 106);
         let mut bytes = [0; HEADER_SIZE];
         memory
             .read_slice(&mut bytes[..20], GuestAddress(0x1_0000))
@@ -476,20 +377,18 @@ mod tests {
                 .collect();
             let _ = memory.write_slice(&header(claimed).encode(), GuestAddress(buffers[0].0));
             let total: u64 = buffers.iter().map(|&(_, len, _)| u64::from(len)).sum();
-            with_chain(&memory, &buffers, |chain| {
-                if let Ok(packet) = TxPacket::parse(&memory, chain.clone())
-                    && let Some(data) = packet.data
-                {
-                    let found: usize = data.iter().map(VolatileSlice::len).sum();
-                    assert_eq!(found, packet.header.len as usize);
-                    assert!(found <= MAX_DATA && (found + HEADER_SIZE) as u64 <= total);
-                }
-                if let Ok(buffer) = RxBuffer::parse(&memory, chain) {
-                    buffer.write_header(&header(claimed));
-                    let room: usize = buffer.data().iter().map(VolatileSlice::len).sum();
-                    assert!(room <= MAX_DATA && (room + HEADER_SIZE) as u64 <= total);
-                }
-            });
+            let chain = chain(&memory, &buffers);
+            if let Ok(packet) = TxPacket::parse(&memory, chain.clone())
+                && let Some(data) = packet.data
+            {
+                prop_assert_eq!(data.len(), packet.header.len as usize);
+                prop_assert!(data.len() <= MAX_DATA);
+                prop_assert!((data.len() + HEADER_SIZE) as u64 <= total);
+            }
+            if let Ok(buffer) = RxBuffer::parse(&memory, chain) {
+                buffer.write_header(&header(claimed));
+                prop_assert!((buffer.data().len() + HEADER_SIZE) as u64 <= total);
+            }
         }
     }
 }

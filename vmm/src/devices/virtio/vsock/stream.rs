@@ -65,9 +65,10 @@ impl Stream {
                 }
             }
             Effect::Data => {
-                let slices = packet.data.as_deref().unwrap_or_default();
-                let written = self.host.write(slices);
-                self.account(written);
+                if let Some(data) = &packet.data {
+                    let written = self.host.write(data);
+                    self.account(written);
+                }
             }
             Effect::HalfClosed => {
                 self.end_writing();

@@ -1,6 +1,7 @@
 //! A guest: the driver's side of the queues, and just enough of a socket layer.
 
 use std::collections::VecDeque;
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -252,24 +253,40 @@ impl Guest {
         self.handle_interrupt();
     }
 
+    /// The tokens of the sources that are ready.
+    fn ready_sources(&self, timeout: Duration) -> Vec<u32> {
+        let sources = self.device.sources();
+        let fds: Vec<_> = sources
+            .iter()
+            // SAFETY: the device owns the descriptors and outlives these borrows.
+            .map(|source| unsafe { BorrowedFd::borrow_raw(source.fd) })
+            .collect();
+        let mut polled: Vec<_> = fds
+            .iter()
+            .map(|fd| PollFd::new(fd, PollFlags::IN))
+            .collect();
+        poll(&mut polled, Some(&Timespec::try_from(timeout).unwrap())).unwrap();
+        sources
+            .iter()
+            .zip(&polled)
+            .filter(|(_, polled)| !polled.revents().is_empty())
+            .map(|(source, _)| source.token)
+            .collect()
+    }
+
     /// Whether the device wants to be called.
-    pub fn source_ready(&self, timeout: Duration) -> bool {
-        let fd = self.device.sources()[0].fd;
-        // SAFETY: the device owns the descriptor and outlives this borrow.
-        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
-        let timeout = Timespec::try_from(timeout).unwrap();
-        let mut fds = [PollFd::new(&fd, PollFlags::IN)];
-        poll(&mut fds, Some(&timeout)).unwrap() > 0
+    pub fn wants_turn(&self) -> bool {
+        !self.ready_sources(Duration::ZERO).is_empty()
     }
 
     /// One turn of the event loop and of the interrupt handler.
     pub fn turn(&mut self, timeout: Duration) -> bool {
-        let ready = self.source_ready(timeout);
-        if ready {
-            self.device.process_source(0, EventSet::IN).unwrap();
+        let ready = self.ready_sources(timeout);
+        for token in &ready {
+            self.device.process_source(*token, EventSet::IN).unwrap();
         }
         self.handle_interrupt();
-        ready
+        !ready.is_empty()
     }
 
     /// Turns until the device has nothing to do.
