@@ -163,9 +163,10 @@ start_job() {
     feeder=$!
 }
 
-# relay STREAM NUMBER MARK: passes an output stream of the job on. If its reader here goes away,
-# the job's end of it is closed too.
+# relay STREAM NUMBER MARK: passes an output stream of the job on, whatever signals the process
+# group gets. If its reader here goes away, the job's end of it is closed too.
 relay() {
+    trap '' INT TERM HUP
     "$here/lib/kvm-host-relay" "$3" <"$work/$1" 7>&- || printf 'closed %s\n' "$2" >&7
 }
 
