@@ -1,0 +1,341 @@
+//! HTTP: connections, operations, errors. The protocol is told in the crate `agent_protocol`.
+
+use std::{
+    cell::Cell, convert::Infallible, ffi::OsStr, io, os::unix::ffi::OsStrExt, path::PathBuf,
+    rc::Rc, time::Duration,
+};
+
+use agent_protocol as protocol;
+use agent_protocol::{
+    EXEC_UPGRADE, ErrorBody, ErrorCode, ErrorDetail, ExecRequest, FileQuery, FileQueryError,
+    Health, MAX_JSON_BODY, ShutdownRequest,
+};
+use bytes::{Bytes, BytesMut};
+use http_body_util::{BodyExt, Limited};
+use hyper::{
+    Method, Request, Response, StatusCode,
+    body::Incoming,
+    header::{CONNECTION, CONTENT_TYPE, HeaderName, HeaderValue, UPGRADE},
+    server::conn::http1,
+    service::service_fn,
+    upgrade::OnUpgrade,
+};
+use hyper_util::rt::TokioIo;
+use serde::{Serialize, de::DeserializeOwned};
+use tokio::net::UnixStream;
+
+use crate::{
+    body::Body,
+    exec::{self, Cgroups, Running},
+    files::{self, FileError, Listing, Reading, write::Writing},
+    log::{chain, warning},
+    reaper::Reaper,
+    shutdown, system,
+};
+
+/// The largest buffer of a connection, in bytes; also the largest chunk of an upload.
+const CONNECTION_BUFFER: usize = 64 * 1024;
+/// What a JSON body and the lines of a listing are.
+const JSON: HeaderValue = HeaderValue::from_static("application/json");
+const JSON_LINES: HeaderValue = HeaderValue::from_static("application/x-ndjson");
+const BYTES: HeaderValue = HeaderValue::from_static("application/octet-stream");
+
+/// What the operations work with.
+#[derive(Debug)]
+pub struct Agent {
+    /// Waits for all processes.
+    pub reaper: Rc<Reaper>,
+    /// Makes cgroups, where the guest has them.
+    pub cgroups: Option<Rc<Cgroups>>,
+    /// Whether this is the guest's init process.
+    pub init: bool,
+    /// How many execs run.
+    pub execs: Cell<usize>,
+}
+
+/// A request that was not carried out.
+#[derive(Debug, thiserror::Error)]
+enum RequestError {
+    #[error("there is no operation {0}")]
+    UnknownOperation(String),
+    #[error("{0} does not have this method")]
+    Method(&'static str),
+    #[error("the query is not usable")]
+    Query(#[from] FileQueryError),
+    #[error("the body is larger than {MAX_JSON_BODY} bytes")]
+    BodyTooLarge,
+    #[error("the body did not arrive completely")]
+    Body(#[source] Box<dyn std::error::Error + Send + Sync>),
+    #[error("the body is not the JSON that this operation takes")]
+    Json(#[source] serde_json::Error),
+    #[error("exec needs the headers Connection: Upgrade and Upgrade: {EXEC_UPGRADE}")]
+    NoUpgrade,
+    #[error("the program was not started")]
+    Exec(#[from] exec::ExecError),
+    #[error("the file operation failed")]
+    File(#[from] FileError),
+    #[error("the agent is not the init process of a guest, and cannot shut one down")]
+    NotInit,
+    #[error("a thread of the agent failed")]
+    Thread(#[from] tokio::task::JoinError),
+    #[error("the answer cannot be written as JSON")]
+    Answer(#[source] serde_json::Error),
+}
+
+impl RequestError {
+    fn detail(&self) -> ErrorDetail {
+        let code = match self {
+            Self::UnknownOperation(_) => ErrorCode::UnknownOperation,
+            Self::Method(_) => ErrorCode::MethodNotAllowed,
+            Self::Query(FileQueryError::PathTooLong(_)) => ErrorCode::BadPath,
+            Self::Query(_) | Self::Body(_) | Self::Json(_) | Self::NoUpgrade => {
+                ErrorCode::BadRequest
+            }
+            Self::BodyTooLarge => ErrorCode::BodyTooLarge,
+            Self::NotInit => ErrorCode::NotInit,
+            Self::Thread(_) | Self::Answer(_) => ErrorCode::Internal,
+            // The outer message adds nothing to what these say.
+            Self::Exec(error) => return ErrorDetail::new(error.code(), chain(error)),
+            Self::File(error) => return ErrorDetail::new(error.code(), chain(error)),
+        };
+        ErrorDetail::new(code, chain(self))
+    }
+}
+
+type Answer = Result<Response<Body>, RequestError>;
+
+impl Agent {
+    /// Carries out the one request of a connection.
+    pub async fn serve(self: Rc<Self>, connection: UnixStream) {
+        let service = service_fn(|request| {
+            let agent = self.clone();
+            async move { Ok::<_, Infallible>(agent.answer(request).await) }
+        });
+        // An error is a host that went away or does not speak HTTP. It has had its answer, or
+        // there is nobody left to tell.
+        let _ = http1::Builder::new()
+            .keep_alive(false)
+            .auto_date_header(false)
+            .max_buf_size(CONNECTION_BUFFER)
+            .serve_connection(TokioIo::new(connection), service)
+            .with_upgrades()
+            .await;
+    }
+
+    async fn answer(self: Rc<Self>, request: Request<Incoming>) -> Response<Body> {
+        match self.dispatch(request).await {
+            Ok(response) => response,
+            Err(error) => refusal(error.detail()),
+        }
+    }
+
+    async fn dispatch(self: Rc<Self>, request: Request<Incoming>) -> Answer {
+        let path = request.uri().path().to_owned();
+        let method = request.method().clone();
+        match (path.as_str(), method) {
+            (protocol::PATH_HEALTH, Method::GET) => self.health(),
+            (protocol::PATH_EXEC, Method::POST) => self.exec(request).await,
+            (protocol::PATH_FILES, Method::PUT) => put(request).await,
+            (protocol::PATH_FILES, Method::GET) => get(&query(&request)?).await,
+            (protocol::PATH_STAT, Method::GET) => stat(&query(&request)?).await,
+            (protocol::PATH_DIR, Method::GET) => list(&query(&request)?).await,
+            (protocol::PATH_SHUTDOWN, Method::POST) => self.shutdown(request).await,
+            (protocol::PATH_HEALTH, _) => Err(RequestError::Method(protocol::PATH_HEALTH)),
+            (protocol::PATH_EXEC, _) => Err(RequestError::Method(protocol::PATH_EXEC)),
+            (protocol::PATH_FILES, _) => Err(RequestError::Method(protocol::PATH_FILES)),
+            (protocol::PATH_STAT, _) => Err(RequestError::Method(protocol::PATH_STAT)),
+            (protocol::PATH_DIR, _) => Err(RequestError::Method(protocol::PATH_DIR)),
+            (protocol::PATH_SHUTDOWN, _) => Err(RequestError::Method(protocol::PATH_SHUTDOWN)),
+            _ => Err(RequestError::UnknownOperation(path)),
+        }
+    }
+
+    fn health(&self) -> Answer {
+        json(
+            StatusCode::OK,
+            &Health {
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                kernel: system::kernel_release(),
+                uptime_us: system::boottime_us(),
+                init: self.init,
+                execs: self.execs.get(),
+            },
+        )
+    }
+
+    async fn exec(self: Rc<Self>, mut request: Request<Incoming>) -> Answer {
+        let asked = request.headers().get(UPGRADE).map(HeaderValue::as_bytes);
+        if asked.is_none_or(|name| !name.eq_ignore_ascii_case(EXEC_UPGRADE.as_bytes())) {
+            return Err(RequestError::NoUpgrade);
+        }
+        let upgrade = hyper::upgrade::on(&mut request);
+        let order: ExecRequest = read_json(request.into_body()).await?;
+        let running = exec::start(order, &self.reaper, self.cgroups.as_ref()).await?;
+        tokio::task::spawn_local(self.carry(upgrade, running));
+        let mut response = Response::new(Body::full(Bytes::new()));
+        *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+        let headers = response.headers_mut();
+        headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+        headers.insert(UPGRADE, HeaderValue::from_static(EXEC_UPGRADE));
+        Ok(response)
+    }
+
+    /// Takes the connection from HTTP. If the host is gone by then, dropping `running` kills
+    /// the program.
+    async fn carry(self: Rc<Self>, upgrade: OnUpgrade, running: Running) {
+        self.execs.set(self.execs.get() + 1);
+        if let Ok(upgraded) = upgrade.await {
+            match upgraded.downcast::<TokioIo<UnixStream>>() {
+                Ok(parts) => {
+                    let early = BytesMut::from(parts.read_buf);
+                    exec::run(parts.io.into_inner(), early, running).await;
+                }
+                Err(_) => warning!("an exec's connection is of an unknown type"),
+            }
+        }
+        self.execs.set(self.execs.get() - 1);
+    }
+
+    async fn shutdown(self: Rc<Self>, request: Request<Incoming>) -> Answer {
+        let order: ShutdownRequest = read_json(request.into_body()).await?;
+        if !self.init {
+            return Err(RequestError::NotInit);
+        }
+        tokio::task::spawn_local(async move {
+            let grace = Duration::from_millis(order.grace_ms);
+            shutdown::run(order.action, grace, &self.reaper).await;
+        });
+        let mut response = Response::new(Body::full(Bytes::new()));
+        *response.status_mut() = StatusCode::ACCEPTED;
+        Ok(response)
+    }
+}
+
+/// The answer to something that is refused.
+fn refusal(error: ErrorDetail) -> Response<Body> {
+    let status =
+        StatusCode::from_u16(error.code.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    json(status, &ErrorBody { error }).unwrap_or_else(|_| {
+        let mut response = Response::new(Body::full(Bytes::new()));
+        *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
+        response
+    })
+}
+
+fn json(status: StatusCode, value: &impl Serialize) -> Answer {
+    let bytes = serde_json::to_vec(value).map_err(RequestError::Answer)?;
+    Ok(respond(status, JSON, Body::full(bytes)))
+}
+
+fn respond(status: StatusCode, content_type: HeaderValue, body: Body) -> Response<Body> {
+    let mut response = Response::new(body);
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, content_type);
+    response
+}
+
+async fn read_json<T: DeserializeOwned>(body: Incoming) -> Result<T, RequestError> {
+    let bytes = match Limited::new(body, MAX_JSON_BODY).collect().await {
+        Ok(collected) => collected.to_bytes(),
+        Err(e) if e.is::<http_body_util::LengthLimitError>() => {
+            return Err(RequestError::BodyTooLarge);
+        }
+        Err(e) => return Err(RequestError::Body(e)),
+    };
+    serde_json::from_slice(&bytes).map_err(RequestError::Json)
+}
+
+fn query(request: &Request<Incoming>) -> Result<FileQuery, RequestError> {
+    Ok(FileQuery::parse(request.uri().query().unwrap_or(""))?)
+}
+
+fn path(query: &FileQuery) -> PathBuf {
+    PathBuf::from(OsStr::from_bytes(&query.path))
+}
+
+/// Runs a file operation on a thread for blocking work.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, FileError> + Send + 'static,
+) -> Result<T, RequestError> {
+    Ok(tokio::task::spawn_blocking(work).await??)
+}
+
+async fn put(request: Request<Incoming>) -> Answer {
+    let query = query(&request)?;
+    let mut body = request.into_body();
+    let mut writing = blocking(move || Writing::begin(&query)).await?;
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|e| RequestError::Body(e.into()))?;
+        if let Ok(bytes) = frame.into_data() {
+            writing = blocking(move || {
+                writing.write(&bytes)?;
+                Ok(writing)
+            })
+            .await?;
+        }
+    }
+    let status = if writing.creates {
+        StatusCode::CREATED
+    } else {
+        StatusCode::OK
+    };
+    json(status, &blocking(move || writing.finish()).await?)
+}
+
+async fn get(query: &FileQuery) -> Answer {
+    let path = path(query);
+    let mut reading = blocking(move || Reading::open(&path)).await?;
+    let headers = file_headers(&reading);
+    let body = Body::stream(reading.len(), move || reading.next_chunk());
+    let mut response = respond(StatusCode::OK, BYTES, body);
+    for (name, value) in headers {
+        if let Ok(value) = HeaderValue::from_str(&value) {
+            response
+                .headers_mut()
+                .insert(HeaderName::from_static(name), value);
+        }
+    }
+    Ok(response)
+}
+
+fn file_headers(reading: &Reading) -> [(&'static str, String); 5] {
+    use std::os::unix::fs::MetadataExt;
+    let metadata = &reading.metadata;
+    [
+        (
+            protocol::HEADER_MODE,
+            format!("{:04o}", metadata.mode() & 0o7777),
+        ),
+        (protocol::HEADER_UID, metadata.uid().to_string()),
+        (protocol::HEADER_GID, metadata.gid().to_string()),
+        (protocol::HEADER_SIZE, metadata.len().to_string()),
+        (
+            protocol::HEADER_MTIME_US,
+            files::mtime_us(metadata).to_string(),
+        ),
+    ]
+}
+
+async fn stat(query: &FileQuery) -> Answer {
+    let path = path(query);
+    json(StatusCode::OK, &blocking(move || files::stat(&path)).await?)
+}
+
+async fn list(query: &FileQuery) -> Answer {
+    let path = path(query);
+    let mut listing = blocking(move || Listing::open(&path)).await?;
+    let body = Body::stream(None, move || listing.next_lines());
+    Ok(respond(StatusCode::OK, JSON_LINES, body))
+}
+
+/// Waits a moment where accepting fails for want of resources, which come back as operations
+/// end; anything else that accept reports belongs to the one connection.
+pub async fn after_failed_accept(error: &io::Error) {
+    if matches!(
+        error.raw_os_error(),
+        Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS)
+    ) {
+        warning!("cannot accept a connection: {error}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}

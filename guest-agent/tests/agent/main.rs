@@ -1,0 +1,11 @@
+//! The agent on a UNIX socket, as a host sees it.
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "the helpers of tests end the test"
+)]
+
+mod common;
+mod exec;
+mod files;
