@@ -22,6 +22,10 @@ use crate::devices::legacy::i8042::KeyboardController;
 use crate::devices::legacy::power::PowerRegisters;
 use crate::devices::legacy::pvpanic::PanicPort;
 use crate::devices::legacy::serial::{BoundedLog, LOG_LIMIT, Output, SerialInput, SerialPort};
+use crate::devices::virtio::block::{Block, BlockError};
+use crate::devices::virtio::net::{Net, NetError};
+use crate::devices::virtio::rng::{Rng, RngError};
+use crate::devices::virtio::vsock::{Vsock, VsockError};
 use crate::devices::virtio::worker::{self, Parts, SplitError};
 use crate::devices::virtio::{Interrupt, VirtioDevice};
 use crate::devices::vmgenid::{self, GenerationIdError};
@@ -61,6 +65,30 @@ pub enum BuildError {
     /// No random bits.
     #[error("cannot give the machine its generation ID")]
     GenerationId(#[from] GenerationIdError),
+    /// A disk.
+    #[error("disk {path}", path = path.display())]
+    Block {
+        /// The image.
+        path: std::path::PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: BlockError,
+    },
+    /// A network card.
+    #[error("network card on {tap}")]
+    Net {
+        /// The tap.
+        tap: String,
+        /// What is wrong with it.
+        #[source]
+        source: NetError,
+    },
+    /// The entropy source.
+    #[error("entropy source")]
+    Rng(#[from] RngError),
+    /// The socket device.
+    #[error("socket device")]
+    Vsock(#[from] VsockError),
     /// The serial port's file.
     #[error("cannot write the serial port's output to {path}", path = path.display())]
     SerialFile {
@@ -227,8 +255,24 @@ impl DeviceBuilder<'_> {
 
     /// Disks come first, then cards, since the guest names them in the order of their slots.
     fn add_all_virtio(&mut self, config: &VmConfig) -> Result<(), BuildError> {
-        let _ = (config, name(&None, "", 0));
-        Ok(())
+        for (index, disk) in config.disks.iter().enumerate() {
+            let block = Block::new(disk).map_err(|source| BuildError::Block {
+                path: disk.path.clone(),
+                source,
+            })?;
+            self.add_virtio(name(&disk.id, "disk", index), block)?;
+        }
+        for (index, card) in config.net.iter().enumerate() {
+            let net = Net::new(card).map_err(|source| BuildError::Net {
+                tap: card.tap.clone(),
+                source,
+            })?;
+            self.add_virtio(name(&card.id, "net", index), net)?;
+        }
+        if let Some(vsock) = &config.vsock {
+            self.add_virtio("vsock".to_owned(), Vsock::new(vsock)?)?;
+        }
+        self.add_virtio("rng".to_owned(), Rng::new(&config.rng)?)
     }
 
     fn add_virtio(

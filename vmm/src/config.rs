@@ -385,7 +385,7 @@ impl VmConfig {
             return Err(ConfigError::VcpuHotplug { boot, max });
         }
         let size = self.memory.size;
-        if !(MIN_MEMORY..=MAX_MEMORY).contains(&size) || size % (1 << 20) != 0 {
+        if !(MIN_MEMORY..=MAX_MEMORY).contains(&size) || !size.is_multiple_of(1 << 20) {
             return Err(ConfigError::Memory { size });
         }
         readable("kernel", &self.payload.kernel)?;

@@ -209,7 +209,7 @@ impl VcpuHandle {
     fn kick(&self) {
         if let Some(thread) = self.thread.as_ref().filter(|thread| !thread.is_finished()) {
             // Fails only if the thread ends just now.
-            let _ = thread.kill(kick_signal() - SIGRTMIN());
+            let _ = thread.kill(kick_signal());
         }
     }
 }
