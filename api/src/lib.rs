@@ -1,1 +1,28 @@
-//! Placeholder.
+//! sandboxd: the daemon that owns sandboxes and serves the REST APIs.
+//!
+//! Dependencies point inwards: [`dialects`] and [`http`] know [`domain`]; [`hypervisor`],
+//! [`agent`], [`images`] and [`store`] do its work behind its two traits,
+//! [`Host`](domain::Host) and [`SandboxStore`](domain::SandboxStore); [`daemon`] puts them
+//! together as [`config`] says.
+
+pub mod agent;
+pub mod config;
+pub mod daemon;
+pub mod dialects;
+pub mod domain;
+pub mod http;
+pub mod hypervisor;
+pub mod images;
+pub mod store;
+
+/// An error and its sources, as one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        source = error.source();
+    }
+    text
+}

@@ -1,2 +1,69 @@
-//! Placeholder.
-fn main() {}
+//! sandboxd: the daemon that owns sandboxes and serves the REST APIs.
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use api::config::{Config, Flags, LogFormat};
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+/// Runs each untrusted program in a virtual machine of its own, and serves REST APIs for it.
+#[derive(Parser)]
+#[command(name = "sandboxd", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve until SIGTERM or SIGINT.
+    ///
+    /// Each setting comes from its flag, else from its environment variable, else from the
+    /// settings file, else from its default. api/sandboxd.example.toml is a settings file with all
+    /// of them. Sandboxes end with the daemon.
+    Serve(Box<Flags>),
+    /// Print the description of the API, OpenAPI 3.1 in YAML.
+    Openapi,
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Serve(flags) => serve(*flags),
+        Command::Openapi => openapi(),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(text) => {
+            // With standard error closed there is nobody left to tell.
+            let _ = writeln!(io::stderr(), "sandboxd: {text}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(flags: Flags) -> Result<(), String> {
+    let config = Config::load(flags).map_err(|error| api::chain(&error))?;
+    let filter = EnvFilter::try_new(&config.log.filter).map_err(|error| api::chain(&error))?;
+    let logs = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr);
+    match config.log.format {
+        LogFormat::Text => logs.init(),
+        LogFormat::Json => logs.json().init(),
+    }
+    let runtime = tokio::runtime::Runtime::new().map_err(|error| api::chain(&error))?;
+    let result = runtime
+        .block_on(api::daemon::serve(config))
+        .map_err(|error| api::chain(&error));
+    // What is still in flight was given its time.
+    runtime.shutdown_background();
+    result
+}
+
+fn openapi() -> Result<(), String> {
+    let text = api::http::yaml().map_err(|error| api::chain(&error))?;
+    io::stdout()
+        .write_all(text.as_bytes())
+        .map_err(|error| api::chain(&error))
+}

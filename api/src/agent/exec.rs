@@ -1,0 +1,164 @@
+//! Running commands.
+
+use std::io;
+use std::time::Duration;
+
+use agent_protocol::{AgentFrame, EXEC_UPGRADE, PATH_EXEC};
+use bytes::{Bytes, BytesMut};
+use futures_util::stream::{self, BoxStream, StreamExt};
+use http_body_util::{BodyExt, Full};
+use hyper::header::{CONNECTION, CONTENT_TYPE, HOST, UPGRADE};
+use hyper::upgrade::Upgraded;
+use hyper::{Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use tokio::io::AsyncReadExt;
+use tokio::time::Instant;
+
+use super::{AgentClient, failure, host_error, unreachable};
+use crate::domain::{ExecEvent, ExecRequest, ExitInfo, HostError};
+
+/// How much longer than the command's timeout the host waits for its end: the agent keeps the
+/// timeout itself, so this runs out only for an agent that does not.
+const GRACE: Duration = Duration::from_secs(15);
+
+type Events = BoxStream<'static, Result<ExecEvent, HostError>>;
+
+impl AgentClient {
+    /// Runs a command; see [`Host::exec`](crate::domain::Host::exec). A program that does not
+    /// exist or cannot be executed is told as a shell would: exit status 127 or 126, and the
+    /// reason on standard error.
+    ///
+    /// # Errors
+    /// The command was not started.
+    pub async fn exec(&self, request: ExecRequest) -> Result<Events, HostError> {
+        let timeout = Duration::from_secs(request.timeout_sec.into());
+        let deadline = Instant::now() + timeout + GRACE;
+        let response = tokio::time::timeout_at(deadline, self.start(&request, timeout))
+            .await
+            .map_err(|_| late(timeout))??;
+        if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+            let detail = failure(response).await;
+            let Some(code) = detail.code.shell_status() else {
+                return Err(host_error(detail, ""));
+            };
+            let message = Bytes::from(format!("{}\n", detail.message));
+            let exit = ExitInfo {
+                code,
+                timed_out: false,
+            };
+            return Ok(
+                stream::iter([Ok(ExecEvent::Stderr(message)), Ok(ExecEvent::Exited(exit))]).boxed(),
+            );
+        }
+        let upgraded = hyper::upgrade::on(response)
+            .await
+            .map_err(|error| unreachable("no stream of frames", &error))?;
+        let frames = Frames {
+            io: TokioIo::new(upgraded),
+            buffer: BytesMut::new(),
+        };
+        Ok(events(frames, deadline, timeout))
+    }
+
+    async fn start(
+        &self,
+        request: &ExecRequest,
+        timeout: Duration,
+    ) -> Result<Response<hyper::body::Incoming>, HostError> {
+        let body = agent_protocol::ExecRequest {
+            argv: request.argv.clone(),
+            timeout_ms: Some(u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)),
+            ..Default::default()
+        };
+        let body = serde_json::to_vec(&body).map_err(|error| HostError::Internal {
+            reason: error.to_string(),
+        })?;
+        if body.len() > agent_protocol::MAX_JSON_BODY {
+            return Err(HostError::Invalid {
+                reason: format!(
+                    "cmd and args have {} bytes; at most {} fit into a command",
+                    body.len(),
+                    agent_protocol::MAX_JSON_BODY
+                ),
+            });
+        }
+        let request = Request::post(PATH_EXEC)
+            .header(HOST, "agent")
+            .header(CONNECTION, "Upgrade")
+            .header(UPGRADE, EXEC_UPGRADE)
+            .header(CONTENT_TYPE, "application/json")
+            .body(Full::from(body).map_err(io::Error::other).boxed_unsync())
+            .map_err(|error| HostError::Internal {
+                reason: error.to_string(),
+            })?;
+        let mut sender = self.connect().await?;
+        sender
+            .send_request(request)
+            .await
+            .map_err(|error| unreachable("it did not answer to a command", &error))
+    }
+}
+
+fn late(timeout: Duration) -> HostError {
+    HostError::AgentUnreachable {
+        reason: format!(
+            "the command's timeout of {} s is long over, and its end was not told",
+            timeout.as_secs()
+        ),
+    }
+}
+
+/// The frames of one command.
+struct Frames {
+    io: TokioIo<Upgraded>,
+    /// Holds one frame at most: the protocol bounds its length before it arrives.
+    buffer: BytesMut,
+}
+
+impl Frames {
+    async fn next(&mut self) -> Result<AgentFrame, HostError> {
+        loop {
+            match AgentFrame::decode(&mut self.buffer) {
+                Ok(Some(frame)) => return Ok(frame),
+                Ok(None) => {}
+                Err(error) => return Err(unreachable("it broke the protocol", &error)),
+            }
+            match self.io.read_buf(&mut self.buffer).await {
+                Ok(0) => {
+                    return Err(HostError::AgentUnreachable {
+                        reason: "the connection ended while the command was running".to_owned(),
+                    });
+                }
+                Ok(_) => {}
+                Err(error) => return Err(unreachable("the connection broke off", &error)),
+            }
+        }
+    }
+}
+
+fn events(frames: Frames, deadline: Instant, timeout: Duration) -> Events {
+    stream::try_unfold(Some(frames), move |frames| async move {
+        let Some(mut frames) = frames else {
+            return Ok(None);
+        };
+        loop {
+            let frame = tokio::time::timeout_at(deadline, frames.next())
+                .await
+                .map_err(|_| late(timeout))??;
+            return Ok(Some(match frame {
+                AgentFrame::Started(_) => continue,
+                AgentFrame::Stdout(bytes) => (ExecEvent::Stdout(bytes), Some(frames)),
+                AgentFrame::Stderr(bytes) => (ExecEvent::Stderr(bytes), Some(frames)),
+                AgentFrame::Exit(exit) => {
+                    let exit = ExitInfo {
+                        code: exit.code,
+                        timed_out: exit.timed_out,
+                    };
+                    (ExecEvent::Exited(exit), None)
+                }
+                AgentFrame::Error(detail) => return Err(host_error(detail, "")),
+            }));
+        }
+    })
+    .boxed()
+}

@@ -1,0 +1,454 @@
+//! Settings: built-in defaults, then a file, then the environment, then flags.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+use serde::{Deserialize, Serialize};
+
+use crate::chain;
+
+/// The file that is read when none is named, if it is there.
+const DEFAULT_FILE: &str = "/etc/microvm-sandbox/sandboxd.toml";
+
+/// All settings.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Addresses to serve on, loopback only.
+    pub listen: Vec<SocketAddr>,
+    /// Database, disks and spool files.
+    pub data_dir: PathBuf,
+    /// Sockets and console logs; best on a tmpfs.
+    pub runtime_dir: PathBuf,
+    /// The VMM's binary; `vmm` beside the daemon's own if not given.
+    pub vmm: Option<PathBuf>,
+    /// Seconds from a VMM's start to its agent's first words.
+    pub boot_timeout_sec: u64,
+    /// Seconds that requests in flight have at shutdown.
+    pub shutdown_timeout_sec: u64,
+    /// What guests are made from.
+    pub images: ImagesConfig,
+    /// Sizes.
+    pub limits: LimitsConfig,
+    /// Logs.
+    pub log: LogConfig,
+}
+
+/// What guests are made from.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ImagesConfig {
+    /// Directory with `vmlinux`, `initramfs.cpio` and `NAME.ext4` for each template; `../images`
+    /// from the daemon's binary, or `target/images` here, if not given.
+    pub dir: Option<PathBuf>,
+    /// Kernel instead of the directory's.
+    pub kernel: Option<PathBuf>,
+    /// Initramfs instead of the directory's.
+    pub initramfs: Option<PathBuf>,
+    /// Words to add to the kernel's command line.
+    pub cmdline_extra: String,
+    /// Templates beside the directory's: raw ext4 images by name.
+    pub templates: BTreeMap<String, PathBuf>,
+}
+
+/// Sizes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LimitsConfig {
+    /// Largest file to upload, in bytes.
+    pub upload_bytes: u64,
+    /// Most output of one command, in bytes.
+    pub exec_output_bytes: u64,
+    /// Output of one stream of a command that is kept in memory, in bytes; more goes to disk.
+    pub exec_memory_bytes: usize,
+}
+
+/// Logs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LogConfig {
+    /// How lines look.
+    pub format: LogFormat,
+    /// Which lines there are: `error`, `warn`, `info`, `debug`, `trace`, or as in
+    /// `info,api::hypervisor=debug`.
+    pub filter: String,
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            listen: vec![([127, 0, 0, 1], 8000).into(), ([127, 0, 0, 1], 8080).into()],
+            data_dir: "/var/lib/microvm-sandbox".into(),
+            runtime_dir: "/run/microvm-sandbox".into(),
+            vmm: None,
+            boot_timeout_sec: 60,
+            shutdown_timeout_sec: 10,
+            images: ImagesConfig::default(),
+            limits: LimitsConfig::default(),
+            log: LogConfig::default(),
+        }
+    }
+}
+
+impl Default for LimitsConfig {
+    fn default() -> Self {
+        Self {
+            upload_bytes: 100 << 20,
+            exec_output_bytes: 1 << 30,
+            exec_memory_bytes: 256 << 10,
+        }
+    }
+}
+
+impl Default for LogConfig {
+    fn default() -> Self {
+        Self {
+            format: LogFormat::Text,
+            filter: "info".to_owned(),
+        }
+    }
+}
+
+/// Settings on the command line and in the environment. What is not given stays as it is.
+#[derive(Debug, Default, Args)]
+pub struct Flags {
+    /// Settings file (TOML); /etc/microvm-sandbox/sandboxd.toml is read if it is there
+    #[arg(long, env = "SANDBOXD_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Addresses to serve on, loopback only [default: 127.0.0.1:8000,127.0.0.1:8080]
+    #[arg(
+        long,
+        env = "SANDBOXD_LISTEN",
+        value_name = "ADDR:PORT",
+        value_delimiter = ','
+    )]
+    listen: Vec<SocketAddr>,
+    /// Database, disks and spool files [default: /var/lib/microvm-sandbox]
+    #[arg(long, env = "SANDBOXD_DATA_DIR", value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    /// Sockets and console logs, best on a tmpfs [default: /run/microvm-sandbox]
+    #[arg(long, env = "SANDBOXD_RUNTIME_DIR", value_name = "DIR")]
+    runtime_dir: Option<PathBuf>,
+    /// VMM binary [default: `vmm` beside this program]
+    #[arg(long, env = "SANDBOXD_VMM", value_name = "FILE")]
+    vmm: Option<PathBuf>,
+    /// Directory with vmlinux, initramfs.cpio and NAME.ext4 for each template
+    /// [default: ../images from this program's directory, or target/images]
+    #[arg(long, env = "SANDBOXD_IMAGES_DIR", value_name = "DIR")]
+    images_dir: Option<PathBuf>,
+    /// Guest kernel, an ELF vmlinux or a bzImage, instead of the one in the images directory
+    #[arg(long, env = "SANDBOXD_KERNEL", value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// Initramfs with the guest agent, instead of the one in the images directory
+    #[arg(long, env = "SANDBOXD_INITRAMFS", value_name = "FILE")]
+    initramfs: Option<PathBuf>,
+    /// A template, beside those in the images directory: a raw ext4 image; may be repeated
+    #[arg(
+        long = "template",
+        env = "SANDBOXD_TEMPLATES",
+        value_name = "NAME=FILE",
+        value_delimiter = ',',
+        value_parser = parse_template
+    )]
+    templates: Vec<(String, PathBuf)>,
+    /// Words to add to the guest kernel's command line
+    #[arg(long, env = "SANDBOXD_CMDLINE_EXTRA", value_name = "WORDS")]
+    cmdline_extra: Option<String>,
+    /// Seconds from a VMM's start to its agent's first words [default: 60]
+    #[arg(long, env = "SANDBOXD_BOOT_TIMEOUT_SEC", value_name = "SECONDS")]
+    boot_timeout_sec: Option<u64>,
+    /// Seconds that requests in flight have at shutdown [default: 10]
+    #[arg(long, env = "SANDBOXD_SHUTDOWN_TIMEOUT_SEC", value_name = "SECONDS")]
+    shutdown_timeout_sec: Option<u64>,
+    /// Largest file to upload, in bytes [default: 104857600, 100 MiB]
+    #[arg(long, env = "SANDBOXD_UPLOAD_BYTES", value_name = "BYTES")]
+    upload_bytes: Option<u64>,
+    /// Most output of one command, in bytes; one that writes more is killed
+    /// [default: 1073741824, 1 GiB]
+    #[arg(long, env = "SANDBOXD_EXEC_OUTPUT_BYTES", value_name = "BYTES")]
+    exec_output_bytes: Option<u64>,
+    /// Output of one stream of a command that is kept in memory, in bytes; more goes to disk
+    /// [default: 262144, 256 KiB]
+    #[arg(long, env = "SANDBOXD_EXEC_MEMORY_BYTES", value_name = "BYTES")]
+    exec_memory_bytes: Option<usize>,
+    /// How log lines look [default: text]
+    #[arg(long, env = "SANDBOXD_LOG_FORMAT", value_name = "FORMAT")]
+    log_format: Option<LogFormat>,
+    /// Which log lines there are, such as `debug` or `info,api::hypervisor=debug`
+    /// [default: info]
+    #[arg(long, env = "SANDBOXD_LOG", value_name = "FILTER")]
+    log: Option<String>,
+}
+
+fn parse_template(text: &str) -> Result<(String, PathBuf), String> {
+    match text.split_once('=') {
+        Some((name, path)) if !name.is_empty() && !path.is_empty() => {
+            Ok((name.to_owned(), path.into()))
+        }
+        _ => Err("expected a name, `=`, and the path of its image".to_owned()),
+    }
+}
+
+/// Why there are no settings.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("the settings file {path} cannot be read", path = path.display())]
+    Read {
+        /// Where it is.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// The file makes no sense.
+    #[error("the settings file {path} makes no sense", path = path.display())]
+    Parse {
+        /// Where it is.
+        path: PathBuf,
+        /// What is wrong with it, and where.
+        #[source]
+        source: toml::de::Error,
+    },
+    /// A setting makes no sense.
+    #[error("{0}")]
+    Invalid(String),
+}
+
+impl Config {
+    /// The settings that the file, the environment and the flags make.
+    ///
+    /// # Errors
+    /// There is no such file, or a setting makes no sense.
+    pub fn load(flags: Flags) -> Result<Self, ConfigError> {
+        let (path, must_exist) = match &flags.config {
+            Some(path) => (path.clone(), true),
+            None => (PathBuf::from(DEFAULT_FILE), false),
+        };
+        let mut config = match std::fs::read_to_string(&path) {
+            Ok(text) => {
+                toml::from_str(&text).map_err(|source| ConfigError::Parse { path, source })?
+            }
+            Err(error) if !must_exist && error.kind() == io::ErrorKind::NotFound => Self::default(),
+            Err(source) => return Err(ConfigError::Read { path, source }),
+        };
+        config.overlay(flags);
+        config.check()?;
+        Ok(config)
+    }
+
+    fn overlay(&mut self, flags: Flags) {
+        fn set<T>(to: &mut T, from: Option<T>) {
+            if let Some(value) = from {
+                *to = value;
+            }
+        }
+        if !flags.listen.is_empty() {
+            self.listen = flags.listen;
+        }
+        set(&mut self.data_dir, flags.data_dir);
+        set(&mut self.runtime_dir, flags.runtime_dir);
+        set(&mut self.vmm, flags.vmm.map(Some));
+        set(&mut self.images.dir, flags.images_dir.map(Some));
+        set(&mut self.images.kernel, flags.kernel.map(Some));
+        set(&mut self.images.initramfs, flags.initramfs.map(Some));
+        set(&mut self.images.cmdline_extra, flags.cmdline_extra);
+        self.images.templates.extend(flags.templates);
+        set(&mut self.boot_timeout_sec, flags.boot_timeout_sec);
+        set(&mut self.shutdown_timeout_sec, flags.shutdown_timeout_sec);
+        set(&mut self.limits.upload_bytes, flags.upload_bytes);
+        set(&mut self.limits.exec_output_bytes, flags.exec_output_bytes);
+        set(&mut self.limits.exec_memory_bytes, flags.exec_memory_bytes);
+        set(&mut self.log.format, flags.log_format);
+        set(&mut self.log.filter, flags.log);
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        let invalid = |text: String| Err(ConfigError::Invalid(text));
+        if self.listen.is_empty() {
+            return invalid("listen names no address; expected one at least".to_owned());
+        }
+        if let Some(address) = self
+            .listen
+            .iter()
+            .find(|address| !address.ip().is_loopback())
+        {
+            return invalid(format!(
+                "listen names {address}, which others can reach, and this version asks callers for \
+                 no credentials; use a loopback address such as 127.0.0.1:8000, and a reverse proxy \
+                 that asks for them"
+            ));
+        }
+        for (name, seconds) in [
+            ("boot_timeout_sec", self.boot_timeout_sec),
+            ("shutdown_timeout_sec", self.shutdown_timeout_sec),
+        ] {
+            if !(1..=3600).contains(&seconds) {
+                return invalid(format!("{name} must be 1 to 3600, not {seconds}"));
+            }
+        }
+        if self.limits.exec_memory_bytes > 64 << 20 {
+            return invalid("limits.exec_memory_bytes must be 64 MiB at most".to_owned());
+        }
+        if self.images.cmdline_extra.contains(char::is_control) {
+            return invalid("images.cmdline_extra has a control character".to_owned());
+        }
+        if let Err(error) = tracing_subscriber::EnvFilter::try_new(&self.log.filter) {
+            return invalid(format!(
+                "log.filter {:?}: {}",
+                self.log.filter,
+                chain(&error)
+            ));
+        }
+        Ok(())
+    }
+
+    /// The VMM's binary.
+    ///
+    /// # Errors
+    /// This program does not know where it is itself.
+    pub fn vmm_path(&self) -> io::Result<PathBuf> {
+        match &self.vmm {
+            Some(path) => std::path::absolute(path),
+            None => Ok(own_dir()?.join("vmm")),
+        }
+    }
+
+    /// The directory of images.
+    ///
+    /// # Errors
+    /// This program does not know where it is itself.
+    pub fn images_dir(&self) -> io::Result<PathBuf> {
+        if let Some(dir) = &self.images.dir {
+            return std::path::absolute(dir);
+        }
+        let installed = own_dir()?.join("../images");
+        if installed.is_dir() {
+            return installed.canonicalize();
+        }
+        std::path::absolute("target/images")
+    }
+}
+
+fn own_dir() -> io::Result<PathBuf> {
+    let program = std::env::current_exe()?;
+    Ok(program
+        .parent()
+        .map_or_else(|| Path::new("/").to_owned(), Path::to_owned))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        flags: Flags,
+    }
+
+    fn load(arguments: &[&str]) -> Result<Config, ConfigError> {
+        let cli = Cli::try_parse_from([&["sandboxd"], arguments].concat()).unwrap();
+        Config::load(cli.flags)
+    }
+
+    fn file(text: &str) -> (tempfile::TempDir, String) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("sandboxd.toml");
+        std::fs::write(&path, text).unwrap();
+        let argument = format!("--config={}", path.display());
+        (dir, argument)
+    }
+
+    const EXAMPLE: &str = include_str!("../sandboxd.example.toml");
+
+    #[test]
+    fn the_example_is_the_defaults() {
+        assert_eq!(
+            toml::from_str::<Config>(EXAMPLE).unwrap(),
+            Config::default()
+        );
+    }
+
+    #[test]
+    fn the_example_names_every_setting() {
+        let every = Config {
+            vmm: Some("/v".into()),
+            images: ImagesConfig {
+                dir: Some("/i".into()),
+                kernel: Some("/k".into()),
+                initramfs: Some("/r".into()),
+                ..ImagesConfig::default()
+            },
+            ..Config::default()
+        };
+        let written = toml::to_string(&every).unwrap();
+        for key in written
+            .lines()
+            .filter_map(|line| line.split_once(" ="))
+            .map(|(key, _)| key)
+        {
+            let named = |line: &str| {
+                line.trim_start_matches("# ")
+                    .starts_with(&format!("{key} ="))
+            };
+            assert!(EXAMPLE.lines().any(named), "{key} is not in the example");
+        }
+    }
+
+    #[test]
+    fn flags_win_over_the_file_and_the_file_over_the_defaults() {
+        let (_dir, config) = file(
+            "boot_timeout_sec = 7\n[limits]\nupload_bytes = 5\n[images.templates]\na = '/a'\n",
+        );
+        let config = load(&[
+            &config,
+            "--upload-bytes=6",
+            "--template=b=/b,c=/c",
+            "--listen=[::1]:1",
+        ])
+        .unwrap();
+        assert_eq!(config.boot_timeout_sec, 7);
+        assert_eq!(config.limits.upload_bytes, 6);
+        assert_eq!(config.limits.exec_output_bytes, 1 << 30);
+        assert_eq!(config.images.templates.len(), 3);
+        assert_eq!(config.listen, ["[::1]:1".parse().unwrap()]);
+    }
+
+    #[test]
+    fn unknown_settings_are_refused_by_name() {
+        for text in ["lisen = []", "[limits]\nlisen = 1", "[images]\nlisen = 1"] {
+            let (_dir, config) = file(text);
+            let error = chain(&load(&[&config]).unwrap_err());
+            assert!(error.contains("lisen"), "{error}");
+        }
+    }
+
+    #[test]
+    fn settings_that_make_no_sense_are_refused() {
+        for arguments in [
+            ["--listen=0.0.0.0:8000"],
+            ["--boot-timeout-sec=0"],
+            ["--exec-memory-bytes=99999999999"],
+            ["--log=a=b=c"],
+            ["--config=/nowhere/sandboxd.toml"],
+        ] {
+            assert!(load(&arguments).is_err(), "{arguments:?}");
+        }
+    }
+}

@@ -1,0 +1,252 @@
+//! The daemon, from its checks at start to its end.
+//!
+//! Start, in this order, so that a daemon that cannot work says so before it changes anything:
+//! check what it needs, lock its directories, take its ports, open its database, end what an
+//! earlier daemon left, settle the records, serve. End: take no more requests, wait for those in
+//! flight, end every sandbox, write that down.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::fs::{Access, FlockOperation};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::config::Config;
+use crate::domain::{ExecLimits, Host, Limits, Manager, StoreError};
+use crate::http::{self, AppState, OpenApiError};
+use crate::hypervisor::{HostConfig, LeftoverError, LocalHost, Paths, PathsError};
+use crate::images::{ImageError, Images};
+use crate::store::{OpenError, SqliteStore};
+
+/// Why the daemon did not start, or ended otherwise than asked.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// This program does not know where it is itself.
+    #[error("the directory of this program is unknown; name the files by --vmm and --images-dir")]
+    OwnDirectory(#[source] io::Error),
+    /// There is no VMM.
+    #[error(
+        "the vmm binary {path} cannot be executed; build it with `cargo build -p vmm`, or name \
+         another with --vmm",
+        path = path.display()
+    )]
+    Vmm {
+        /// Where it should be.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// There is no KVM.
+    #[error("/dev/kvm cannot be opened; `vmm doctor` tells why and what to do")]
+    Kvm(#[source] io::Error),
+    /// An image is missing.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// A directory is not usable.
+    #[error(transparent)]
+    Paths(#[from] PathsError),
+    /// A directory cannot be made.
+    #[error("the directory {path} cannot be made", path = path.display())]
+    Directory {
+        /// Where it should be.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// Another daemon works there.
+    #[error(
+        "another sandboxd uses {path}; stop it, or choose other directories with --data-dir and \
+         --runtime-dir",
+        path = path.display()
+    )]
+    Locked {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// An address is taken or not ours.
+    #[error("{address} cannot be listened on; choose others with --listen")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// The database is not usable.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The database failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// An earlier daemon's remains are in the way.
+    #[error(transparent)]
+    Leftover(#[from] LeftoverError),
+    /// The API's description cannot be written.
+    #[error(transparent)]
+    OpenApi(#[from] OpenApiError),
+    /// Signals cannot be received.
+    #[error("signals cannot be received")]
+    Signals(#[source] io::Error),
+}
+
+/// Serves until SIGTERM or SIGINT.
+///
+/// # Errors
+/// It cannot start. Once it serves, it ends only as asked.
+pub async fn serve(config: Config) -> Result<(), DaemonError> {
+    let images_dir = config.images_dir().map_err(DaemonError::OwnDirectory)?;
+    let images = images(&config, &images_dir)?;
+    let vmm = config.vmm_path().map_err(DaemonError::OwnDirectory)?;
+    rustix::fs::access(&vmm, Access::EXEC_OK).map_err(|source| DaemonError::Vmm {
+        path: vmm.clone(),
+        source: source.into(),
+    })?;
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .map_err(DaemonError::Kvm)?;
+
+    let data_dir = absolute(&config.data_dir)?;
+    let runtime_dir = absolute(&config.runtime_dir)?;
+    let paths = Paths::new(&runtime_dir, &data_dir)?;
+    let _locks = (lock(&data_dir)?, lock(&runtime_dir)?);
+    let spool_dir = data_dir.join("spool");
+    make_dir(&spool_dir)?;
+    let mut listeners = Vec::new();
+    for &address in &config.listen {
+        let failed = |source| DaemonError::Listen { address, source };
+        listeners.push(TcpListener::bind(address).await.map_err(failed)?);
+    }
+    let mut terminate = signal(SignalKind::terminate()).map_err(DaemonError::Signals)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(DaemonError::Signals)?;
+
+    let store = SqliteStore::open(&data_dir.join("sandboxd.db"))?;
+    let host = LocalHost::start(HostConfig {
+        vmm,
+        images,
+        paths,
+        boot_timeout: Duration::from_secs(config.boot_timeout_sec),
+        cmdline_extra: config.images.cmdline_extra.clone(),
+    })
+    .await?;
+    let limits = Limits {
+        exec: ExecLimits {
+            max_output: config.limits.exec_output_bytes,
+            memory_threshold: config.limits.exec_memory_bytes,
+            spool_dir,
+        },
+    };
+    let events = host.events().await;
+    let manager = Manager::new(Arc::new(host), Arc::new(store), limits);
+    manager.recover().await?;
+    let follower = manager.clone();
+    tokio::spawn(async move { follower.follow(events).await });
+
+    let state = AppState {
+        manager: manager.clone(),
+        max_upload: config.limits.upload_bytes,
+    };
+    let router = http::router(state)?;
+    let closing = CancellationToken::new();
+    let mut servers = JoinSet::new();
+    for listener in listeners {
+        if let Ok(address) = listener.local_addr() {
+            info!(%address, "listening");
+        }
+        let closing = closing.clone();
+        let server =
+            axum::serve(listener, router.clone()).with_graceful_shutdown(closing.cancelled_owned());
+        servers.spawn(async move { server.await });
+    }
+    info!(version = env!("CARGO_PKG_VERSION"), "sandboxd is ready");
+
+    let name = tokio::select! {
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+    };
+    info!(signal = name, "shutting down");
+    closing.cancel();
+    let in_flight = async { while servers.join_next().await.is_some() {} };
+    let patience = Duration::from_secs(config.shutdown_timeout_sec);
+    tokio::select! {
+        () = in_flight => {}
+        () = tokio::time::sleep(patience) => {
+            warn!("requests are still in flight after {} s; ending them", patience.as_secs());
+        }
+        _ = terminate.recv() => warn!("asked again; ending requests in flight"),
+        _ = interrupt.recv() => warn!("asked again; ending requests in flight"),
+    }
+    manager.shutdown().await;
+    info!("sandboxd has shut down");
+    Ok(())
+}
+
+fn images(config: &Config, dir: &Path) -> Result<Images, DaemonError> {
+    let mut images = Images::in_dir(dir)?;
+    if let Some(kernel) = &config.images.kernel {
+        images.kernel = absolute(kernel)?;
+    }
+    if let Some(initramfs) = &config.images.initramfs {
+        images.initramfs = absolute(initramfs)?;
+    }
+    for (name, path) in &config.images.templates {
+        images.templates.insert(name.clone(), absolute(path)?);
+    }
+    images.check(dir)?;
+    Ok(images)
+}
+
+fn absolute(path: &Path) -> Result<PathBuf, DaemonError> {
+    std::path::absolute(path).map_err(|source| DaemonError::Directory {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+fn make_dir(path: &Path) -> Result<(), DaemonError> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(|source| DaemonError::Directory {
+            path: path.to_owned(),
+            source,
+        })
+}
+
+/// Holds `dir` for this process until the file is closed, at the latest by the process's end.
+fn lock(dir: &Path) -> Result<File, DaemonError> {
+    let path = dir.join("sandboxd.lock");
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(&path)
+        .map_err(|source| DaemonError::Directory {
+            path: dir.to_owned(),
+            source,
+        })?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(DaemonError::Locked {
+            path: dir.to_owned(),
+        }),
+        Err(source) => Err(DaemonError::Directory {
+            path: dir.to_owned(),
+            source: source.into(),
+        }),
+    }
+}

@@ -1,0 +1,4 @@
+//! Public APIs: thin adapters that translate names, shapes, status words and errors, and hold no
+//! behaviour of their own.
+
+pub mod wrenn;

@@ -1,0 +1,180 @@
+//! Errors of the domain as statuses and codes.
+//!
+//! | Status | Code | When |
+//! |---|---|---|
+//! | 400 | `invalid_request` | the request makes no sense |
+//! | 404 | `not_found` | no such sandbox or file |
+//! | 409 | `invalid_state` | the sandbox's status does not allow it |
+//! | 409 | `conflict` | this version cannot do it |
+//! | 413 | `too_large` | the upload is too large |
+//! | 500 | `db_error` | the daemon's records cannot be read or written |
+//! | 500 | `internal_error` | the daemon itself failed |
+//! | 502 | `agent_error` | the sandbox, its VMM or its agent failed |
+//! | 503 | `host_unavailable` | the daemon is shutting down |
+
+use axum::body::Bytes;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use serde::de::DeserializeOwned;
+use tracing::{error, warn};
+
+use crate::chain;
+use crate::domain::{
+    CreateError, DestroyError, ExecError, FileError, HostError, LookupError, StoreError,
+};
+use crate::http::error_response;
+
+/// An error as this dialect tells it.
+#[derive(Debug)]
+pub struct ApiError {
+    /// HTTP status.
+    pub status: StatusCode,
+    /// For programs.
+    pub code: &'static str,
+    /// For people.
+    pub message: String,
+}
+
+impl ApiError {
+    /// The request makes no sense.
+    pub fn invalid(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "invalid_request", message)
+    }
+
+    /// The sandbox's status does not allow it.
+    pub fn state(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::CONFLICT, "invalid_state", message)
+    }
+
+    /// This version cannot do it.
+    pub fn conflict(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::CONFLICT, "conflict", message)
+    }
+
+    /// The upload is too large.
+    pub fn too_large(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, "too_large", message)
+    }
+
+    /// The sandbox, its VMM or its agent failed.
+    pub fn agent(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_GATEWAY, "agent_error", message)
+    }
+
+    /// The daemon itself failed.
+    pub fn internal(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", message)
+    }
+
+    fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
+        Self {
+            status,
+            code,
+            message: message.into(),
+        }
+    }
+
+    /// A host's error in the midst of an operation on a running sandbox.
+    fn host(source: HostError) -> Self {
+        let text = source.to_string();
+        match source {
+            HostError::FileNotFound { .. } => Self::new(StatusCode::NOT_FOUND, "not_found", text),
+            HostError::Invalid { .. } | HostError::Upload { .. } => Self::invalid(text),
+            _ => Self::agent(text),
+        }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        if self.status.is_server_error() {
+            warn!(code = self.code, message = self.message, "request failed");
+        }
+        error_response(self.status, self.code, self.message)
+    }
+}
+
+impl From<StoreError> for ApiError {
+    fn from(source: StoreError) -> Self {
+        // The cause names files of the host, which are none of the caller's business.
+        error!(error = chain(&source), "store failed");
+        Self::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "db_error",
+            "the daemon's records cannot be read or written; its log says why",
+        )
+    }
+}
+
+impl From<LookupError> for ApiError {
+    fn from(source: LookupError) -> Self {
+        match source {
+            LookupError::NotFound => {
+                Self::new(StatusCode::NOT_FOUND, "not_found", source.to_string())
+            }
+            LookupError::Store(source) => source.into(),
+        }
+    }
+}
+
+impl From<CreateError> for ApiError {
+    fn from(source: CreateError) -> Self {
+        match source {
+            CreateError::Invalid(message) => Self::invalid(message),
+            CreateError::ShuttingDown => Self::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "host_unavailable",
+                source.to_string(),
+            ),
+            CreateError::Store(source) => source.into(),
+            CreateError::Interrupted => Self::internal(source.to_string()),
+            CreateError::Host { .. }
+            | CreateError::Describe(_)
+            | CreateError::EndedAtOnce { .. } => Self::agent(chain(&source)),
+        }
+    }
+}
+
+impl From<DestroyError> for ApiError {
+    fn from(source: DestroyError) -> Self {
+        match source {
+            DestroyError::Lookup(source) => source.into(),
+            DestroyError::Host(_) => Self::agent(chain(&source)),
+            DestroyError::Interrupted => Self::internal(source.to_string()),
+        }
+    }
+}
+
+impl From<ExecError> for ApiError {
+    fn from(source: ExecError) -> Self {
+        match source {
+            ExecError::Lookup(source) => source.into(),
+            ExecError::NotRunning(_) => Self::state(source.to_string()),
+            ExecError::Invalid(message) => Self::invalid(message),
+            ExecError::Host(source) => Self::host(source),
+            ExecError::Collect(source) => Self::agent(chain(&source)),
+        }
+    }
+}
+
+impl From<FileError> for ApiError {
+    fn from(source: FileError) -> Self {
+        match source {
+            FileError::Lookup(source) => source.into(),
+            FileError::NotRunning(_) => Self::state(source.to_string()),
+            FileError::Invalid(message) => Self::invalid(message),
+            FileError::Host(source) => Self::host(source),
+        }
+    }
+}
+
+/// A JSON body. As in any JSON API of its time, the `Content-Type` does not matter, and neither
+/// do unknown fields.
+pub fn parse<T: DeserializeOwned>(body: Result<Bytes, impl IntoResponse>) -> Result<T, ApiError> {
+    let body =
+        body.map_err(|_| ApiError::too_large("the JSON body is larger than 1 MiB, or broke off"))?;
+    serde_json::from_slice(&body).map_err(|source| {
+        // What follows the position is of no help to people.
+        ApiError::invalid(format!("invalid JSON body: {source}"))
+    })
+}

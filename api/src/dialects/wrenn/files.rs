@@ -1,0 +1,310 @@
+//! Upload and download a file.
+
+use std::io;
+use std::task::Poll;
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
+use axum::extract::multipart::{Field, Multipart, MultipartError};
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{FromRequest, Path, Request, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use futures_util::stream::{self, BoxStream, Stream, StreamExt};
+use serde::Deserialize;
+use tokio::sync::mpsc;
+use utoipa::ToSchema;
+
+use super::error::{ApiError, parse};
+use crate::chain;
+use crate::domain::{Manager, SandboxId, Spool, Spooled};
+use crate::http::{AppState, ErrorBody};
+
+/// The longest `path` field that is read, in bytes; the domain allows less.
+const MAX_PATH_FIELD: usize = 8 * 1024;
+/// What a form has around its file, at most, in bytes.
+const FORM_OVERHEAD: u64 = 64 * 1024;
+/// Pieces of a file that wait for the guest to take them.
+const PIECES_IN_FLIGHT: usize = 2;
+/// How long the rest of a refused upload is read, so that its sender gets to read the answer.
+const DRAIN_TIME: Duration = Duration::from_secs(5);
+/// How much of an upload stays in memory if its `path` comes last, in bytes.
+const SPOOL_MEMORY: usize = 256 * 1024;
+
+/// A file to upload.
+#[derive(ToSchema)]
+#[allow(
+    dead_code,
+    reason = "only described by it: the form is read as a stream"
+)]
+pub(super) struct UploadForm {
+    /// Absolute destination path inside the sandbox. Comes best before `file`: after it, the file
+    /// waits on the daemon's disk until the path is known.
+    path: String,
+    /// File content
+    #[schema(format = Binary, content_media_type = "application/octet-stream")]
+    file: String,
+}
+
+/// A file to download.
+#[derive(Debug, Deserialize, ToSchema)]
+#[schema(as = ReadFileRequest)]
+pub struct ReadFileRequestBody {
+    /// Absolute file path inside the sandbox
+    #[serde(default)]
+    #[schema(required)]
+    pub path: String,
+}
+
+/// Upload a file
+///
+/// The file appears under its name only when all of it has arrived. Missing directories are made.
+#[utoipa::path(
+    post, path = "/v1/sandboxes/{id}/files/write", operation_id = "uploadFile", tag = "sandboxes",
+    params(("id" = String, Path)),
+    request_body(content = inline(UploadForm), content_type = "multipart/form-data"),
+    responses(
+        (status = 204, description = "File uploaded"),
+        (status = 400, description = "The request makes no sense", body = ErrorBody),
+        (status = 404, description = "Sandbox not found", body = ErrorBody),
+        (status = 409, description = "Sandbox not running", body = ErrorBody),
+        (status = 413, description = "File too large", body = ErrorBody),
+        (status = 502, description = "The agent failed, such as on a full disk", body = ErrorBody),
+    ),
+)]
+pub async fn write(
+    State(state): State<AppState>,
+    Path(id): Path<String>,
+    request: Request,
+) -> Result<StatusCode, ApiError> {
+    let sandbox = state.manager.running(&id).await?;
+    let announced = request
+        .headers()
+        .get(header::CONTENT_LENGTH)
+        .and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
+    if announced.is_some_and(|length| length > state.max_upload.saturating_add(FORM_OVERHEAD)) {
+        drain(request.into_body().into_data_stream(), state.max_upload).await;
+        return Err(over_limit(state.max_upload));
+    }
+    let request = request.map(|body| Body::from_stream(one_at_a_time(body.into_data_stream())));
+    let form = Multipart::from_request(request, &())
+        .await
+        .map_err(|rejection| {
+            ApiError::invalid(format!("expected multipart/form-data: {rejection}"))
+        })?;
+    let upload = Upload {
+        manager: &state.manager,
+        id: &sandbox.id,
+        limit: state.max_upload,
+    };
+    upload.run(form).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+fn over_limit(limit: u64) -> ApiError {
+    const MIB: u64 = 1 << 20;
+    if limit.is_multiple_of(MIB) {
+        ApiError::too_large(format!("file exceeds {} MB limit", limit / MIB))
+    } else {
+        ApiError::too_large(format!("file exceeds the limit of {limit} bytes"))
+    }
+}
+
+/// Download a file
+#[utoipa::path(
+    post, path = "/v1/sandboxes/{id}/files/read", operation_id = "downloadFile", tag = "sandboxes",
+    params(("id" = String, Path)),
+    request_body = ReadFileRequestBody,
+    responses(
+        (status = 200, description = "File content", content_type = "application/octet-stream",
+            body = inline(BinaryBody)),
+        (status = 400, description = "The request makes no sense", body = ErrorBody),
+        (status = 404, description = "Sandbox or file not found", body = ErrorBody),
+        (status = 409, description = "Sandbox not running", body = ErrorBody),
+        (status = 502, description = "The agent failed", body = ErrorBody),
+    ),
+)]
+pub async fn read(
+    State(state): State<AppState>,
+    Path(id): Path<String>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Response, ApiError> {
+    let sandbox = state.manager.running(&id).await?;
+    let request: ReadFileRequestBody = parse(body)?;
+    let file = state.manager.read_file(&sandbox.id, request.path).await?;
+    let body = Body::from_stream(file.content);
+    let mut response = ([(header::CONTENT_TYPE, "application/octet-stream")], body).into_response();
+    if let Some(size) = file.size {
+        response
+            .headers_mut()
+            .insert(header::CONTENT_LENGTH, size.into());
+    }
+    Ok(response)
+}
+
+/// Bytes.
+#[derive(ToSchema)]
+#[schema(value_type = String, format = Binary)]
+#[allow(
+    dead_code,
+    reason = "only described by it: the content is written as a stream"
+)]
+pub(super) struct BinaryBody(Vec<u8>);
+
+/// An upload on its way into a sandbox.
+struct Upload<'a> {
+    manager: &'a Manager,
+    id: &'a SandboxId,
+    limit: u64,
+}
+
+impl Upload<'_> {
+    async fn run(&self, mut form: Multipart) -> Result<(), ApiError> {
+        let mut path = None;
+        let mut waiting = None;
+        while let Some(mut field) = form.next_field().await.map_err(|error| bad_form(&error))? {
+            match field.name() {
+                Some("path") if path.is_some() => {
+                    return Err(ApiError::invalid("the form has more than one path"));
+                }
+                Some("path") => path = Some(read_text(&mut field).await?),
+                Some("file") if waiting.is_none() => {
+                    let result = match path.clone() {
+                        Some(path) => self.pass_on(path, &mut field).await.map(|()| None),
+                        None => self.spool(&mut field).await.map(Some),
+                    };
+                    match result {
+                        Ok(None) => return Ok(()),
+                        Ok(spooled) => waiting = spooled,
+                        Err(error) => {
+                            drain(field, self.limit).await;
+                            return Err(error);
+                        }
+                    }
+                }
+                _ => {}
+            }
+        }
+        let path = path.ok_or_else(|| ApiError::invalid("path is required"))?;
+        let file = waiting.ok_or_else(|| ApiError::invalid("file is required"))?;
+        Ok(self
+            .manager
+            .write_file(self.id, path, content(file))
+            .await?)
+    }
+
+    /// Passes the file on as it comes, and no faster than the guest takes it.
+    async fn pass_on(&self, path: String, field: &mut Field<'_>) -> Result<(), ApiError> {
+        let (sender, mut pieces) = mpsc::channel(PIECES_IN_FLIGHT);
+        let content = stream::poll_fn(move |context| pieces.poll_recv(context));
+        let content = ends_with_none(content.boxed());
+        let pump = async move {
+            let mut total = 0;
+            loop {
+                let piece = match field.chunk().await {
+                    Ok(piece) => piece,
+                    Err(error) => return Err(bad_form(&error)),
+                };
+                let is_last = piece.is_none();
+                total += piece.as_ref().map_or(0, |bytes| bytes.len() as u64);
+                if total > self.limit {
+                    return Err(over_limit(self.limit));
+                }
+                // Nobody takes pieces any more once the write has failed.
+                if sender.send(piece).await.is_err() || is_last {
+                    return Ok(());
+                }
+            }
+        };
+        let write = self.manager.write_file(self.id, path, content);
+        let (pumped, written) = tokio::join!(pump, write);
+        pumped?;
+        Ok(written?)
+    }
+
+    async fn spool(&self, field: &mut Field<'_>) -> Result<Spooled, ApiError> {
+        let failed = |error: io::Error| {
+            ApiError::internal(format!("the file cannot be spooled to disk: {error}"))
+        };
+        let mut spool = Spool::new(&self.manager.limits().exec.spool_dir, SPOOL_MEMORY);
+        while let Some(piece) = field.chunk().await.map_err(|error| bad_form(&error))? {
+            if spool.len() + piece.len() as u64 > self.limit {
+                return Err(over_limit(self.limit));
+            }
+            spool.push(&piece).await.map_err(failed)?;
+        }
+        spool.finish().await.map_err(failed)
+    }
+}
+
+/// The same pieces, of which only one is ready each time that it is polled. The parser of forms
+/// takes, and keeps in memory, all that is ready, which from a fast sender may be everything.
+fn one_at_a_time<S: Stream + Unpin>(mut pieces: S) -> impl Stream<Item = S::Item> {
+    let mut pause = false;
+    stream::poll_fn(move |context| {
+        pause = !pause;
+        if pause {
+            return pieces.poll_next_unpin(context);
+        }
+        context.waker().wake_by_ref();
+        Poll::Pending
+    })
+}
+
+/// The pieces up to the `None` that ends them. If they end without it, their sender was dropped
+/// half way through, and the content must not pass for complete.
+fn ends_with_none(
+    pieces: BoxStream<'static, Option<Bytes>>,
+) -> BoxStream<'static, io::Result<Bytes>> {
+    stream::try_unfold(pieces, |mut pieces| async move {
+        match pieces.next().await {
+            Some(Some(piece)) => Ok(Some((piece, pieces))),
+            Some(None) => Ok(None),
+            None => Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                "its sender went away or sent too much",
+            )),
+        }
+    })
+    .boxed()
+}
+
+fn content(file: Spooled) -> BoxStream<'static, io::Result<Bytes>> {
+    stream::try_unfold(file, |mut file| async move {
+        Ok(file
+            .next_chunk(SPOOL_MEMORY)
+            .await?
+            .map(|piece| (piece, file)))
+    })
+    .boxed()
+}
+
+async fn read_text(field: &mut Field<'_>) -> Result<String, ApiError> {
+    let mut text = Vec::new();
+    while let Some(piece) = field.chunk().await.map_err(|error| bad_form(&error))? {
+        if text.len() + piece.len() > MAX_PATH_FIELD {
+            return Err(ApiError::invalid("path is longer than 4095 bytes"));
+        }
+        text.extend_from_slice(&piece);
+    }
+    String::from_utf8(text).map_err(|_| ApiError::invalid("path is not UTF-8"))
+}
+
+fn bad_form(error: &MultipartError) -> ApiError {
+    ApiError::invalid(format!("the form cannot be read: {}", chain(error)))
+}
+
+/// Reads and drops up to `limit` bytes: most clients read no answer before they have sent all.
+async fn drain<E>(mut rest: impl StreamExt<Item = Result<Bytes, E>> + Unpin, limit: u64) {
+    let read = async {
+        let mut total = 0;
+        while let Some(Ok(piece)) = rest.next().await {
+            total += piece.len() as u64;
+            if total > limit {
+                break;
+            }
+        }
+    };
+    // Whether it came to the end makes no difference to the answer.
+    let _ = tokio::time::timeout(DRAIN_TIME, read).await;
+}

@@ -1,0 +1,60 @@
+//! `/v1/sandboxes`.
+
+mod error;
+mod exec;
+mod files;
+mod sandboxes;
+
+use axum::Router;
+use axum::extract::DefaultBodyLimit;
+use axum::routing::{get, post};
+use utoipa::OpenApi;
+
+pub use error::ApiError;
+
+use crate::http::{AppState, ErrorBody};
+
+/// The description of this dialect.
+#[derive(OpenApi)]
+#[openapi(
+    paths(
+        sandboxes::create,
+        sandboxes::list,
+        sandboxes::get,
+        sandboxes::destroy,
+        sandboxes::pause,
+        sandboxes::resume,
+        exec::exec,
+        files::write,
+        files::read,
+    ),
+    components(schemas(
+        ErrorBody,
+        sandboxes::CreateSandboxRequest,
+        sandboxes::SandboxBody,
+        sandboxes::TimingsBody,
+        exec::ExecRequestBody,
+        exec::ExecResponseBody,
+        files::ReadFileRequestBody,
+    ))
+)]
+pub struct Document;
+
+/// The routes of this dialect.
+pub fn router() -> Router<AppState> {
+    let upload = post(files::write).layer(DefaultBodyLimit::disable());
+    Router::new()
+        .route(
+            "/v1/sandboxes",
+            post(sandboxes::create).get(sandboxes::list),
+        )
+        .route(
+            "/v1/sandboxes/{id}",
+            get(sandboxes::get).delete(sandboxes::destroy),
+        )
+        .route("/v1/sandboxes/{id}/exec", post(exec::exec))
+        .route("/v1/sandboxes/{id}/pause", post(sandboxes::pause))
+        .route("/v1/sandboxes/{id}/resume", post(sandboxes::resume))
+        .route("/v1/sandboxes/{id}/files/write", upload)
+        .route("/v1/sandboxes/{id}/files/read", post(files::read))
+}

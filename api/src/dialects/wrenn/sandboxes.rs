@@ -1,0 +1,248 @@
+//! Create, list, get, destroy; pause and resume.
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::error::{ApiError, parse};
+use crate::domain::{CreateSpec, Sandbox, Status, Timings};
+use crate::http::{AppState, ErrorBody};
+
+/// What the sandbox shall be made of. A field that is missing or null has its default.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(default)]
+pub struct CreateSandboxRequest {
+    /// Template of the root disk.
+    #[schema(default = "minimal", nullable = false)]
+    pub template: Option<String>,
+    /// Virtual CPUs, 1 to 32.
+    #[schema(default = 1, nullable = false)]
+    pub vcpus: Option<i64>,
+    /// RAM in MiB, 128 to what the host has.
+    #[schema(default = 512, nullable = false)]
+    pub memory_mb: Option<i64>,
+    /// Idle time in seconds after which the sandbox may be set aside; 0 is never. Recorded; this
+    /// version does not act on it.
+    #[schema(default = 300, nullable = false)]
+    pub timeout_sec: Option<i64>,
+}
+
+/// A sandbox.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Sandbox)]
+pub struct SandboxBody {
+    /// Its name.
+    #[schema(example = "sb-0a1b2c3d")]
+    pub id: String,
+    /// `pending`, `running`, `stopped` or `error`.
+    #[schema(value_type = String, example = "running")]
+    pub status: Status,
+    /// Why it is `stopped` or `error`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub status_reason: Option<String>,
+    /// Template of its root disk.
+    pub template: String,
+    /// Virtual CPUs.
+    pub vcpus: u8,
+    /// RAM in MiB.
+    pub memory_mb: u32,
+    /// Idle time in seconds; 0 is never.
+    pub timeout_sec: u32,
+    /// When it was asked for.
+    #[schema(value_type = String, format = DateTime)]
+    pub created_at: String,
+    /// When its agent first answered.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    pub started_at: Option<String>,
+    /// When it was last used.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    pub last_active_at: Option<String>,
+    /// When this record last changed.
+    #[schema(value_type = String, format = DateTime)]
+    pub last_updated: String,
+    /// How long its start took, once it has started.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub timings_ms: Option<TimingsBody>,
+}
+
+/// How long each phase of a start took, in milliseconds.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Timings)]
+pub struct TimingsBody {
+    /// Directories, disk overlay and sockets were made.
+    pub prepare: f64,
+    /// Start of the VMM's process to just before the guest's first instruction.
+    pub vmm: f64,
+    /// The guest's first instruction to its agent's first words.
+    pub boot: f64,
+    /// All of it.
+    pub total: f64,
+}
+
+impl From<Timings> for TimingsBody {
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "exact up to 2^53 µs, which is 285 years"
+    )]
+    fn from(timings: Timings) -> Self {
+        let ms = |us: u64| us as f64 / 1000.0;
+        Self {
+            prepare: ms(timings.prepare_us),
+            vmm: ms(timings.vmm_us),
+            boot: ms(timings.boot_us),
+            total: ms(timings.total_us),
+        }
+    }
+}
+
+impl From<Sandbox> for SandboxBody {
+    fn from(sandbox: Sandbox) -> Self {
+        Self {
+            id: sandbox.id.into(),
+            status: sandbox.status,
+            status_reason: sandbox.status_reason,
+            template: sandbox.spec.template,
+            vcpus: sandbox.spec.vcpus,
+            memory_mb: sandbox.spec.memory_mb,
+            timeout_sec: sandbox.spec.timeout_sec,
+            created_at: rfc3339(sandbox.created_at),
+            started_at: sandbox.started_at.map(rfc3339),
+            last_active_at: sandbox.last_active_at.map(rfc3339),
+            last_updated: rfc3339(sandbox.updated_at),
+            timings_ms: sandbox.timings.map(Into::into),
+        }
+    }
+}
+
+/// RFC 3339 in UTC, to the second.
+fn rfc3339(time: Timestamp) -> String {
+    time.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
+}
+
+/// Create a sandbox
+#[utoipa::path(
+    post, path = "/v1/sandboxes", operation_id = "createSandbox", tag = "sandboxes",
+    request_body = CreateSandboxRequest,
+    responses(
+        (status = 201, description = "Sandbox created; its agent has answered", body = SandboxBody),
+        (status = 400, description = "The request makes no sense", body = ErrorBody),
+        (status = 502, description = "Host agent error: it did not start", body = ErrorBody),
+        (status = 503, description = "The daemon is shutting down", body = ErrorBody),
+    ),
+)]
+pub async fn create(
+    State(state): State<AppState>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<(StatusCode, Json<SandboxBody>), ApiError> {
+    let request: CreateSandboxRequest = parse(body)?;
+    let spec = CreateSpec {
+        template: request.template.unwrap_or_else(|| "minimal".to_owned()),
+        vcpus: request.vcpus.unwrap_or(1),
+        memory_mb: request.memory_mb.unwrap_or(512),
+        timeout_sec: request.timeout_sec.unwrap_or(300),
+    };
+    let sandbox = state.manager.create(spec).await?;
+    Ok((StatusCode::CREATED, Json(sandbox.into())))
+}
+
+/// List all sandboxes
+///
+/// Newest first, without those that are stopped or in error.
+#[utoipa::path(
+    get, path = "/v1/sandboxes", operation_id = "listSandboxes", tag = "sandboxes",
+    responses((status = 200, description = "List of sandboxes", body = Vec<SandboxBody>)),
+)]
+pub async fn list(State(state): State<AppState>) -> Result<Json<Vec<SandboxBody>>, ApiError> {
+    let sandboxes = state.manager.list().await?;
+    Ok(Json(sandboxes.into_iter().map(Into::into).collect()))
+}
+
+/// Get sandbox details
+///
+/// Also of one that is stopped or in error.
+#[utoipa::path(
+    get, path = "/v1/sandboxes/{id}", operation_id = "getSandbox", tag = "sandboxes",
+    params(("id" = String, Path)),
+    responses(
+        (status = 200, description = "Sandbox details", body = SandboxBody),
+        (status = 404, description = "Sandbox not found", body = ErrorBody),
+    ),
+)]
+pub async fn get(
+    State(state): State<AppState>,
+    Path(id): Path<String>,
+) -> Result<Json<SandboxBody>, ApiError> {
+    Ok(Json(state.manager.get(&id).await?.into()))
+}
+
+/// Destroy a sandbox
+///
+/// Its record stays, as `stopped`.
+#[utoipa::path(
+    delete, path = "/v1/sandboxes/{id}", operation_id = "destroySandbox", tag = "sandboxes",
+    params(("id" = String, Path)),
+    responses(
+        (status = 204, description = "Sandbox destroyed"),
+        (status = 404, description = "Sandbox not found", body = ErrorBody),
+        (status = 502, description = "Something of it is left on the host", body = ErrorBody),
+    ),
+)]
+pub async fn destroy(
+    State(state): State<AppState>,
+    Path(id): Path<String>,
+) -> Result<StatusCode, ApiError> {
+    state.manager.destroy(&id).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Pause a running sandbox
+///
+/// This version has no snapshots, and so refuses.
+#[utoipa::path(
+    post, path = "/v1/sandboxes/{id}/pause", operation_id = "pauseSandbox", tag = "sandboxes",
+    params(("id" = String, Path)),
+    responses(
+        (status = 200, description = "Sandbox paused", body = SandboxBody),
+        (status = 404, description = "Sandbox not found", body = ErrorBody),
+        (status = 409, description = "Sandbox not running, or this version cannot pause",
+            body = ErrorBody),
+    ),
+)]
+pub async fn pause(
+    State(state): State<AppState>,
+    Path(id): Path<String>,
+) -> Result<Json<SandboxBody>, ApiError> {
+    state.manager.running(&id).await?;
+    Err(ApiError::conflict(
+        "a sandbox is paused by a snapshot, and snapshots are not in this version",
+    ))
+}
+
+/// Resume a paused sandbox
+///
+/// This version pauses none.
+#[utoipa::path(
+    post, path = "/v1/sandboxes/{id}/resume", operation_id = "resumeSandbox", tag = "sandboxes",
+    params(("id" = String, Path)),
+    responses(
+        (status = 200, description = "Sandbox resumed", body = SandboxBody),
+        (status = 404, description = "Sandbox not found", body = ErrorBody),
+        (status = 409, description = "Sandbox not paused", body = ErrorBody),
+    ),
+)]
+pub async fn resume(
+    State(state): State<AppState>,
+    Path(id): Path<String>,
+) -> Result<Json<SandboxBody>, ApiError> {
+    let status = state.manager.get(&id).await?.status;
+    Err(ApiError::state(format!(
+        "sandbox is not paused (status: {status})"
+    )))
+}

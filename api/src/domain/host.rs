@@ -1,0 +1,246 @@
+//! Where the control side meets the host side.
+//!
+//! Everything that happens on the machine that runs the guests goes through [`Host`]. Requests,
+//! responses and events are plain serializable values, bulk data are streams, and things are
+//! named by id, never by a path on the other side. Today the call is a function call.
+
+use std::io;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures_util::stream::BoxStream;
+use serde::{Deserialize, Serialize};
+
+use super::sandbox::{SandboxId, Timings};
+
+/// A machine that runs sandboxes.
+#[async_trait]
+pub trait Host: Send + Sync {
+    /// What the machine has to offer.
+    ///
+    /// # Errors
+    /// It cannot tell.
+    async fn describe(&self) -> Result<HostInfo, HostError>;
+
+    /// Starts a sandbox and waits until its agent answers. The start goes on if the caller goes
+    /// away.
+    ///
+    /// # Errors
+    /// It did not start; nothing of it is left on the host.
+    async fn create(&self, request: CreateRequest) -> Result<Created, HostError>;
+
+    /// Ends a sandbox and removes all that the host holds for it; also one that is still
+    /// starting. Unknown ids are fine: the end is reached.
+    ///
+    /// # Errors
+    /// Something is left.
+    async fn destroy(&self, id: &SandboxId) -> Result<(), HostError>;
+
+    /// Runs a command. The stream ends after its one [`ExecEvent::Exited`]; dropping the stream
+    /// earlier kills the command.
+    ///
+    /// # Errors
+    /// The command was not started.
+    async fn exec(
+        &self,
+        id: &SandboxId,
+        request: ExecRequest,
+    ) -> Result<BoxStream<'static, Result<ExecEvent, HostError>>, HostError>;
+
+    /// Writes a file; it appears under its name only when `content` has ended without an error.
+    ///
+    /// # Errors
+    /// The file is as it was.
+    async fn write_file(
+        &self,
+        id: &SandboxId,
+        request: WriteFileRequest,
+        content: BoxStream<'static, io::Result<Bytes>>,
+    ) -> Result<(), HostError>;
+
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// It cannot be read from its start; later errors are in the stream.
+    async fn read_file(
+        &self,
+        id: &SandboxId,
+        request: ReadFileRequest,
+    ) -> Result<FileContent, HostError>;
+
+    /// Tells from now on what happens without being asked for.
+    async fn events(&self) -> BoxStream<'static, HostEvent>;
+
+    /// Ends every sandbox and starts no more.
+    async fn shutdown(&self);
+}
+
+/// What a host has to offer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostInfo {
+    /// Names of the templates, sorted.
+    pub templates: Vec<String>,
+    /// RAM of the machine in MiB.
+    pub memory_mb: u64,
+}
+
+/// Start this sandbox.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CreateRequest {
+    /// Its name.
+    pub id: SandboxId,
+    /// Template of its root disk.
+    pub template: String,
+    /// Virtual CPUs.
+    pub vcpus: u8,
+    /// RAM in MiB.
+    pub memory_mb: u32,
+}
+
+/// A sandbox was started.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Created {
+    /// How long it took.
+    pub timings: Timings,
+}
+
+/// Run this command.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExecRequest {
+    /// Program and arguments; no shell is involved.
+    pub argv: Vec<String>,
+    /// Seconds after which the command is killed with all its children.
+    pub timeout_sec: u32,
+}
+
+/// Something that a command did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ExecEvent {
+    /// It wrote to its standard output.
+    Stdout(Bytes),
+    /// It wrote to its standard error.
+    Stderr(Bytes),
+    /// It ended. Nothing follows.
+    Exited(ExitInfo),
+}
+
+/// How a command ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExitInfo {
+    /// Exit status; 128 and the signal's number if a signal ended it, 127 if there is no such
+    /// program.
+    pub code: i32,
+    /// It was killed because it outran its timeout.
+    pub timed_out: bool,
+}
+
+/// Write this file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WriteFileRequest {
+    /// Absolute path in the guest.
+    pub path: String,
+}
+
+/// Read this file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReadFileRequest {
+    /// Absolute path in the guest.
+    pub path: String,
+}
+
+/// A file that is being read.
+pub struct FileContent {
+    /// Its size in bytes, where it is known beforehand.
+    pub size: Option<u64>,
+    /// Its bytes.
+    pub content: BoxStream<'static, io::Result<Bytes>>,
+}
+
+/// Something happened on the host without being asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum HostEvent {
+    /// A running sandbox ended, and nothing of it is left on the host.
+    Ended {
+        /// Which one.
+        id: SandboxId,
+        /// How.
+        end: End,
+    },
+}
+
+/// How a sandbox ended by itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum End {
+    /// As the guest asked.
+    Orderly {
+        /// A sentence.
+        reason: String,
+    },
+    /// Otherwise.
+    Failed {
+        /// A sentence.
+        reason: String,
+    },
+}
+
+/// Why a host did not do what it was asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum HostError {
+    /// No template of that name.
+    #[error("no template {name:?} on this host")]
+    UnknownTemplate {
+        /// The name.
+        name: String,
+    },
+    /// It holds no running sandbox of that id.
+    #[error("sandbox {id} does not run on this host")]
+    NotRunning {
+        /// The id.
+        id: SandboxId,
+    },
+    /// It did not start.
+    #[error("the sandbox did not start: {reason}")]
+    Start {
+        /// Why, as a sentence.
+        reason: String,
+    },
+    /// It was destroyed in the meantime.
+    #[error("the sandbox was destroyed in the meantime")]
+    Destroyed,
+    /// Its agent cannot be reached, or went away in the midst of it.
+    #[error("the guest agent does not answer: {reason}")]
+    AgentUnreachable {
+        /// Why, as a sentence.
+        reason: String,
+    },
+    /// Its agent says no.
+    #[error("the guest agent refused: {reason}")]
+    Agent {
+        /// What it says.
+        reason: String,
+    },
+    /// No such file in the guest.
+    #[error("file not found: {path}")]
+    FileNotFound {
+        /// The path.
+        path: String,
+    },
+    /// The request makes no sense to the guest, such as reading a directory.
+    #[error("{reason}")]
+    Invalid {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The content that was to be written broke off.
+    #[error("the upload broke off: {reason}")]
+    Upload {
+        /// Why.
+        reason: String,
+    },
+    /// The host itself has a problem.
+    #[error("the host has a problem: {reason}")]
+    Internal {
+        /// Which.
+        reason: String,
+    },
+}

@@ -1,0 +1,569 @@
+//! The owner of all sandboxes.
+//!
+//! Every change is written before and after the act: a create writes `pending`, starts the
+//! sandbox, and writes `running` or `error`; a delete writes the wish, ends the sandbox, and
+//! writes `stopped`. What ends by itself is told by the host's events. One lock is held while a
+//! record is read, changed and written back, never while the host works.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use bytes::Bytes;
+use futures_util::StreamExt;
+use futures_util::stream::BoxStream;
+use jiff::Timestamp;
+use tokio::sync::Mutex;
+use tracing::{debug, error, info, warn};
+
+use super::exec::{self, CollectError, Command, ExecLimits, ExecOutput};
+use super::host::{
+    CreateRequest, End, ExecRequest, FileContent, Host, HostError, HostEvent, ReadFileRequest,
+    WriteFileRequest,
+};
+use super::sandbox::{Desired, Sandbox, SandboxId, Spec, Status, Transition};
+use super::store::{SandboxStore, StoreError};
+use crate::chain;
+
+/// The most vCPUs of one sandbox: what the VMM can build.
+pub const MAX_VCPUS: i64 = 32;
+/// The least RAM of one sandbox in MiB: what a kernel, an initramfs and a small program need.
+pub const MIN_MEMORY_MB: i64 = 128;
+/// The longest idle time of one sandbox in seconds: 30 days.
+pub const MAX_TIMEOUT_SEC: i64 = 30 * 24 * 3600;
+/// The longest time of one command in seconds: a day.
+pub const MAX_EXEC_TIMEOUT_SEC: i64 = 24 * 3600;
+/// The longest path in the guest in bytes: `PATH_MAX` of Linux, with its final zero byte.
+const MAX_PATH: usize = 4095;
+
+/// What the manager allows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// Output of commands.
+    pub exec: ExecLimits,
+}
+
+/// A sandbox as it is asked for, unchecked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CreateSpec {
+    /// Template.
+    pub template: String,
+    /// Virtual CPUs.
+    pub vcpus: i64,
+    /// RAM in MiB.
+    pub memory_mb: i64,
+    /// Idle time in seconds.
+    pub timeout_sec: i64,
+}
+
+/// Why a sandbox was not created.
+#[derive(Debug, thiserror::Error)]
+pub enum CreateError {
+    /// The request asks for something that cannot be.
+    #[error("{0}")]
+    Invalid(String),
+    /// The daemon is ending.
+    #[error("the daemon is shutting down and starts no more sandboxes")]
+    ShuttingDown,
+    /// The host did not start it. Its record says so too.
+    #[error("sandbox {id} was not created")]
+    Host {
+        /// Its record.
+        id: SandboxId,
+        /// Why.
+        #[source]
+        source: HostError,
+    },
+    /// The host cannot be asked.
+    #[error("the host cannot say what it offers")]
+    Describe(#[source] HostError),
+    /// It ended before it was ready to be used.
+    #[error("sandbox {id} ended as soon as it was started: {reason}")]
+    EndedAtOnce {
+        /// Its record.
+        id: SandboxId,
+        /// Why.
+        reason: String,
+    },
+    /// It cannot be written down.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The task that created it is gone.
+    #[error("the creation was interrupted")]
+    Interrupted,
+}
+
+/// Why a sandbox was not found.
+#[derive(Debug, thiserror::Error)]
+pub enum LookupError {
+    /// There is none of that id.
+    #[error("sandbox not found")]
+    NotFound,
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// Why a sandbox was not destroyed.
+#[derive(Debug, thiserror::Error)]
+pub enum DestroyError {
+    /// There is none of that id, or the store failed.
+    #[error(transparent)]
+    Lookup(#[from] LookupError),
+    /// The host could not end it.
+    #[error("the sandbox could not be ended")]
+    Host(#[source] HostError),
+    /// The task that destroyed it is gone.
+    #[error("the deletion was interrupted")]
+    Interrupted,
+}
+
+/// Why a command has no result.
+#[derive(Debug, thiserror::Error)]
+pub enum ExecError {
+    /// There is no such sandbox, or the store failed.
+    #[error(transparent)]
+    Lookup(#[from] LookupError),
+    /// It does not run.
+    #[error("sandbox is not running (status: {0})")]
+    NotRunning(Status),
+    /// The request makes no sense.
+    #[error("{0}")]
+    Invalid(String),
+    /// The host did not start it.
+    #[error("the command was not started")]
+    Host(#[source] HostError),
+    /// It was started, and then lost.
+    #[error(transparent)]
+    Collect(#[from] CollectError),
+}
+
+/// Why a file was not moved.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// There is no such sandbox, or the store failed.
+    #[error(transparent)]
+    Lookup(#[from] LookupError),
+    /// It does not run.
+    #[error("sandbox is not running (status: {0})")]
+    NotRunning(Status),
+    /// The request makes no sense.
+    #[error("{0}")]
+    Invalid(String),
+    /// The host could not do it.
+    #[error("the file was not transferred")]
+    Host(#[source] HostError),
+}
+
+/// The owner of all sandboxes; clones share it.
+#[derive(Clone)]
+pub struct Manager {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    host: Arc<dyn Host>,
+    store: Arc<dyn SandboxStore>,
+    limits: Limits,
+    /// Held while a record is read, changed and written back.
+    records: Mutex<()>,
+    closing: AtomicBool,
+}
+
+impl Manager {
+    /// A manager of what is in `store`, on `host`.
+    pub fn new(host: Arc<dyn Host>, store: Arc<dyn SandboxStore>, limits: Limits) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                host,
+                store,
+                limits,
+                records: Mutex::new(()),
+                closing: AtomicBool::new(false),
+            }),
+        }
+    }
+
+    /// Settles the records of an earlier daemon, whose sandboxes the host has ended.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn recover(&self) -> Result<(), StoreError> {
+        for sandbox in self.inner.store.list_live().await? {
+            let transition = match sandbox.desired {
+                Desired::Stopped => Transition::Stopped { reason: None },
+                Desired::Running => Transition::Failed {
+                    reason: format!(
+                        "the daemon ended without notice while the sandbox was {}",
+                        sandbox.status
+                    ),
+                },
+            };
+            self.record(&sandbox.id, transition).await?;
+        }
+        Ok(())
+    }
+
+    /// Writes down what happens on the host, until it tells no more.
+    pub async fn follow(&self, mut events: BoxStream<'static, HostEvent>) {
+        while let Some(HostEvent::Ended { id, end }) = events.next().await {
+            let transition = match end {
+                End::Orderly { reason } => Transition::Stopped {
+                    reason: Some(reason),
+                },
+                End::Failed { reason } => Transition::Failed { reason },
+            };
+            if let Err(source) = self.record(&id, transition).await {
+                error!(sandbox = %id, error = %chain(&source), "end of sandbox not recorded");
+            }
+        }
+    }
+
+    /// Creates a sandbox and waits until it can be used. It goes on if the caller goes away.
+    ///
+    /// # Errors
+    /// Nothing of it is left but, if it was tried, a record with the reason.
+    pub async fn create(&self, spec: CreateSpec) -> Result<Sandbox, CreateError> {
+        let spec = self.check(spec).await?;
+        let manager = self.clone();
+        tokio::spawn(async move { manager.create_checked(spec).await })
+            .await
+            .unwrap_or(Err(CreateError::Interrupted))
+    }
+
+    async fn create_checked(&self, spec: Spec) -> Result<Sandbox, CreateError> {
+        let sandbox = self.insert(spec).await?;
+        let id = sandbox.id;
+        info!(sandbox = %id, template = sandbox.spec.template, vcpus = sandbox.spec.vcpus,
+            memory_mb = sandbox.spec.memory_mb, "creating sandbox");
+        let request = CreateRequest {
+            id: id.clone(),
+            template: sandbox.spec.template,
+            vcpus: sandbox.spec.vcpus,
+            memory_mb: sandbox.spec.memory_mb,
+        };
+        match self.inner.host.create(request).await {
+            Ok(created) => {
+                let started = self.record(&id, Transition::Started(created.timings)).await;
+                let Ok(Some(sandbox)) = started else {
+                    // The wish to run it cannot be written down, so it must not run.
+                    if let Err(source) = self.inner.host.destroy(&id).await {
+                        error!(sandbox = %id, error = %chain(&source), "sandbox left on the host");
+                    }
+                    return Err(CreateError::Interrupted);
+                };
+                if sandbox.status == Status::Running {
+                    info!(sandbox = %id, total_us = created.timings.total_us, "sandbox is running");
+                    Ok(sandbox)
+                } else {
+                    let reason = sandbox
+                        .status_reason
+                        .unwrap_or_else(|| "it was deleted".into());
+                    Err(CreateError::EndedAtOnce { id, reason })
+                }
+            }
+            Err(source) => {
+                let reason = match &source {
+                    HostError::Start { reason } => reason.clone(),
+                    other => other.to_string(),
+                };
+                self.record(&id, Transition::Failed { reason }).await?;
+                Err(CreateError::Host { id, source })
+            }
+        }
+    }
+
+    async fn insert(&self, spec: Spec) -> Result<Sandbox, CreateError> {
+        loop {
+            let sandbox = Sandbox::new(SandboxId::random(), spec.clone(), Timestamp::now());
+            if self.inner.store.insert(&sandbox).await? {
+                return Ok(sandbox);
+            }
+        }
+    }
+
+    async fn check(&self, spec: CreateSpec) -> Result<Spec, CreateError> {
+        if self.inner.closing.load(Ordering::Acquire) {
+            return Err(CreateError::ShuttingDown);
+        }
+        let host = self
+            .inner
+            .host
+            .describe()
+            .await
+            .map_err(CreateError::Describe)?;
+        let max_memory_mb = i64::try_from(host.memory_mb)
+            .unwrap_or(i64::MAX)
+            .min(1 << 20);
+        if !is_template_name(&spec.template) {
+            return Err(CreateError::Invalid(
+                "template must be 1 to 64 letters, digits, `.`, `_` or `-`, and begin with a letter \
+                 or digit"
+                    .into(),
+            ));
+        }
+        if !host.templates.contains(&spec.template) {
+            let known = if host.templates.is_empty() {
+                "this host has none".to_owned()
+            } else {
+                format!("known are: {}", host.templates.join(", "))
+            };
+            let name = spec.template;
+            return Err(CreateError::Invalid(format!(
+                "unknown template {name:?}; {known}"
+            )));
+        }
+        let range = |what, value, min, max, unit| {
+            in_range::<u32>(what, value, min, max, unit).map_err(CreateError::Invalid)
+        };
+        let vcpus =
+            in_range("vcpus", spec.vcpus, 1, MAX_VCPUS, "").map_err(CreateError::Invalid)?;
+        let memory_mb = range(
+            "memory_mb",
+            spec.memory_mb,
+            MIN_MEMORY_MB,
+            max_memory_mb,
+            " (MiB)",
+        )?;
+        let timeout_sec = range(
+            "timeout_sec",
+            spec.timeout_sec,
+            0,
+            MAX_TIMEOUT_SEC,
+            " (seconds, 0 is never)",
+        )?;
+        Ok(Spec {
+            template: spec.template,
+            vcpus,
+            memory_mb,
+            timeout_sec,
+        })
+    }
+
+    /// The sandboxes that are pending or running, newest first.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn list(&self) -> Result<Vec<Sandbox>, StoreError> {
+        self.inner.store.list_live().await
+    }
+
+    /// One sandbox, gone ones included.
+    ///
+    /// # Errors
+    /// There is none of that id, or the store failed.
+    pub async fn get(&self, id: &str) -> Result<Sandbox, LookupError> {
+        let id = id.parse().map_err(|_| LookupError::NotFound)?;
+        self.inner
+            .store
+            .get(&id)
+            .await?
+            .ok_or(LookupError::NotFound)
+    }
+
+    /// Ends a sandbox. Its record stays. It goes on if the caller goes away.
+    ///
+    /// # Errors
+    /// There is none of that id, or something of it is left.
+    pub async fn destroy(&self, id: &str) -> Result<(), DestroyError> {
+        let id = self.get(id).await?.id;
+        let manager = self.clone();
+        tokio::spawn(async move { manager.destroy_known(&id).await })
+            .await
+            .unwrap_or(Err(DestroyError::Interrupted))
+    }
+
+    async fn destroy_known(&self, id: &SandboxId) -> Result<(), DestroyError> {
+        let store = |source: StoreError| DestroyError::Lookup(source.into());
+        self.record(id, Transition::Unwanted).await.map_err(store)?;
+        self.inner
+            .host
+            .destroy(id)
+            .await
+            .map_err(DestroyError::Host)?;
+        self.record(id, Transition::Stopped { reason: None })
+            .await
+            .map_err(store)?;
+        info!(sandbox = %id, "sandbox deleted");
+        Ok(())
+    }
+
+    /// The sandbox of that id, if it runs.
+    ///
+    /// # Errors
+    /// It does not.
+    pub async fn running(&self, id: &str) -> Result<Sandbox, ExecError> {
+        let sandbox = self.get(id).await?;
+        match sandbox.status {
+            Status::Running => Ok(sandbox),
+            status => Err(ExecError::NotRunning(status)),
+        }
+    }
+
+    /// Runs a command in a sandbox and collects its output.
+    ///
+    /// # Errors
+    /// There is no result.
+    pub async fn exec(&self, id: &SandboxId, command: Command) -> Result<ExecOutput, ExecError> {
+        let start = Instant::now();
+        if command.argv.first().is_none_or(String::is_empty) {
+            return Err(ExecError::Invalid("cmd is required".into()));
+        }
+        if command.argv.iter().any(|arg| arg.contains('\0')) {
+            return Err(ExecError::Invalid(
+                "cmd and args must not contain a zero byte".into(),
+            ));
+        }
+        let timeout_sec = in_range(
+            "timeout_sec",
+            command.timeout_sec,
+            1,
+            MAX_EXEC_TIMEOUT_SEC,
+            " (seconds)",
+        )
+        .map_err(ExecError::Invalid)?;
+        let request = ExecRequest {
+            argv: command.argv,
+            timeout_sec,
+        };
+        let events = self
+            .inner
+            .host
+            .exec(id, request)
+            .await
+            .map_err(ExecError::Host)?;
+        let output = exec::collect(events, &self.inner.limits.exec, start).await;
+        self.used(id).await;
+        Ok(output?)
+    }
+
+    /// Writes a file in a sandbox.
+    ///
+    /// # Errors
+    /// The file is as it was.
+    pub async fn write_file(
+        &self,
+        id: &SandboxId,
+        path: String,
+        content: BoxStream<'static, std::io::Result<Bytes>>,
+    ) -> Result<(), FileError> {
+        check_path(&path)?;
+        let request = WriteFileRequest { path };
+        let result = self.inner.host.write_file(id, request, content).await;
+        self.used(id).await;
+        result.map_err(FileError::Host)
+    }
+
+    /// Reads a file in a sandbox.
+    ///
+    /// # Errors
+    /// It cannot be read from its start; later errors are in the stream.
+    pub async fn read_file(&self, id: &SandboxId, path: String) -> Result<FileContent, FileError> {
+        check_path(&path)?;
+        let request = ReadFileRequest { path };
+        let result = self.inner.host.read_file(id, request).await;
+        self.used(id).await;
+        result.map_err(FileError::Host)
+    }
+
+    /// Where output and uploads are spooled.
+    pub fn limits(&self) -> &Limits {
+        &self.inner.limits
+    }
+
+    /// Ends every sandbox and writes that down.
+    pub async fn shutdown(&self) {
+        self.inner.closing.store(true, Ordering::Release);
+        self.inner.host.shutdown().await;
+        let live = match self.inner.store.list_live().await {
+            Ok(live) => live,
+            Err(source) => {
+                error!(error = %chain(&source), "end of sandboxes not recorded");
+                return;
+            }
+        };
+        for sandbox in live {
+            let reason = Some("daemon shut down".to_owned());
+            if let Err(source) = self
+                .record(&sandbox.id, Transition::Stopped { reason })
+                .await
+            {
+                error!(sandbox = %sandbox.id, error = %chain(&source), "end of sandbox not recorded");
+            }
+        }
+    }
+
+    async fn used(&self, id: &SandboxId) {
+        if let Err(source) = self.record(id, Transition::Used).await {
+            warn!(sandbox = %id, error = %chain(&source), "use of sandbox not recorded");
+        }
+    }
+
+    /// Makes a transition and writes it down. One that is no longer possible, for something else
+    /// came first, leaves the record as it is. Returns the record, if there is one.
+    async fn record(
+        &self,
+        id: &SandboxId,
+        transition: Transition,
+    ) -> Result<Option<Sandbox>, StoreError> {
+        let _records = self.inner.records.lock().await;
+        let Some(mut sandbox) = self.inner.store.get(id).await? else {
+            return Ok(None);
+        };
+        let before = sandbox.status;
+        match sandbox.apply(transition, Timestamp::now()) {
+            Ok(()) => self.inner.store.update(&sandbox).await?,
+            Err(late) => debug!(sandbox = %id, "{late}"),
+        }
+        if sandbox.status != before {
+            match (sandbox.status, &sandbox.status_reason) {
+                (Status::Error, reason) => warn!(sandbox = %id, from = %before,
+                    reason = reason.as_deref(), "sandbox is in error"),
+                (status, reason) => info!(sandbox = %id, from = %before, to = %status,
+                    reason = reason.as_deref(), "sandbox changed state"),
+            }
+        }
+        Ok(Some(sandbox))
+    }
+}
+
+fn is_template_name(name: &str) -> bool {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    name.len() <= 64
+        && name.bytes().all(allowed)
+        && name
+            .bytes()
+            .next()
+            .is_some_and(|first| first.is_ascii_alphanumeric())
+}
+
+/// `value`, if it is in the range; otherwise a sentence that says so.
+fn in_range<T: TryFrom<i64>>(
+    what: &str,
+    value: i64,
+    min: i64,
+    max: i64,
+    unit: &str,
+) -> Result<T, String> {
+    let checked = if (min..=max).contains(&value) {
+        T::try_from(value).ok()
+    } else {
+        None
+    };
+    checked.ok_or_else(|| format!("{what} must be {min} to {max}{unit}, not {value}"))
+}
+
+fn check_path(path: &str) -> Result<(), FileError> {
+    let problem = if path.is_empty() {
+        "path is required"
+    } else if !path.starts_with('/') {
+        "path must be absolute"
+    } else if path.len() > MAX_PATH {
+        "path is longer than 4095 bytes"
+    } else if path.contains('\0') {
+        "path must not contain a zero byte"
+    } else {
+        return Ok(());
+    };
+    Err(FileError::Invalid(problem.into()))
+}

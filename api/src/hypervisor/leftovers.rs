@@ -1,0 +1,160 @@
+//! What a daemon that crashed left behind: `vmm` processes and files.
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use tracing::warn;
+
+use super::paths::Paths;
+
+/// How long a killed process may take to disappear.
+const KILL_TIMEOUT: Timespec = Timespec {
+    tv_sec: 10,
+    tv_nsec: 0,
+};
+
+/// Something of an earlier daemon is in the way.
+#[derive(Debug, thiserror::Error)]
+pub enum LeftoverError {
+    /// A process does not end.
+    #[error("the vmm process {pid} of an earlier daemon cannot be ended")]
+    Process {
+        /// Its id.
+        pid: i32,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// Files cannot be listed or removed.
+    #[error("{path} of an earlier daemon cannot be removed", path = path.display())]
+    Files {
+        /// Where they are.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// The task that removes it is gone.
+    #[error("the clean-up was interrupted")]
+    Interrupted,
+}
+
+/// Ends the processes and removes the files of all sandboxes below `paths`.
+pub fn remove(paths: &Paths) -> Result<(), LeftoverError> {
+    let prefix = paths.vsock_arg_prefix();
+    for pid in processes().map_err(|source| LeftoverError::Files {
+        path: "/proc".into(),
+        source,
+    })? {
+        let failed = |source| LeftoverError::Process {
+            pid: pid.as_raw_nonzero().get(),
+            source,
+        };
+        if let Some(process) = ours(pid, &prefix) {
+            warn!(
+                pid = pid.as_raw_nonzero().get(),
+                "ending the vmm process of an earlier daemon"
+            );
+            end(&process).map_err(failed)?;
+        }
+    }
+    for parent in paths.parents() {
+        let failed = |source| LeftoverError::Files {
+            path: parent.to_owned(),
+            source,
+        };
+        for entry in fs::read_dir(parent).map_err(failed)? {
+            let path = entry.map_err(failed)?.path();
+            warn!(path = %path.display(), "removing files of an earlier daemon");
+            fs::remove_dir_all(&path).map_err(|source| LeftoverError::Files {
+                path: path.clone(),
+                source,
+            })?;
+        }
+    }
+    Ok(())
+}
+
+fn processes() -> io::Result<Vec<Pid>> {
+    let mut pids = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        let name = entry?.file_name();
+        let pid = name
+            .to_str()
+            .and_then(|name| name.parse().ok())
+            .and_then(Pid::from_raw);
+        pids.extend(pid);
+    }
+    Ok(pids)
+}
+
+/// The process, if it is a VMM for a sandbox of ours: the arguments that it was started with
+/// name a socket in our private directory. The handle is taken first. So should the process end
+/// and its id be used again, the handle still means the one that ended, and signals to it fail.
+fn ours(pid: Pid, prefix: &[u8]) -> Option<OwnedFd> {
+    let process = pidfd_open(pid, PidfdFlags::empty()).ok()?;
+    let arguments = fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).ok()?;
+    let mut arguments = arguments.split(|&byte| byte == 0);
+    arguments
+        .any(|argument| argument.starts_with(prefix))
+        .then_some(process)
+}
+
+fn end(process: &OwnedFd) -> io::Result<()> {
+    match pidfd_send_signal(process, Signal::KILL) {
+        Ok(()) => {}
+        Err(rustix::io::Errno::SRCH) => return Ok(()),
+        Err(error) => return Err(error.into()),
+    }
+    // A pidfd is readable once its process has ended; pidfd_open(2).
+    let mut fds = [PollFd::new(process, PollFlags::IN)];
+    loop {
+        match poll(&mut fds, Some(&KILL_TIMEOUT)) {
+            Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
+            Ok(_) => return Ok(()),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::{CommandExt, ExitStatusExt};
+    use std::process::Command;
+
+    use super::*;
+    use crate::domain::SandboxId;
+
+    #[test]
+    fn only_processes_and_files_of_these_directories_are_ended() {
+        let dir = tempfile::tempdir().unwrap();
+        let ours = Paths::new(&dir.path().join("run"), &dir.path().join("data")).unwrap();
+        let others = Paths::new(&dir.path().join("run2"), &dir.path().join("data2")).unwrap();
+        let id = SandboxId::random();
+        ours.make(&id).unwrap();
+        others.make(&id).unwrap();
+        fs::write(ours.disk(&id), "disk").unwrap();
+        let spawn = |paths: &Paths| {
+            Command::new("sleep")
+                .arg0(paths.vsock_arg(&id))
+                .arg("1000")
+                .spawn()
+                .unwrap()
+        };
+        let (mut our_vmm, mut other_vmm) = (spawn(&ours), spawn(&others));
+
+        remove(&ours).unwrap();
+
+        assert_eq!(our_vmm.wait().unwrap().signal(), Some(9));
+        assert_eq!(other_vmm.try_wait().unwrap(), None);
+        other_vmm.kill().unwrap();
+        other_vmm.wait().unwrap();
+        assert!(!ours.disk(&id).exists() && !ours.vsock(&id).parent().unwrap().exists());
+        assert!(others.vsock(&id).parent().unwrap().exists());
+    }
+}

@@ -1,0 +1,465 @@
+//! One `vmm` process, from its first file to its end.
+
+use std::fmt::Write as _;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use agent_protocol::Ready;
+use tokio::fs::File;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncSeekExt, BufReader};
+use tokio::net::UnixListener;
+use tokio::net::unix::pipe;
+use tokio::process::{Child, Command};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tracing::{debug, info, warn};
+
+use super::HostConfig;
+use super::monitor::{self, Seen};
+use crate::domain::{CreateRequest, Created, End, SandboxId, Timings};
+use crate::images::{OverlayError, create_overlay};
+
+/// What every guest's kernel is told: console on the serial port and nearly silent, a reset one
+/// second after a panic that the VMM did not see, entropy from the CPU, and for the agent the
+/// root disk that it mounts.
+const CMDLINE: &str = "console=ttyS0 quiet loglevel=4 panic=1 random.trust_cpu=on \
+                       root=/dev/vda rootfstype=ext4 rw";
+/// How long the last words of a process that has ended may take to be read.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+/// The longest `Ready` line that is read, in bytes.
+const MAX_READY: u64 = 4096;
+/// How much of the end of a console goes into an error message, in bytes.
+const CONSOLE_TAIL: u64 = 1024;
+
+/// Exit statuses of the VMM.
+mod exit {
+    pub const POWER_OFF: i32 = 0;
+    pub const ERROR: i32 = 1;
+    pub const USAGE: i32 = 2;
+    pub const REBOOT: i32 = 10;
+    pub const PANIC: i32 = 11;
+    pub const TRIPLE_FAULT: i32 = 12;
+}
+
+/// What to start.
+pub struct Launch<'a> {
+    pub config: &'a HostConfig,
+    pub request: &'a CreateRequest,
+    pub template: &'a Path,
+}
+
+/// Why there is no process.
+#[derive(Debug, thiserror::Error)]
+pub enum SpawnError {
+    /// Its directories cannot be made.
+    #[error("the sandbox's directories cannot be made")]
+    Directories(#[source] io::Error),
+    /// It has no disk.
+    #[error(transparent)]
+    Overlay(#[from] OverlayError),
+    /// A socket or pipe to it cannot be made.
+    #[error("the {what} cannot be made")]
+    Channel {
+        /// What it is for.
+        what: &'static str,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// It cannot be executed.
+    #[error("{vmm} cannot be executed", vmm = vmm.display())]
+    Execute {
+        /// The VMM's binary.
+        vmm: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Why an agent has not answered.
+#[derive(Debug)]
+pub enum NotReady {
+    /// It took too long.
+    TimedOut(Duration),
+    /// The process ended.
+    Exited(io::Result<ExitStatus>),
+    /// The socket that it should have answered on failed.
+    Listener(io::Error),
+    /// The sandbox is to be destroyed.
+    Destroyed,
+}
+
+/// A `vmm` process.
+pub struct Machine {
+    id: SandboxId,
+    child: Child,
+    listener: Option<UnixListener>,
+    ready_path: PathBuf,
+    console: PathBuf,
+    seen: watch::Receiver<Seen>,
+    events: JoinHandle<()>,
+    stderr: JoinHandle<String>,
+    created: Instant,
+    spawned: Instant,
+    status: Option<io::Result<ExitStatus>>,
+}
+
+impl Machine {
+    /// Makes the sandbox's files and starts its process.
+    pub async fn spawn(launch: Launch<'_>) -> Result<Self, SpawnError> {
+        let created = Instant::now();
+        let Launch {
+            config,
+            request,
+            template,
+        } = launch;
+        let id = request.id.clone();
+        let paths = &config.paths;
+        let channel = |what| move |source| SpawnError::Channel { what, source };
+
+        paths.make(&id).map_err(SpawnError::Directories)?;
+        create_overlay(template.to_owned(), paths.disk(&id)).await?;
+        // Before the guest exists, so that its agent cannot come too early.
+        let ready_path = paths.ready(&id);
+        let listener = UnixListener::bind(&ready_path).map_err(channel("agent's ready socket"))?;
+        let (events, event_writer) = event_pipe().map_err(channel("event pipe"))?;
+
+        let mut command = vmm_command(config, request, event_writer.as_raw_fd());
+        let spawned = Instant::now();
+        let mut child = command.spawn().map_err(|source| SpawnError::Execute {
+            vmm: config.vmm.clone(),
+            source,
+        })?;
+        // The process has its own; with ours gone, the pipe ends when the process does.
+        drop(event_writer);
+        info!(sandbox = %id, pid = child.id(), "vmm started");
+
+        let (seen_sender, seen) = watch::channel(Seen::default());
+        let stderr = child.stderr.take();
+        let stderr_id = id.clone();
+        Ok(Self {
+            console: paths.console(&id),
+            listener: Some(listener),
+            ready_path,
+            seen,
+            events: tokio::spawn(monitor::follow_events(id.clone(), events, seen_sender)),
+            stderr: tokio::spawn(async move {
+                match stderr {
+                    Some(stderr) => monitor::follow_stderr(stderr_id, stderr).await,
+                    None => String::new(),
+                }
+            }),
+            child,
+            id,
+            created,
+            spawned,
+            status: None,
+        })
+    }
+
+    /// Waits for the agent's first words, the process's end, or the timeout, whichever is first.
+    pub async fn ready(&mut self, timeout: Duration) -> Result<Created, NotReady> {
+        let Some(listener) = self.listener.take() else {
+            return Err(NotReady::Listener(io::ErrorKind::NotConnected.into()));
+        };
+        tokio::select! {
+            biased;
+            ready = first_words(&self.id, &listener) => {
+                ready.map_err(NotReady::Listener)?;
+            }
+            status = self.child.wait() => {
+                return Err(NotReady::Exited(status));
+            }
+            () = tokio::time::sleep_until((self.spawned + timeout).into()) => {
+                return Err(NotReady::TimedOut(timeout));
+            }
+        }
+        let now = Instant::now();
+        drop(listener);
+        if let Err(error) = std::fs::remove_file(&self.ready_path) {
+            debug!(sandbox = %self.id, %error, "ready socket not removed");
+        }
+        let vmm_us = self.seen.borrow().booting_us.unwrap_or(0);
+        let timings = Timings {
+            prepare_us: micros(self.spawned - self.created),
+            vmm_us,
+            boot_us: micros(now - self.spawned).saturating_sub(vmm_us),
+            total_us: micros(now - self.created),
+        };
+        Ok(Created { timings })
+    }
+
+    /// Waits for the end of the process.
+    pub async fn exited(&mut self) {
+        self.status = Some(self.child.wait().await);
+    }
+
+    /// Ends the process, whatever it does, and waits until it is gone.
+    pub async fn kill(&mut self) {
+        if let Err(error) = self.child.kill().await {
+            debug!(sandbox = %self.id, %error, "vmm not killed");
+        }
+    }
+
+    /// Why a start failed, as sentences for the user. The process has ended.
+    pub async fn explain_start(&mut self, why: NotReady) -> String {
+        let mut text = match why {
+            NotReady::TimedOut(timeout) => {
+                format!(
+                    "the guest's agent did not answer within {} s",
+                    timeout.as_secs()
+                )
+            }
+            NotReady::Exited(status) => match self.describe(&status).await {
+                End::Orderly { reason } | End::Failed { reason } => {
+                    format!("{reason} before its agent answered")
+                }
+            },
+            NotReady::Listener(error) => format!("the agent's ready socket failed: {error}"),
+            NotReady::Destroyed => "the sandbox was destroyed in the meantime".to_owned(),
+        };
+        self.add_console(&mut text).await;
+        text
+    }
+
+    /// How the process ended, after [`Machine::exited`].
+    pub async fn explain_end(&mut self) -> End {
+        let status = self.status.take();
+        let status = status.unwrap_or_else(|| Err(io::ErrorKind::NotFound.into()));
+        let mut end = self.describe(&status).await;
+        if let End::Failed { reason } = &mut end {
+            self.add_console(reason).await;
+        }
+        end
+    }
+
+    async fn describe(&mut self, status: &io::Result<ExitStatus>) -> End {
+        // Both pipes end with the process, unless it has given them to another.
+        let last_words = async {
+            let stderr = (&mut self.stderr).await.unwrap_or_default();
+            let _ = (&mut self.events).await;
+            stderr
+        };
+        let stderr = match tokio::time::timeout(LAST_WORDS, last_words).await {
+            Ok(stderr) => stderr,
+            Err(_) => {
+                warn!(sandbox = %self.id, "the vmm has ended, but its pipes have not");
+                String::new()
+            }
+        };
+        let detail = self.seen.borrow().detail.clone();
+        describe_end(status, detail.as_deref(), &stderr)
+    }
+
+    async fn add_console(&self, text: &mut String) {
+        match console_tail(&self.console).await {
+            Ok(tail) if !tail.is_empty() => {
+                let _ = write!(text, "; its console ends with:\n{tail}");
+            }
+            Ok(_) => {}
+            Err(error) => debug!(sandbox = %self.id, %error, "no console log"),
+        }
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.events.abort();
+        self.stderr.abort();
+    }
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+fn vmm_command(config: &HostConfig, request: &CreateRequest, events: i32) -> Command {
+    let id = &request.id;
+    let paths = &config.paths;
+    let mut cmdline = CMDLINE.to_owned();
+    if !config.cmdline_extra.is_empty() {
+        cmdline.push(' ');
+        cmdline.push_str(&config.cmdline_extra);
+    }
+    let mut command = Command::new(&config.vmm);
+    command
+        .arg("--kernel")
+        .arg(&config.images.kernel)
+        .arg("--initramfs")
+        .arg(&config.images.initramfs)
+        .args(["--cmdline", &cmdline])
+        .args(["--cpus", &format!("boot={}", request.vcpus)])
+        .args(["--memory", &format!("size={}M", request.memory_mb)])
+        .arg("--disk")
+        .arg(format!(
+            "path={},image_type=qcow2,backing_files=on",
+            paths.disk(id).display()
+        ))
+        .args(["--vsock", &paths.vsock_arg(id)])
+        .arg("--serial")
+        .arg(format!("file={}", paths.console(id).display()))
+        .args(["--console", "off", "--rng", "src=/dev/urandom"])
+        .args(["--event-monitor", &format!("fd={events}")])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .current_dir("/")
+        // Nothing that the daemon was told, such as secrets, is the VMM's business.
+        .env_clear()
+        // A signal from the terminal is for the daemon, which then ends its VMMs in order.
+        .process_group(0)
+        .kill_on_drop(true);
+    // SAFETY: between fork and exec only async-signal-safe functions may be called, and fcntl(2)
+    // is one. The descriptor is open: the caller holds it until after the spawn.
+    unsafe {
+        command.pre_exec(move || {
+            let events = BorrowedFd::borrow_raw(events);
+            // In the child alone, so that no other child can inherit it.
+            rustix::io::fcntl_setfd(events, rustix::io::FdFlags::empty())?;
+            Ok(())
+        });
+    }
+    command
+}
+
+fn event_pipe() -> io::Result<(pipe::Receiver, OwnedFd)> {
+    let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+    Ok((pipe::Receiver::from_owned_fd(reader)?, writer))
+}
+
+/// Waits until someone in the guest says that the agent is ready. What else is said there is
+/// skipped: a guest that talks nonsense keeps only itself from being started.
+async fn first_words(id: &SandboxId, listener: &UnixListener) -> io::Result<Ready> {
+    loop {
+        let (stream, _) = listener.accept().await?;
+        let mut line = Vec::new();
+        let mut reader = BufReader::new(stream.take(MAX_READY));
+        if let Err(error) = reader.read_until(b'\n', &mut line).await {
+            debug!(sandbox = %id, %error, "ready connection broke off");
+            continue;
+        }
+        match serde_json::from_slice::<Ready>(&line) {
+            Ok(ready) => {
+                info!(sandbox = %id, agent = ready.version, kernel = ready.kernel,
+                    entered_us = ready.entered_us, serving_us = ready.serving_us,
+                    "guest agent is ready");
+                return Ok(ready);
+            }
+            Err(error) => warn!(sandbox = %id, %error, "ready message makes no sense"),
+        }
+    }
+}
+
+async fn console_tail(path: &Path) -> io::Result<String> {
+    let mut file = File::open(path).await?;
+    let len = file.metadata().await?.len();
+    file.seek(io::SeekFrom::Start(len.saturating_sub(CONSOLE_TAIL)))
+        .await?;
+    let mut tail = Vec::new();
+    file.take(CONSOLE_TAIL).read_to_end(&mut tail).await?;
+    Ok(monitor::readable(&tail))
+}
+
+/// What an exit status means, with the cause that the event monitor told or, for want of it, the
+/// end of standard error.
+fn describe_end(status: &io::Result<ExitStatus>, detail: Option<&str>, stderr: &str) -> End {
+    let because = |what: &str| match detail.or((!stderr.is_empty()).then_some(stderr)) {
+        Some(cause) => format!("{what}: {cause}"),
+        None => what.to_owned(),
+    };
+    let status = match status {
+        Ok(status) => status,
+        Err(error) => {
+            return End::Failed {
+                reason: format!("the vmm's exit status is unknown: {error}"),
+            };
+        }
+    };
+    let reason = match (status.code(), status.signal()) {
+        (Some(exit::POWER_OFF), _) => {
+            return End::Orderly {
+                reason: "the guest powered off".to_owned(),
+            };
+        }
+        (Some(exit::REBOOT), _) => {
+            return End::Orderly {
+                reason: "the guest rebooted, which ends a sandbox".to_owned(),
+            };
+        }
+        (Some(exit::PANIC), _) => because("the guest's kernel panicked"),
+        (Some(exit::TRIPLE_FAULT), _) => because("the guest's CPU took a triple fault"),
+        (Some(exit::ERROR), _) => because("the vmm failed"),
+        (Some(exit::USAGE), _) => because("the vmm refused its configuration"),
+        (Some(code), _) => because(&format!("the vmm exited with status {code}")),
+        (None, Some(signal)) => because(&format!("the vmm was killed by signal {signal}")),
+        (None, None) => because("the vmm ended"),
+    };
+    End::Failed { reason }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exit_statuses_have_their_meaning() {
+        let end = |raw, detail, stderr| match describe_end(
+            &Ok(ExitStatus::from_raw(raw)),
+            detail,
+            stderr,
+        ) {
+            End::Orderly { reason } => (true, reason),
+            End::Failed { reason } => (false, reason),
+        };
+        let exit = |code: i32| code << 8;
+        assert_eq!(
+            end(exit(0), None, "noise"),
+            (true, "the guest powered off".into())
+        );
+        assert!(end(exit(10), None, "").0);
+        let panic = "the guest's kernel panicked: pvpanic".to_owned();
+        assert_eq!(end(exit(11), Some("pvpanic"), "noise"), (false, panic));
+        let failed = "the vmm failed: no /dev/kvm".to_owned();
+        assert_eq!(end(exit(1), None, "no /dev/kvm"), (false, failed));
+        assert_eq!(
+            end(9, None, ""),
+            (false, "the vmm was killed by signal 9".into())
+        );
+        assert_eq!(
+            end(exit(3), None, ""),
+            (false, "the vmm exited with status 3".into())
+        );
+    }
+
+    #[tokio::test]
+    async fn nonsense_before_the_agents_words_is_skipped() {
+        use tokio::io::AsyncWriteExt;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ready");
+        let listener = UnixListener::bind(&path).unwrap();
+        let said = Ready {
+            version: "1".into(),
+            kernel: "6".into(),
+            entered_us: 1,
+            serving_us: 2,
+        };
+        let speak = async {
+            for words in [
+                b"what?\n".to_vec(),
+                Vec::new(),
+                serde_json::to_vec(&said).unwrap(),
+            ] {
+                let mut stream = tokio::net::UnixStream::connect(&path).await.unwrap();
+                stream.write_all(&words).await.unwrap();
+            }
+        };
+        let id = SandboxId::random();
+        let (ready, ()) = tokio::join!(first_words(&id, &listener), speak);
+        assert_eq!(ready.unwrap(), said);
+    }
+}

@@ -1,0 +1,300 @@
+//! The records of sandboxes in SQLite.
+//!
+//! One connection in WAL mode, used on threads that may block. A transaction that was committed
+//! survives a crash of the daemon; after a crash of the machine the last ones may be missing, as
+//! are the sandboxes they told of.
+
+mod migrations;
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use async_trait::async_trait;
+use jiff::Timestamp;
+use rusqlite::{Connection, OptionalExtension, Row, params};
+
+use crate::domain::{Desired, Sandbox, SandboxId, SandboxStore, Spec, Status, StoreError};
+pub use migrations::MigrateError;
+
+const COLUMNS: &str = "id, template, vcpus, memory_mb, timeout_sec, desired, status, \
+                       status_reason, created_at, started_at, last_active_at, updated_at, timings";
+
+/// Sandboxes in a file.
+#[derive(Clone)]
+pub struct SqliteStore {
+    connection: Arc<Mutex<Connection>>,
+}
+
+/// Why the store is not usable.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// It is no database, or cannot be read or written.
+    #[error("the database {path} cannot be opened", path = path.display())]
+    Open {
+        /// Where it is.
+        path: PathBuf,
+        /// What SQLite says.
+        #[source]
+        source: rusqlite::Error,
+    },
+    /// Its tables cannot be brought up to date.
+    #[error("the database {path} cannot be brought up to date", path = path.display())]
+    Migrate {
+        /// Where it is.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: MigrateError,
+    },
+}
+
+impl SqliteStore {
+    /// Opens the database `path`, makes it if it is not there, and brings its tables up to date.
+    ///
+    /// # Errors
+    /// It is not usable.
+    pub fn open(path: &Path) -> Result<Self, OpenError> {
+        let failed = |source| OpenError::Open {
+            path: path.to_owned(),
+            source,
+        };
+        let mut connection = Connection::open(path).map_err(failed)?;
+        connection
+            .execute_batch("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;")
+            .map_err(failed)?;
+        migrations::run(&mut connection).map_err(|source| OpenError::Migrate {
+            path: path.to_owned(),
+            source,
+        })?;
+        Ok(Self {
+            connection: Arc::new(Mutex::new(connection)),
+        })
+    }
+
+    async fn with<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Connection) -> Result<T, rusqlite::Error> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let connection = Arc::clone(&self.connection);
+        let task = tokio::task::spawn_blocking(move || {
+            // A panic within a transaction rolls it back, so the connection stays good.
+            work(&connection.lock().unwrap_or_else(PoisonError::into_inner))
+        });
+        match task.await {
+            Ok(result) => result.map_err(|error| StoreError(Box::new(error))),
+            Err(error) => Err(StoreError(Box::new(error))),
+        }
+    }
+}
+
+#[async_trait]
+impl SandboxStore for SqliteStore {
+    async fn insert(&self, sandbox: &Sandbox) -> Result<bool, StoreError> {
+        let sandbox = sandbox.clone();
+        self.with(move |connection| {
+            let sql = format!(
+                "INSERT INTO sandboxes ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, \
+                 ?11, ?12, ?13) ON CONFLICT (id) DO NOTHING"
+            );
+            Ok(write(connection, &sql, &sandbox)? == 1)
+        })
+        .await
+    }
+
+    async fn get(&self, id: &SandboxId) -> Result<Option<Sandbox>, StoreError> {
+        let id = id.clone();
+        self.with(move |connection| {
+            connection
+                .prepare_cached(&format!("SELECT {COLUMNS} FROM sandboxes WHERE id = ?1"))?
+                .query_row([id.as_str()], read)
+                .optional()
+        })
+        .await
+    }
+
+    async fn update(&self, sandbox: &Sandbox) -> Result<(), StoreError> {
+        let sandbox = sandbox.clone();
+        self.with(move |connection| {
+            let sql = "UPDATE sandboxes SET template = ?2, vcpus = ?3, memory_mb = ?4, \
+                       timeout_sec = ?5, desired = ?6, status = ?7, status_reason = ?8, \
+                       created_at = ?9, started_at = ?10, last_active_at = ?11, updated_at = ?12, \
+                       timings = ?13 WHERE id = ?1";
+            match write(connection, sql, &sandbox)? {
+                1 => Ok(()),
+                changed => Err(rusqlite::Error::StatementChangedRows(changed)),
+            }
+        })
+        .await
+    }
+
+    async fn list_live(&self) -> Result<Vec<Sandbox>, StoreError> {
+        self.with(|connection| {
+            connection
+                .prepare_cached(&format!(
+                    "SELECT {COLUMNS} FROM sandboxes WHERE status IN ('pending', 'running') \
+                     ORDER BY created_at DESC, rowid DESC"
+                ))?
+                .query_map([], read)?
+                .collect()
+        })
+        .await
+    }
+}
+
+fn write(connection: &Connection, sql: &str, sandbox: &Sandbox) -> rusqlite::Result<usize> {
+    let timings = match &sandbox.timings {
+        Some(timings) => Some(
+            serde_json::to_string(timings)
+                .map_err(|error| rusqlite::Error::ToSqlConversionFailure(Box::new(error)))?,
+        ),
+        None => None,
+    };
+    connection.prepare_cached(sql)?.execute(params![
+        sandbox.id.as_str(),
+        sandbox.spec.template,
+        sandbox.spec.vcpus,
+        sandbox.spec.memory_mb,
+        sandbox.spec.timeout_sec,
+        sandbox.desired.as_str(),
+        sandbox.status.as_str(),
+        sandbox.status_reason,
+        sandbox.created_at.as_microsecond(),
+        sandbox.started_at.map(Timestamp::as_microsecond),
+        sandbox.last_active_at.map(Timestamp::as_microsecond),
+        sandbox.updated_at.as_microsecond(),
+        timings,
+    ])
+}
+
+fn read(row: &Row<'_>) -> rusqlite::Result<Sandbox> {
+    use rusqlite::types::Type;
+    type Cause = Box<dyn std::error::Error + Send + Sync>;
+    let bad = |column: usize, error: Cause| {
+        rusqlite::Error::FromSqlConversionFailure(column, Type::Text, error)
+    };
+    let time = |column: usize, micros: i64| {
+        Timestamp::from_microsecond(micros).map_err(|error| {
+            rusqlite::Error::FromSqlConversionFailure(column, Type::Integer, Box::new(error))
+        })
+    };
+    let optional_time = |column: usize| -> rusqlite::Result<Option<Timestamp>> {
+        row.get::<_, Option<i64>>(column)?
+            .map(|micros| time(column, micros))
+            .transpose()
+    };
+    let id: String = row.get(0)?;
+    let desired: String = row.get(5)?;
+    let status: String = row.get(6)?;
+    let timings: Option<String> = row.get(12)?;
+    Ok(Sandbox {
+        id: id.parse().map_err(|error| bad(0, Box::new(error)))?,
+        spec: Spec {
+            template: row.get(1)?,
+            vcpus: row.get(2)?,
+            memory_mb: row.get(3)?,
+            timeout_sec: row.get(4)?,
+        },
+        desired: Desired::from_word(&desired)
+            .ok_or_else(|| bad(5, format!("unknown wish {desired:?}").into()))?,
+        status: Status::from_word(&status)
+            .ok_or_else(|| bad(6, format!("unknown status {status:?}").into()))?,
+        status_reason: row.get(7)?,
+        created_at: time(8, row.get(8)?)?,
+        started_at: optional_time(9)?,
+        last_active_at: optional_time(10)?,
+        updated_at: time(11, row.get(11)?)?,
+        timings: timings
+            .map(|json| serde_json::from_str(&json))
+            .transpose()
+            .map_err(|error| bad(12, Box::new(error)))?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::{Timings, Transition};
+
+    fn sandbox(second: i64) -> Sandbox {
+        let spec = Spec {
+            template: "minimal".into(),
+            vcpus: 32,
+            memory_mb: 512,
+            timeout_sec: 300,
+        };
+        Sandbox::new(
+            SandboxId::random(),
+            spec,
+            Timestamp::from_second(second).unwrap(),
+        )
+    }
+
+    #[tokio::test]
+    async fn what_was_written_is_there_after_a_crash() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("db");
+        let mut written = sandbox(1);
+        {
+            let store = SqliteStore::open(&path).unwrap();
+            assert!(store.insert(&written).await.unwrap());
+            assert!(!store.insert(&written).await.unwrap(), "the id is taken");
+            let timings = Timings {
+                total_us: 7,
+                ..Timings::default()
+            };
+            let now = Timestamp::from_microsecond(2_000_001).unwrap();
+            written.apply(Transition::Started(timings), now).unwrap();
+            store.update(&written).await.unwrap();
+            // A crash: no connection is closed, and so no write-ahead log is folded in.
+            Box::leak(Box::new(store));
+        }
+        let store = SqliteStore::open(&path).unwrap();
+        assert_eq!(store.get(&written.id).await.unwrap(), Some(written));
+    }
+
+    #[tokio::test]
+    async fn the_list_is_of_the_living_newest_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = SqliteStore::open(&dir.path().join("db")).unwrap();
+        let now = Timestamp::from_second(9).unwrap();
+        let (old, new, twin) = (sandbox(1), sandbox(2), sandbox(2));
+        let (mut failed, mut stopped) = (sandbox(3), sandbox(4));
+        failed
+            .apply(Transition::Failed { reason: "x".into() }, now)
+            .unwrap();
+        stopped
+            .apply(Transition::Stopped { reason: None }, now)
+            .unwrap();
+        for sandbox in [&old, &new, &twin, &failed, &stopped] {
+            assert!(store.insert(sandbox).await.unwrap());
+        }
+        let ids = store
+            .list_live()
+            .await
+            .unwrap()
+            .into_iter()
+            .map(|sandbox| sandbox.id);
+        assert_eq!(ids.collect::<Vec<_>>(), [twin.id, new.id, old.id]);
+        assert_eq!(store.get(&stopped.id).await.unwrap(), Some(stopped));
+        assert_eq!(store.get(&SandboxId::random()).await.unwrap(), None);
+        assert!(
+            store.update(&sandbox(5)).await.is_err(),
+            "nothing to update"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_file_that_is_no_database_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("db");
+        std::fs::write(
+            &path,
+            "this is not a database, but it is long enough to be read",
+        )
+        .unwrap();
+        assert!(matches!(
+            SqliteStore::open(&path),
+            Err(OpenError::Open { .. })
+        ));
+    }
+}
