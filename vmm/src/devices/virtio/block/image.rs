@@ -9,6 +9,7 @@
 //! on its first byte, which leaves the bytes alone by which other programs tell each other what
 //! they do with a disk image.
 
+use std::collections::BTreeSet;
 use std::ffi::c_int;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -118,6 +119,10 @@ pub enum ImageError {
 pub struct Image {
     access: SyncFormatAccess<imago::file::File>,
     writable: bool,
+    /// How much of the disk one table of a qcow2 image maps, in bytes.
+    table_span: Option<u64>,
+    /// The tables, by the index of what they map, that are known to be in the file.
+    tables: BTreeSet<u64>,
 }
 
 impl Image {
@@ -138,7 +143,15 @@ impl Image {
             path: path.to_owned(),
             source,
         })?;
-        Ok(Self { access, writable })
+        // An L2 table is one cluster of 8-byte entries, each of which maps a cluster. Only images
+        // of version 3 tell the size; nothing has made older ones for a decade.
+        let cluster = access.inner().inner().zero_granularity();
+        Ok(Self {
+            table_span: cluster.and_then(|size| size.checked_mul(size / 8)),
+            tables: BTreeSet::new(),
+            access,
+            writable,
+        })
     }
 
     /// The size of the disk in bytes.
@@ -164,9 +177,27 @@ impl Image {
     ///
     /// # Errors
     /// The host could not write; what the range holds is undefined then.
-    pub fn write(&self, buffers: &Buffers<'_>, offset: u64) -> io::Result<()> {
+    pub fn write(&mut self, buffers: &Buffers<'_>, offset: u64) -> io::Result<()> {
         let (vector, _guard) = IoVector::from_volatile_slice(buffers.slices());
-        self.access.writev(vector, offset)
+        self.access.writev(vector, offset)?;
+        self.settle_tables(offset, buffers.len() as u64)
+    }
+
+    /// Writes the metadata out after the first write to the span of a table.
+    ///
+    /// A new table is linked into the file at once, but it is counted as used only when the
+    /// metadata is written. In between, the death of this process would leave a table that the
+    /// next one takes for free space. All other metadata is written in an order in which it may
+    /// stop at any point.
+    fn settle_tables(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        let Some(span) = self.table_span.filter(|span| *span > 0 && len > 0) else {
+            return Ok(());
+        };
+        let mut new = false;
+        for table in offset / span..=(offset + len - 1) / span {
+            new |= self.tables.insert(table);
+        }
+        if new { self.access.flush() } else { Ok(()) }
     }
 
     /// Makes everything written so far durable.

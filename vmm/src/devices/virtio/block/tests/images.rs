@@ -55,6 +55,31 @@ fn what_was_flushed_survives_the_death_of_the_process() {
 }
 
 #[test]
+fn the_death_of_the_process_does_not_break_the_image() {
+    let dir = TempDir::new().unwrap();
+    let size = 2 << 30;
+    let path = overlay(&dir, "top.qcow2", size, None);
+    let mut machine = Machine::new(&qcow2(&path));
+    // Each needs a table of its own.
+    let places = [0, 1, 2, 3].map(|table| table << 20);
+    for sector in places {
+        assert_eq!(machine.write(sector, &[0xaa; 512]), (OK, 1));
+    }
+    // The file as it is now, without a flush: what is left if the process is killed.
+    let copy = dir.path().join("copy.qcow2");
+    std::fs::copy(&path, &copy).unwrap();
+    let mut heir = Machine::new(&qcow2(&copy));
+    // New clusters must not land on the tables.
+    for index in 0..20 {
+        assert_eq!(heir.write(1024 + index * 128, &[0xbb; 0x1_0000]), (OK, 1));
+    }
+    assert_eq!(heir.flush(), (OK, 1));
+    for sector in places {
+        assert_eq!(heir.sectors(sector, 512), [0xaa; 512]);
+    }
+}
+
+#[test]
 fn a_backing_file_is_opened_only_if_that_is_allowed() {
     let dir = TempDir::new().unwrap();
     raw_image(&dir, 8);
