@@ -85,6 +85,3 @@ fn host_error(detail: ErrorDetail, path: &str) -> HostError {
         _ => HostError::Agent { reason },
     }
 }
-
-#[cfg(test)]
-mod tests;
