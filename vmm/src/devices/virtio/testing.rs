@@ -1,5 +1,7 @@
 //! A driver for tests: puts chains of any shape into the rings and looks at what comes back.
 
+use std::os::fd::RawFd;
+
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::{Descriptor, VirtqUsedElem};
@@ -216,13 +218,18 @@ impl Driver {
 
 /// Whether the event loop would call the device about this source.
 pub fn is_ready(source: &Source) -> bool {
+    wait_readable(source.fd, 0)
+}
+
+/// Waits until `fd` is readable, `timeout` milliseconds at most, and returns whether it is.
+pub fn wait_readable(fd: RawFd, timeout: i32) -> bool {
     let mut poll = libc::pollfd {
-        fd: source.fd,
+        fd,
         events: libc::POLLIN,
         revents: 0,
     };
-    // SAFETY: `poll` is one valid entry, and the call does not wait.
-    unsafe { libc::poll(&mut poll, 1, 0) == 1 }
+    // SAFETY: `poll` is one valid entry.
+    unsafe { libc::poll(&mut poll, 1, timeout) == 1 }
 }
 
 fn descriptor(piece: Piece, last: bool, next: u16) -> Descriptor {

@@ -13,6 +13,7 @@ use libc::{c_int, c_short, sockaddr_ll};
 
 use super::super::tap::{attach, check, request};
 use super::*;
+use crate::devices::virtio::testing::wait_readable;
 
 /// An EtherType for experiments (IEEE 802).
 const ETHER_TYPE: u16 = 0x88b5;
@@ -86,20 +87,20 @@ fn carry_frames() {
     let mut frame = vec![0xff; 12];
     frame.extend(ETHER_TYPE.to_be_bytes());
     frame.extend([0x77; 100]);
-    rustix::net::send(&host, &frame, rustix::net::SendFlags::empty()).unwrap();
-    net.process_source(TOKEN_TAP, EventSet::IN).unwrap();
-    // The host's own stack may have greeted its neighbours as well.
-    let received: Vec<_> = driver
-        .used(RECEIVE_QUEUE)
-        .into_iter()
-        .map(|(head, len)| driver.read((3 << 20) + u64::from(head) * 0x1000, len as usize))
-        .collect();
-    assert!(
-        received
-            .iter()
-            .any(|bytes| bytes[10..12] == [1, 0] && bytes[12..] == frame),
-        "{received:?}"
-    );
+    let arrived = (0..30).any(|_| {
+        // The kernel drops what is sent before it has noticed that the tap is attached.
+        rustix::net::send(&host, &frame, rustix::net::SendFlags::empty()).unwrap();
+        if !wait_readable(net.tap.as_raw_fd(), 300) {
+            return false;
+        }
+        net.process_source(TOKEN_TAP, EventSet::IN).unwrap();
+        // The host's own stack may have greeted its neighbours as well.
+        driver.used(RECEIVE_QUEUE).into_iter().any(|(head, len)| {
+            let bytes = driver.read((3 << 20) + u64::from(head) * 0x1000, len as usize);
+            bytes[10..12] == [1, 0] && bytes[12..] == frame
+        })
+    });
+    assert!(arrived);
 
     driver.write(BUFFERS, &[0; 12]);
     driver.write(BUFFERS + 12, &frame);
@@ -108,6 +109,7 @@ fn carry_frames() {
         &[readable(BUFFERS, 12 + frame.len() as u32)],
     );
     net.process_queue(TRANSMIT_QUEUE).unwrap();
+    assert!(wait_readable(host.as_raw_fd(), 10_000));
     let mut bytes = [0; 2000];
     let (_, len) = rustix::net::recv(&host, &mut bytes[..], RecvFlags::DONTWAIT).unwrap();
     assert_eq!(bytes[..len], frame);
