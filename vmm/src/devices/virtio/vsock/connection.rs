@@ -248,12 +248,6 @@ impl Connection {
         self.phase == Phase::Open && !self.guest.receive && !self.host.send
     }
 
-    /// Data of the host program makes a packet for the guest: the data itself, or a request for
-    /// credit that is not yet made.
-    pub(super) fn takes_data(&self) -> bool {
-        self.passes_data() && (self.credit() > 0 || !self.credit_requested)
-    }
-
     /// The guest has to answer, to the request or to the end of both directions, before the
     /// connection can go on.
     pub(super) fn awaits_guest(&self) -> bool {

@@ -100,7 +100,7 @@ impl Stream {
 
     /// There is, or may be, a packet for the guest.
     pub(super) fn has_packet(&self) -> bool {
-        self.connection.control_due() || (self.host.readable && self.connection.takes_data())
+        self.connection.control_due() || (self.host.readable && self.connection.passes_data())
     }
 
     /// Makes the next packet for the guest: fills in the data and returns the header, without
@@ -112,7 +112,7 @@ impl Stream {
         if let Some(header) = self.connection.next_control() {
             return Ok(Some(header));
         }
-        if !self.host.readable || !self.connection.takes_data() {
+        if !self.host.readable || !self.connection.passes_data() {
             return Ok(None);
         }
         let limit = self.connection.credit().min(MAX_DATA);

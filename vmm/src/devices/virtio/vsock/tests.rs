@@ -6,4 +6,5 @@
 
 mod driver;
 mod hostile;
+mod limits;
 mod streams;
