@@ -1,6 +1,6 @@
 //! sandboxd: the daemon that owns sandboxes and serves the REST APIs.
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 
 use api::config::{Config, Flags, LogFormat};
@@ -47,6 +47,7 @@ fn serve(flags: Flags) -> Result<(), String> {
     let filter = EnvFilter::try_new(&config.log.filter).map_err(|error| api::chain(&error))?;
     let logs = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .with_ansi(io::stderr().is_terminal())
         .with_writer(io::stderr);
     match config.log.format {
         LogFormat::Text => logs.init(),

@@ -245,12 +245,16 @@ impl Manager {
         match self.inner.host.create(request).await {
             Ok(created) => {
                 let started = self.record(&id, Transition::Started(created.timings)).await;
-                let Ok(Some(sandbox)) = started else {
-                    // The wish to run it cannot be written down, so it must not run.
-                    if let Err(source) = self.inner.host.destroy(&id).await {
-                        error!(sandbox = %id, error = %chain(&source), "sandbox left on the host");
+                let sandbox = match started {
+                    Ok(Some(sandbox)) => sandbox,
+                    // What is not recorded as running must not run.
+                    unrecorded => {
+                        if let Err(source) = self.inner.host.destroy(&id).await {
+                            error!(sandbox = %id, error = chain(&source), "sandbox is left");
+                        }
+                        unrecorded?;
+                        return Err(CreateError::Interrupted);
                     }
-                    return Err(CreateError::Interrupted);
                 };
                 if sandbox.status == Status::Running {
                     info!(sandbox = %id, total_us = created.timings.total_us, "sandbox is running");

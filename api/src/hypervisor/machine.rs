@@ -252,8 +252,8 @@ impl Machine {
                 String::new()
             }
         };
-        let detail = self.seen.borrow().detail.clone();
-        describe_end(status, detail.as_deref(), &stderr)
+        let told = self.seen.borrow().end.clone();
+        describe_end(status, told, &stderr)
     }
 
     async fn add_console(&self, text: &mut String) {
@@ -365,13 +365,9 @@ async fn console_tail(path: &Path) -> io::Result<String> {
     Ok(monitor::readable(&tail))
 }
 
-/// What an exit status means, with the cause that the event monitor told or, for want of it, the
-/// end of standard error.
-fn describe_end(status: &io::Result<ExitStatus>, detail: Option<&str>, stderr: &str) -> End {
-    let because = |what: &str| match detail.or((!stderr.is_empty()).then_some(stderr)) {
-        Some(cause) => format!("{what}: {cause}"),
-        None => what.to_owned(),
-    };
+/// What an exit status means. The VMM's own sentence, `told` by its event monitor, comes before
+/// one made here; the end of its standard error is for ends that it could not tell of.
+fn describe_end(status: &io::Result<ExitStatus>, told: Option<String>, stderr: &str) -> End {
     let status = match status {
         Ok(status) => status,
         Err(error) => {
@@ -380,26 +376,26 @@ fn describe_end(status: &io::Result<ExitStatus>, detail: Option<&str>, stderr: &
             };
         }
     };
-    let reason = match (status.code(), status.signal()) {
-        (Some(exit::POWER_OFF), _) => {
-            return End::Orderly {
-                reason: "the guest powered off".to_owned(),
-            };
-        }
-        (Some(exit::REBOOT), _) => {
-            return End::Orderly {
-                reason: "the guest rebooted, which ends a sandbox".to_owned(),
-            };
-        }
-        (Some(exit::PANIC), _) => because("the guest's kernel panicked"),
-        (Some(exit::TRIPLE_FAULT), _) => because("the guest's CPU took a triple fault"),
-        (Some(exit::ERROR), _) => because("the vmm failed"),
-        (Some(exit::USAGE), _) => because("the vmm refused its configuration"),
-        (Some(code), _) => because(&format!("the vmm exited with status {code}")),
-        (None, Some(signal)) => because(&format!("the vmm was killed by signal {signal}")),
-        (None, None) => because("the vmm ended"),
+    let what = match (status.code(), status.signal()) {
+        (Some(exit::POWER_OFF), _) => "the guest powered off",
+        (Some(exit::REBOOT), _) => "the guest asked for a reboot",
+        (Some(exit::PANIC), _) => "the guest's kernel panicked",
+        (Some(exit::TRIPLE_FAULT), _) => "the guest caused a triple fault",
+        (Some(exit::ERROR), _) => "the vmm failed",
+        (Some(exit::USAGE), _) => "the vmm refused its configuration",
+        (Some(code), _) => &format!("the vmm exited with status {code}"),
+        (None, Some(signal)) => &format!("the vmm was killed by signal {signal}"),
+        (None, None) => "the vmm ended",
     };
-    End::Failed { reason }
+    let reason = match (told, stderr) {
+        (Some(told), _) => told,
+        (None, "") => what.to_owned(),
+        (None, stderr) => format!("{what}: {stderr}"),
+    };
+    match status.code() {
+        Some(exit::POWER_OFF | exit::REBOOT) => End::Orderly { reason },
+        _ => End::Failed { reason },
+    }
 }
 
 #[cfg(test)]
@@ -408,32 +404,39 @@ mod tests {
 
     #[test]
     fn exit_statuses_have_their_meaning() {
-        let end = |raw, detail, stderr| match describe_end(
-            &Ok(ExitStatus::from_raw(raw)),
-            detail,
-            stderr,
-        ) {
-            End::Orderly { reason } => (true, reason),
-            End::Failed { reason } => (false, reason),
+        let end = |raw, told: Option<&str>, stderr| {
+            let status = Ok(ExitStatus::from_raw(raw));
+            match describe_end(&status, told.map(str::to_owned), stderr) {
+                End::Orderly { reason } => (true, reason),
+                End::Failed { reason } => (false, reason),
+            }
         };
         let exit = |code: i32| code << 8;
-        assert_eq!(
-            end(exit(0), None, "noise"),
-            (true, "the guest powered off".into())
-        );
-        assert!(end(exit(10), None, "").0);
-        let panic = "the guest's kernel panicked: pvpanic".to_owned();
-        assert_eq!(end(exit(11), Some("pvpanic"), "noise"), (false, panic));
-        let failed = "the vmm failed: no /dev/kvm".to_owned();
-        assert_eq!(end(exit(1), None, "no /dev/kvm"), (false, failed));
-        assert_eq!(
-            end(9, None, ""),
-            (false, "the vmm was killed by signal 9".into())
-        );
-        assert_eq!(
-            end(exit(3), None, ""),
-            (false, "the vmm exited with status 3".into())
-        );
+        for (raw, told, stderr, orderly, reason) in [
+            (exit(0), None, "", true, "the guest powered off"),
+            (exit(0), Some("asked to end"), "", true, "asked to end"),
+            (exit(10), None, "", true, "the guest asked for a reboot"),
+            (exit(11), Some("it panicked"), "noise", false, "it panicked"),
+            (exit(12), None, "", false, "the guest caused a triple fault"),
+            (
+                exit(1),
+                None,
+                "no /dev/kvm",
+                false,
+                "the vmm failed: no /dev/kvm",
+            ),
+            (
+                exit(2),
+                None,
+                "bad",
+                false,
+                "the vmm refused its configuration: bad",
+            ),
+            (exit(3), None, "", false, "the vmm exited with status 3"),
+            (9, None, "", false, "the vmm was killed by signal 9"),
+        ] {
+            assert_eq!(end(raw, told, stderr), (orderly, reason.to_owned()));
+        }
     }
 
     #[tokio::test]

@@ -20,22 +20,17 @@ pub struct Seen {
     /// When the guest's first instruction was about to run, in microseconds since the start of
     /// the process.
     pub booting_us: Option<u64>,
-    /// What the last event with a cause says about it.
-    pub detail: Option<String>,
+    /// Why the machine ended, as a sentence.
+    pub end: Option<String>,
 }
 
-/// One line of the event monitor. Events have fields of their own; those that tell a cause to a
-/// reader are these.
+/// One line of the event monitor.
 #[derive(Debug, Deserialize)]
 struct Line {
     timestamp_us: u64,
     event: String,
     #[serde(default)]
     reason: Option<String>,
-    #[serde(default)]
-    message: Option<String>,
-    #[serde(default)]
-    error: Option<String>,
 }
 
 /// Follows the event monitor until its writer is gone.
@@ -49,17 +44,18 @@ pub async fn follow_events(id: SandboxId, pipe: impl AsyncRead + Unpin, seen: wa
                 continue;
             }
         };
-        let detail = event.reason.or(event.message).or(event.error);
         debug!(sandbox = %id, event = event.event, timestamp_us = event.timestamp_us,
-            detail, "vmm event");
-        seen.send_modify(|seen| {
-            if event.event == "booting" {
-                seen.booting_us = Some(event.timestamp_us);
+            reason = event.reason, "vmm event");
+        match (event.event.as_str(), event.reason) {
+            ("booting", _) => {
+                seen.send_modify(|seen| seen.booting_us = Some(event.timestamp_us));
             }
-            if detail.is_some() {
-                seen.detail = detail;
+            ("device_error", reason) => {
+                warn!(sandbox = %id, reason, "the guest can no longer use a device");
             }
-        });
+            (_, Some(reason)) => seen.send_modify(|seen| seen.end = Some(reason)),
+            (_, None) => {}
+        }
     }
 }
 
@@ -148,13 +144,14 @@ mod tests {
             "{\"timestamp_us\":5123,\"event\":\"booting\"}\n",
             "what?\n",
             "{\"timestamp_us\":9000,\"event\":\"booted\",\"more\":[1]}\n",
-            "{\"timestamp_us\":9999,\"event\":\"panic\",\"reason\":\"pvpanic\"}\n",
+            "{\"timestamp_us\":9100,\"event\":\"device_error\",\"reason\":\"a bad ring\"}\n",
+            "{\"timestamp_us\":9999,\"event\":\"panic\",\"reason\":\"it panicked\"}\n",
         );
         let (sender, seen) = watch::channel(Seen::default());
         follow_events(SandboxId::random(), input.as_bytes(), sender).await;
         let expected = Seen {
             booting_us: Some(5123),
-            detail: Some("pvpanic".into()),
+            end: Some("it panicked".into()),
         };
         assert_eq!(*seen.borrow(), expected);
     }

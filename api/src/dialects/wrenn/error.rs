@@ -88,7 +88,7 @@ impl ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         if self.status.is_server_error() {
-            warn!(code = self.code, message = self.message, "request failed");
+            warn!(code = self.code, reason = self.message, "request failed");
         }
         error_response(self.status, self.code, self.message)
     }

@@ -39,9 +39,9 @@ pub struct SandboxBody {
     /// Its name.
     #[schema(example = "sb-0a1b2c3d")]
     pub id: String,
-    /// `pending`, `running`, `stopped` or `error`.
-    #[schema(value_type = String, example = "running")]
-    pub status: Status,
+    /// Where it stands.
+    #[schema(inline)]
+    pub status: StatusBody,
     /// Why it is `stopped` or `error`.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
@@ -70,6 +70,31 @@ pub struct SandboxBody {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub timings_ms: Option<TimingsBody>,
+}
+
+/// Where a sandbox stands.
+#[derive(Debug, Clone, Copy, Serialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum StatusBody {
+    /// It is being started; its agent has not answered yet.
+    Pending,
+    /// Its agent has answered.
+    Running,
+    /// It ended as it was meant to, and will not run again.
+    Stopped,
+    /// It did not start, or ended as it was not meant to.
+    Error,
+}
+
+impl From<Status> for StatusBody {
+    fn from(status: Status) -> Self {
+        match status {
+            Status::Pending => Self::Pending,
+            Status::Running => Self::Running,
+            Status::Stopped => Self::Stopped,
+            Status::Error => Self::Error,
+        }
+    }
 }
 
 /// How long each phase of a start took, in milliseconds.
@@ -106,7 +131,7 @@ impl From<Sandbox> for SandboxBody {
     fn from(sandbox: Sandbox) -> Self {
         Self {
             id: sandbox.id.into(),
-            status: sandbox.status,
+            status: sandbox.status.into(),
             status_reason: sandbox.status_reason,
             template: sandbox.spec.template,
             vcpus: sandbox.spec.vcpus,
