@@ -9,6 +9,7 @@ pub mod builder;
 pub mod cli;
 pub mod config;
 pub mod devices;
+pub mod doctor;
 pub mod events;
 pub mod exit;
 pub mod kvm;

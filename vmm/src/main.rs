@@ -9,6 +9,7 @@ use tracing_subscriber::filter::LevelFilter;
 use vmm::builder::{self, BuildError};
 use vmm::cli::{BootArgs, Cli, Command};
 use vmm::config::ConsoleMode;
+use vmm::doctor;
 use vmm::error_chain;
 use vmm::events::{Event, EventStream};
 use vmm::exit::ExitReason;
@@ -89,6 +90,14 @@ fn failure(what: &str, status: u8) -> ExitCode {
     ExitCode::from(status)
 }
 
-fn doctor(_json: bool) -> ExitCode {
-    ExitCode::FAILURE
+fn doctor(json: bool) -> ExitCode {
+    let options = doctor::Options {
+        json,
+        ..doctor::Options::default()
+    };
+    match doctor::run(&options, &mut std::io::stdout().lock()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(STATUS_FAILED),
+        Err(error) => failure(&format!("standard output: {error}"), STATUS_USAGE),
+    }
 }
