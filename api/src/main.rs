@@ -22,6 +22,7 @@ enum Command {
     /// Each setting comes from its flag, else from its environment variable, else from the
     /// settings file, else from its default. api/sandboxd.example.toml is a settings file with all
     /// of them. Sandboxes end with the daemon.
+    #[command(args_override_self = true)]
     Serve(Box<Flags>),
     /// Print the description of the API, OpenAPI 3.1 in YAML.
     Openapi,

@@ -33,6 +33,7 @@ pub struct AppState {
 
 /// The health of the daemon.
 #[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Health)]
 pub struct HealthBody {
     /// Always `healthy`: a daemon that is not does not answer.
     #[schema(example = "healthy")]
@@ -45,9 +46,9 @@ pub struct HealthBody {
     pub version: &'static str,
 }
 
-/// Tell that the daemon serves.
+/// Tell that the daemon serves
 #[utoipa::path(
-    get, path = "/health", operation_id = "health",
+    get, path = "/health", operation_id = "health", tag = "service",
     responses((status = 200, description = "The daemon serves", body = HealthBody)),
 )]
 pub(crate) async fn health() -> Json<HealthBody> {

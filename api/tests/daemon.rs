@@ -1,0 +1,282 @@
+//! The daemon as a process: what it says when it cannot start, and what it leaves when it ends or
+//! is killed. A script stands in for the VMM.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on may panic")]
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, ChildStderr, Command, Output, Stdio};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+
+/// A directory with all that a daemon needs.
+struct Place {
+    dir: tempfile::TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path();
+        fs::create_dir(path.join("images")).unwrap();
+        for image in ["vmlinux", "initramfs.cpio", "minimal.ext4"] {
+            fs::write(path.join("images").join(image), [0; 4096]).unwrap();
+        }
+        for fifo in ["up", "never"] {
+            let status = Command::new("mkfifo")
+                .arg(path.join(fifo))
+                .status()
+                .unwrap();
+            assert!(status.success());
+        }
+        let script = format!(
+            "#!/bin/sh\nPATH=/usr/bin:/bin\necho $$ > {dir}/pid\necho up > {dir}/up\n\
+             read word < {dir}/never\n",
+            dir = path.display()
+        );
+        fs::write(path.join("vmm"), script).unwrap();
+        fs::set_permissions(path.join("vmm"), fs::Permissions::from_mode(0o755)).unwrap();
+        Self { dir }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sandboxd"));
+        command
+            .env_clear()
+            .arg("serve")
+            .args(["--listen=127.0.0.1:0", "--log-format=json"]);
+        for (flag, name) in [
+            ("--data-dir", "data"),
+            ("--runtime-dir", "run"),
+            ("--vmm", "vmm"),
+            ("--images-dir", "images"),
+        ] {
+            command.arg(flag).arg(self.path(name));
+        }
+        command
+    }
+
+    /// What a daemon says that cannot start.
+    fn refusal(&self, arguments: &[&str]) -> String {
+        let Output { status, stderr, .. } = self.command().args(arguments).output().unwrap();
+        assert_eq!(status.code(), Some(1));
+        let text = String::from_utf8(stderr).unwrap();
+        text.lines().last().unwrap().to_owned()
+    }
+
+    /// Waits until a VMM is up, and returns its process id.
+    fn vmm(&self) -> String {
+        assert_eq!(fs::read_to_string(self.path("up")).unwrap(), "up\n");
+        fs::read_to_string(self.path("pid"))
+            .unwrap()
+            .trim()
+            .to_owned()
+    }
+
+    /// The only sandbox's id.
+    fn id(&self) -> String {
+        let mut entries = fs::read_dir(self.path("run/sandboxes")).unwrap();
+        entries
+            .next()
+            .unwrap()
+            .unwrap()
+            .file_name()
+            .into_string()
+            .unwrap()
+    }
+
+    fn assert_nothing_is_left(&self, vmm: &str) {
+        assert!(!runs(vmm), "process {vmm} is left");
+        for dir in ["run/sandboxes", "data/sandboxes", "data/spool"] {
+            let mut entries = fs::read_dir(self.path(dir)).unwrap();
+            assert!(entries.next().is_none(), "something is left in {dir}");
+        }
+    }
+}
+
+/// Whether a process runs. One that has ended may have to wait for its parent.
+fn runs(pid: &str) -> bool {
+    let state = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    state
+        .lines()
+        .any(|line| line.starts_with("State:") && !line.contains('Z'))
+}
+
+struct Daemon {
+    process: Child,
+    address: String,
+    /// Open for as long as the daemon may want to log.
+    _stderr: BufReader<ChildStderr>,
+}
+
+impl Daemon {
+    /// A daemon that is ready.
+    fn start(place: &Place) -> Self {
+        let mut process = place.command().stderr(Stdio::piped()).spawn().unwrap();
+        let mut stderr = BufReader::new(process.stderr.take().unwrap());
+        let mut address = None;
+        let mut log = String::new();
+        loop {
+            let mut line = String::new();
+            assert!(
+                stderr.read_line(&mut line).unwrap() > 0,
+                "it did not start: {log}"
+            );
+            log.push_str(&line);
+            let line: Value = serde_json::from_str(&line).unwrap_or_default();
+            match line["fields"]["message"].as_str() {
+                Some("listening") => {
+                    address = line["fields"]["address"].as_str().map(str::to_owned);
+                }
+                Some("sandboxd is ready") => break,
+                _ => {}
+            }
+        }
+        Self {
+            process,
+            address: address.unwrap(),
+            _stderr: stderr,
+        }
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = Pid::from_child(&self.process);
+        kill_process(pid, signal).unwrap();
+    }
+
+    /// Sends a request; the answer is read later.
+    fn send(&self, method: &str, path: &str, body: &str) -> TcpStream {
+        let mut stream = TcpStream::connect(&self.address).unwrap();
+        let length = body.len();
+        write!(
+            stream,
+            "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
+             Content-Length: {length}\r\n\r\n{body}"
+        )
+        .unwrap();
+        stream
+    }
+
+    fn get(&self, path: &str) -> Value {
+        answer(self.send("GET", path, "")).1
+    }
+}
+
+fn answer(mut stream: TcpStream) -> (u16, Value) {
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    let (head, body) = text.split_once("\r\n\r\n").unwrap();
+    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+    (status, serde_json::from_str(body).unwrap_or_default())
+}
+
+#[test]
+fn what_is_missing_is_named() {
+    let place = Place::new();
+    for (file, expected) in [
+        ("images/vmlinux", "the guest kernel"),
+        ("images/initramfs.cpio", "the initramfs"),
+        ("images/minimal.ext4", "there is no template"),
+        ("vmm", "the vmm binary"),
+    ] {
+        let (here, away) = (place.path(file), place.path("away"));
+        fs::rename(&here, &away).unwrap();
+        let text = place.refusal(&[]);
+        assert!(text.contains(expected), "{text}");
+        fs::rename(&away, &here).unwrap();
+    }
+    let text = place.refusal(&["--template=other=/no/where.ext4"]);
+    assert!(
+        text.contains("\"other\" /no/where.ext4 cannot be read"),
+        "{text}"
+    );
+    let text = place.refusal(&["--listen=0.0.0.0:1"]);
+    assert!(text.contains("use a loopback address"), "{text}");
+    let long = format!("--runtime-dir=/tmp/{}", "x".repeat(100));
+    assert!(place.refusal(&[&long]).contains("choose a shorter one"));
+}
+
+#[test]
+fn what_is_taken_is_named() {
+    let place = Place::new();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let text = place.refusal(&["--listen", &address]);
+    assert!(
+        text.contains(&format!("{address} cannot be listened on")),
+        "{text}"
+    );
+
+    let daemon = Daemon::start(&place);
+    let text = place.refusal(&[]);
+    assert!(text.contains("another sandboxd uses"), "{text}");
+    daemon.signal(Signal::TERM);
+}
+
+#[test]
+fn asked_to_end_it_ends_its_sandboxes_first() {
+    let place = Place::new();
+    let mut daemon = Daemon::start(&place);
+    let request = daemon.send("POST", "/v1/sandboxes", "{}");
+    let vmm = place.vmm();
+    let id = place.id();
+    daemon.signal(Signal::TERM);
+    // The request is in flight; asked again, the daemon waits for it no longer.
+    daemon.signal(Signal::INT);
+    assert_eq!(daemon.process.wait().unwrap().code(), Some(0));
+    drop(request);
+    place.assert_nothing_is_left(&vmm);
+
+    let daemon = Daemon::start(&place);
+    let row = daemon.get(&format!("/v1/sandboxes/{id}"));
+    assert!(
+        row["status"] == "stopped" || row["status"] == "error",
+        "{row}"
+    );
+    daemon.signal(Signal::TERM);
+}
+
+#[test]
+fn after_a_crash_the_next_daemon_cleans_up() {
+    let place = Place::new();
+    let mut daemon = Daemon::start(&place);
+    let request = daemon.send("POST", "/v1/sandboxes", "{}");
+    let vmm = place.vmm();
+    let id = place.id();
+    let ready = json!({"version": "1", "kernel": "6", "entered_us": 1, "serving_us": 2});
+    let socket = place
+        .path("run/sandboxes")
+        .join(&id)
+        .join("vsock.sock_1025");
+    UnixStream::connect(socket)
+        .unwrap()
+        .write_all(ready.to_string().as_bytes())
+        .unwrap();
+    let (status, sandbox) = answer(request);
+    assert_eq!((status, &sandbox["status"]), (201, &json!("running")));
+    daemon.signal(Signal::KILL);
+    daemon.process.wait().unwrap();
+    assert!(runs(&vmm), "the VMM has ended with the daemon");
+
+    let daemon = Daemon::start(&place);
+    place.assert_nothing_is_left(&vmm);
+    let row = daemon.get(&format!("/v1/sandboxes/{id}"));
+    assert_eq!(row["status"], "error");
+    assert!(
+        row["status_reason"]
+            .as_str()
+            .unwrap()
+            .contains("the daemon ended without notice")
+    );
+    assert_eq!(daemon.get("/v1/sandboxes"), json!([]));
+    daemon.signal(Signal::TERM);
+}
