@@ -1,0 +1,36 @@
+# Each target is one line of intent; the scripts say what they do, and --help or their first
+# lines say how. ARGS goes to the program behind a target: make bench ARGS=--quick
+
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
+
+run: prepare ## build everything, start the daemon, run a command in a sandbox, keep serving
+	scripts/serve --demo $(ARGS)
+
+demo: prepare ## the same, but end after the command
+	scripts/serve --demo --once $(ARGS)
+
+test: ## all tests: native ones, then scenarios with real guests
+	scripts/test $(ARGS)
+
+bench: prepare ## measure, beside peers, and print the table
+	benches/run $(ARGS)
+
+doctor: ## tell whether this machine's KVM runs Linux guests
+	cargo run --quiet --release -p vmm -- doctor $(ARGS)
+
+prepare: ## build binaries, guest kernel and root file system, side by side
+	scripts/prepare
+
+images: prepare ## the same: target/images holds what guests boot
+
+fmt: ## format the code
+	cargo fmt --all
+
+lint: ## what CI checks before the tests
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+
+.PHONY: help run demo test bench doctor prepare images fmt lint
