@@ -1,1 +1,38 @@
-//! Placeholder.
+//! What the end-to-end scenarios are told with: real guests on the real VMM, the real daemon.
+//!
+//! ```text
+//! scenarios/  what must hold            src/  how it is driven and watched
+//!   boot, exits, devices, console ───►    vmm      one `vmm` process and its guest
+//!   guest_exec, guest_files       ───►    agent    the guest's agent over vsock
+//!   api_*                         ───►    daemon   `sandboxd` and its sandboxes over REST
+//! ```
+//!
+//! Everything blocks, and waits for events: a line, a connection, the end of a process. What
+//! does not come within [`PATIENCE`] fails the scenario. When a scenario fails, what the guest,
+//! the VMM and the daemon last said is printed as they are dropped.
+//!
+//! A scenario that needs a guest fails where none can run; it is never left out.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a scenario that cannot go on fails by a panic"
+)]
+
+pub mod agent;
+pub mod daemon;
+pub mod http;
+pub mod images;
+pub mod log;
+pub mod network;
+pub mod pattern;
+pub mod process;
+pub mod setup;
+pub mod vmm;
+
+use std::time::Duration;
+
+/// How long anything may take before it counts as failed. Far above what a loaded emulated
+/// machine needs: it is there so that a run ends, not to measure.
+pub const PATIENCE: Duration = Duration::from_secs(180);

@@ -1,0 +1,10 @@
+//! What must hold, from end to end.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a scenario that cannot go on fails by a panic"
+)]
+
+mod boot;

@@ -1,0 +1,458 @@
+//! `sandboxd` with directories and a port of its own, and its sandboxes over REST.
+
+use std::collections::BTreeSet;
+use std::io::{self, Read};
+use std::net::{SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::PATIENCE;
+use crate::http::{Request, Response};
+use crate::log::print_tail;
+use crate::process::{Process, children_of};
+use crate::setup::{scratch, setup};
+
+/// A running daemon. Dropping it asks it to end, and fails the scenario if it does not end well.
+pub struct Daemon {
+    /// The process.
+    pub process: Process,
+    address: SocketAddr,
+    directory: TempDir,
+}
+
+/// What the daemon holds on the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Holdings {
+    processes: Vec<u32>,
+    files: BTreeSet<PathBuf>,
+    sockets: BTreeSet<String>,
+    interfaces: BTreeSet<String>,
+    descriptors: usize,
+    sandboxes: Vec<Value>,
+}
+
+impl Daemon {
+    /// Starts a daemon and waits until it serves.
+    ///
+    /// # Panics
+    /// It does not.
+    pub fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// Starts a daemon with more arguments, and waits until it serves.
+    ///
+    /// # Panics
+    /// It does not.
+    pub fn start_with(arguments: &[&str]) -> Self {
+        let directory = scratch();
+        let mut command = Command::new(&setup().sandboxd);
+        command
+            .arg("serve")
+            .args(["--listen", "127.0.0.1:0", "--log-format", "json"])
+            .args(["--log", "info,api=debug", "--boot-timeout-sec", "120"])
+            .arg("--data-dir")
+            .arg(directory.path().join("data"))
+            .arg("--runtime-dir")
+            .arg(directory.path().join("run"))
+            .arg("--vmm")
+            .arg(&setup().vmm)
+            .arg("--images-dir")
+            .arg(&setup().images)
+            .args(arguments)
+            .env_remove("SANDBOXD_CONFIG")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
+        let process = Process::spawn("sandboxd", command, &[]);
+        let field = |line: &str, name: &str| {
+            let line: Value = serde_json::from_str(line).ok()?;
+            let field = line.get(name).or_else(|| line["fields"].get(name));
+            Some(field?.as_str()?.to_owned())
+        };
+        let address = process.stderr.wait_for_line("its address", |line| {
+            (field(line, "message")? == "listening").then_some(())?;
+            field(line, "address")?.parse().ok()
+        });
+        process.stderr.wait_for_line("that it is ready", |line| {
+            (field(line, "message")? == "sandboxd is ready").then_some(())
+        });
+        Self {
+            process,
+            address,
+            directory,
+        }
+    }
+
+    /// Where it serves.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    fn connect(&self) -> TcpStream {
+        let stream = TcpStream::connect(self.address).expect("a connection to the daemon");
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_write_timeout(Some(PATIENCE)).unwrap();
+        stream
+    }
+
+    /// The answer to a request.
+    ///
+    /// # Panics
+    /// There is none.
+    pub fn send(&self, request: Request, body: impl Read, length: u64) -> Response<TcpStream> {
+        request
+            .send(self.connect(), body, length)
+            .expect("an answer of the daemon")
+    }
+
+    /// The status and JSON of the answer to a request with a JSON body.
+    ///
+    /// # Panics
+    /// There is none.
+    pub fn call(&self, method: &str, path: &str, body: &str) -> (u16, Value) {
+        let request = Request::new(method, path).header("Content-Type", "application/json");
+        let response = self.send(request, body.as_bytes(), body.len() as u64);
+        (response.status, response.json())
+    }
+
+    /// A request that must be refused with this status and code, and a sentence that has all of
+    /// these words in it.
+    ///
+    /// # Panics
+    /// It is not.
+    pub fn refused(
+        &self,
+        (method, path, body): (&str, &str, &str),
+        (status, code): (u16, &str),
+        words: &[&str],
+    ) {
+        let (got, answer) = self.call(method, path, body);
+        assert_refusal(
+            &format!("{method} {path} {body}"),
+            got,
+            &answer,
+            (status, code),
+            words,
+        );
+    }
+
+    /// Creates a sandbox.
+    ///
+    /// # Panics
+    /// It is not created.
+    pub fn create(&self, request: &Value) -> Sandbox<'_> {
+        let (status, body) = self.call("POST", "/v1/sandboxes", &request.to_string());
+        assert_eq!(status, 201, "{body}");
+        assert_eq!(body["status"], "running", "{body}");
+        Sandbox {
+            id: body["id"].as_str().unwrap().to_owned(),
+            daemon: self,
+        }
+    }
+
+    /// The sandboxes that it lists.
+    ///
+    /// # Panics
+    /// It does not.
+    pub fn list(&self) -> Vec<Value> {
+        let (status, body) = self.call("GET", "/v1/sandboxes", "");
+        assert_eq!(status, 200, "{body}");
+        body.as_array().unwrap().clone()
+    }
+
+    /// What it holds on the host now.
+    ///
+    /// # Panics
+    /// It cannot be asked.
+    pub fn holdings(&self) -> Holdings {
+        // Before the daemon's descriptors are counted, so that no connection is among them.
+        let sandboxes = self.list();
+        let mut files = BTreeSet::new();
+        files_below(self.directory.path(), &mut files);
+        // The database's own files come and go.
+        files.retain(|path| !path.to_string_lossy().contains("sandboxd.db"));
+        let directory = self.directory.path().to_string_lossy().into_owned();
+        Holdings {
+            processes: children_of(self.process.pid()),
+            files,
+            sockets: lines_with("/proc/net/unix", &directory),
+            interfaces: interfaces(),
+            descriptors: self.settled_descriptors(),
+            sandboxes,
+        }
+    }
+
+    /// How many descriptors the daemon has open, but for connections of its callers.
+    fn settled_descriptors(&self) -> usize {
+        let directory = format!("/proc/{}/fd", self.process.pid());
+        let entries = std::fs::read_dir(directory).unwrap().flatten();
+        let targets = entries.filter_map(|entry| std::fs::read_link(entry.path()).ok());
+        let tcp = tcp_connections();
+        targets
+            .filter(|target| !tcp.contains(target.to_string_lossy().as_ref()))
+            .count()
+    }
+
+    /// Asks it to end, and checks that it does so with status 0 and leaves nothing behind.
+    ///
+    /// # Panics
+    /// It does not.
+    pub fn stop(&mut self) {
+        let children = children_of(self.process.pid());
+        self.process.signal(Signal::TERM);
+        assert_eq!(self.process.exit_code(), 0, "exit status of sandboxd");
+        for child in children {
+            assert!(
+                !Path::new(&format!("/proc/{child}")).exists(),
+                "process {child} outlives the daemon"
+            );
+        }
+        let mut files = BTreeSet::new();
+        files_below(self.directory.path(), &mut files);
+        files.retain(|path| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            !name.starts_with("sandboxd.")
+        });
+        assert!(files.is_empty(), "left behind: {files:?}");
+    }
+
+    /// Where it keeps the sockets and console of a sandbox.
+    pub fn runtime_directory(&self, id: &str) -> PathBuf {
+        self.directory.path().join("run/sandboxes").join(id)
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let consoles = std::fs::read_dir(self.directory.path().join("run/sandboxes"));
+            for sandbox in consoles.into_iter().flatten().flatten() {
+                let console = std::fs::read(sandbox.path().join("console.log"));
+                let name = format!("the console of {}", sandbox.file_name().display());
+                print_tail(
+                    &name,
+                    &String::from_utf8_lossy(&console.unwrap_or_default()),
+                );
+            }
+            // It must not leave guests running, which a kill would.
+            let _ = rustix::process::kill_process(
+                rustix::process::Pid::from_raw(self.process.pid().cast_signed()).unwrap(),
+                Signal::TERM,
+            );
+            crate::process::wait_readable(&[self.process.pidfd()]);
+        } else if !self.process.has_ended() {
+            self.stop();
+        }
+    }
+}
+
+/// Checks an error answer.
+///
+/// # Panics
+/// It is another.
+pub fn assert_refusal(
+    what: &str,
+    got: u16,
+    answer: &Value,
+    (status, code): (u16, &str),
+    words: &[&str],
+) {
+    assert_eq!(got, status, "{what}: {answer}");
+    assert_eq!(answer["error"]["code"], code, "{what}: {answer}");
+    let message = answer["error"]["message"].as_str().unwrap_or_default();
+    for word in words {
+        assert!(message.contains(word), "{what}: no {word:?} in {message:?}");
+    }
+}
+
+/// The files below a directory, without the directories.
+fn files_below(directory: &Path, files: &mut BTreeSet<PathBuf>) {
+    for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+        match entry.file_type() {
+            Ok(kind) if kind.is_dir() => {
+                let before = files.len();
+                files_below(&entry.path(), files);
+                // A sandbox's directory is itself something that is left behind.
+                if files.len() == before && is_of_sandbox(&entry.path()) {
+                    files.insert(entry.path());
+                }
+            }
+            Ok(_) => drop(files.insert(entry.path())),
+            // It went away in the meantime.
+            Err(_) => {}
+        }
+    }
+}
+
+fn is_of_sandbox(directory: &Path) -> bool {
+    let name = directory.file_name().unwrap_or_default();
+    name.to_string_lossy().starts_with("sb-")
+}
+
+fn lines_with(path: &str, text: &str) -> BTreeSet<String> {
+    let lines = std::fs::read_to_string(path).unwrap();
+    let found = lines.lines().filter(|line| line.contains(text));
+    // The path, which is last; numbers before it differ from time to time.
+    found
+        .filter_map(|line| line.split_whitespace().last().map(str::to_owned))
+        .collect()
+}
+
+fn interfaces() -> BTreeSet<String> {
+    let entries = std::fs::read_dir("/sys/class/net").unwrap().flatten();
+    entries
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect()
+}
+
+/// Inodes of TCP sockets that are connected, as `socket:[INODE]`.
+fn tcp_connections() -> BTreeSet<String> {
+    // proc_net_tcp: the state is field 3, and 0A is listening; the inode is field 9.
+    const LISTENING: &str = "0A";
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let rows = table
+        .lines()
+        .skip(1)
+        .map(|row| row.split_whitespace().collect::<Vec<_>>());
+    rows.filter(|row| row.get(3).is_some_and(|state| *state != LISTENING))
+        .filter_map(|row| row.get(9).map(|inode| format!("socket:[{inode}]")))
+        .collect()
+}
+
+/// A sandbox.
+pub struct Sandbox<'a> {
+    /// Its id.
+    pub id: String,
+    daemon: &'a Daemon,
+}
+
+impl Sandbox<'_> {
+    /// The path of one of its operations.
+    pub fn path(&self, operation: &str) -> String {
+        format!("/v1/sandboxes/{}{operation}", self.id)
+    }
+
+    /// Its record.
+    ///
+    /// # Panics
+    /// There is none.
+    pub fn get(&self) -> Value {
+        let (status, body) = self.daemon.call("GET", &self.path(""), "");
+        assert_eq!(status, 200, "{body}");
+        body
+    }
+
+    /// The status and body of the answer to an exec.
+    ///
+    /// # Panics
+    /// There is none.
+    pub fn try_exec(&self, argv: &[&str], timeout_sec: u32) -> (u16, Value) {
+        let body = json!({"cmd": argv[0], "args": argv[1..], "timeout_sec": timeout_sec});
+        self.daemon
+            .call("POST", &self.path("/exec"), &body.to_string())
+    }
+
+    /// What a command gave.
+    ///
+    /// # Panics
+    /// It did not run.
+    pub fn exec(&self, argv: &[&str]) -> Value {
+        let (status, body) = self.try_exec(argv, 120);
+        assert_eq!(status, 200, "{argv:?}: {body}");
+        body
+    }
+
+    /// The output of a shell script that must succeed, without white space around it.
+    ///
+    /// # Panics
+    /// It does not succeed.
+    pub fn must(&self, script: &str) -> String {
+        let body = self.exec(&["sh", "-c", script]);
+        assert_eq!(body["exit_code"], 0, "{script}: {body}");
+        body["stdout"].as_str().unwrap().trim().to_owned()
+    }
+
+    /// Uploads a file, and returns the status and body of the answer.
+    ///
+    /// # Panics
+    /// There is none.
+    pub fn upload(&self, path: &str, content: impl Read, length: u64) -> (u16, Value) {
+        const BOUNDARY: &str = "----boundary-of-the-test";
+        let head = format!(
+            "--{BOUNDARY}\r\nContent-Disposition: form-data; name=\"path\"\r\n\r\n{path}\r\n\
+             --{BOUNDARY}\r\nContent-Disposition: form-data; name=\"file\"; filename=\"f\"\r\n\
+             Content-Type: application/octet-stream\r\n\r\n"
+        );
+        let end = format!("\r\n--{BOUNDARY}--\r\n");
+        let total = head.len() as u64 + length + end.len() as u64;
+        let form = head
+            .as_bytes()
+            .chain(content.take(length))
+            .chain(end.as_bytes());
+        let request = Request::new("POST", &self.path("/files/write")).header(
+            "Content-Type",
+            &format!("multipart/form-data; boundary={BOUNDARY}"),
+        );
+        let response = self.daemon.send(request, form, total);
+        (response.status, response.json())
+    }
+
+    /// Downloads a file.
+    ///
+    /// # Panics
+    /// There is no answer.
+    pub fn download(&self, path: &str) -> Response<TcpStream> {
+        let body = json!({ "path": path }).to_string();
+        let request = Request::new("POST", &self.path("/files/read"))
+            .header("Content-Type", "application/json");
+        self.daemon
+            .send(request, body.as_bytes(), body.len() as u64)
+    }
+
+    /// The id of its `vmm` process.
+    ///
+    /// # Panics
+    /// There is none.
+    pub fn vmm_pid(&self) -> u32 {
+        let children = children_of(self.daemon.process.pid());
+        let is_ours = |pid: &u32| {
+            let arguments = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            String::from_utf8_lossy(&arguments).contains(&self.id)
+        };
+        children.into_iter().find(is_ours).expect("its vmm process")
+    }
+
+    /// Deletes it.
+    ///
+    /// # Panics
+    /// The daemon refuses.
+    pub fn delete(&self) {
+        let response = self
+            .daemon
+            .send(Request::new("DELETE", &self.path("")), io::empty(), 0);
+        assert_eq!(response.status, 204);
+        assert_eq!(response.bytes(), b"");
+    }
+
+    /// Reads its record again and again until it is no longer `running`, and returns that.
+    ///
+    /// # Panics
+    /// It goes on running.
+    pub fn ended(&self) -> Value {
+        let deadline = std::time::Instant::now() + PATIENCE;
+        loop {
+            let record = self.get();
+            if record["status"] != "running" {
+                return record;
+            }
+            assert!(
+                std::time::Instant::now() < deadline,
+                "still running: {record}"
+            );
+        }
+    }
+}

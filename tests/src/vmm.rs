@@ -1,0 +1,293 @@
+//! One `vmm` process and its guest.
+
+use std::io::{BufRead, BufReader, Read};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use agent_protocol::{READY_PORT, Ready};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::agent::Agent;
+use crate::images::write_qcow2_overlay;
+use crate::log::{Log, print_tail};
+use crate::process::{Process, wait_readable};
+use crate::setup::{scratch, setup};
+
+/// What to start. By default our kernel with the agent's initramfs, on an overlay of template
+/// `minimal`, with one vCPU and 256 MiB.
+pub struct Machine {
+    directory: TempDir,
+    kernel: PathBuf,
+    initramfs: Option<PathBuf>,
+    cmdline: String,
+    cpus: String,
+    memory: String,
+    disks: Vec<String>,
+    arguments: Vec<String>,
+    serial: Option<String>,
+    terminal: Option<OwnedFd>,
+}
+
+impl Default for Machine {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Machine {
+    /// The default machine.
+    pub fn new() -> Self {
+        let directory = scratch();
+        let root = directory.path().join("root.qcow2");
+        write_qcow2_overlay(&root, &setup().template());
+        let root = format!("path={},image_type=qcow2,backing_files=on", root.display());
+        let mut machine = Self::without_disk();
+        machine.directory = directory;
+        machine.disks.push(root);
+        machine
+            .cmdline
+            .push_str(" root=/dev/vda rootfstype=ext4 rw");
+        machine
+    }
+
+    /// The default machine with no disk: its agent stays in the initramfs, which holds no other
+    /// program.
+    pub fn without_disk() -> Self {
+        Self {
+            directory: scratch(),
+            kernel: setup().kernel(),
+            initramfs: Some(setup().initramfs()),
+            cmdline: "console=ttyS0 loglevel=6 panic=1 random.trust_cpu=on".to_owned(),
+            cpus: "boot=1".to_owned(),
+            memory: "size=256M".to_owned(),
+            disks: Vec::new(),
+            arguments: Vec::new(),
+            serial: None,
+            terminal: None,
+        }
+    }
+
+    /// A directory that goes away with the machine.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// Another kernel.
+    #[must_use]
+    pub fn kernel(mut self, path: impl Into<PathBuf>) -> Self {
+        self.kernel = path.into();
+        self
+    }
+
+    /// Another initramfs, or none.
+    #[must_use]
+    pub fn initramfs(mut self, path: Option<PathBuf>) -> Self {
+        self.initramfs = path;
+        self
+    }
+
+    /// The value of `--cpus`.
+    #[must_use]
+    pub fn cpus(mut self, cpus: &str) -> Self {
+        cpus.clone_into(&mut self.cpus);
+        self
+    }
+
+    /// The value of `--memory`.
+    #[must_use]
+    pub fn memory(mut self, memory: &str) -> Self {
+        memory.clone_into(&mut self.memory);
+        self
+    }
+
+    /// One more disk, as the value of `--disk`.
+    #[must_use]
+    pub fn disk(mut self, disk: String) -> Self {
+        self.disks.push(disk);
+        self
+    }
+
+    /// More arguments.
+    #[must_use]
+    pub fn arguments(mut self, arguments: &[&str]) -> Self {
+        self.arguments
+            .extend(arguments.iter().map(|&argument| argument.to_owned()));
+        self
+    }
+
+    /// The serial console on a terminal, which becomes the process's own.
+    #[must_use]
+    pub fn terminal(mut self, terminal: OwnedFd) -> Self {
+        self.serial = Some("tty".to_owned());
+        self.terminal = Some(terminal);
+        self
+    }
+
+    /// Starts the process.
+    ///
+    /// # Panics
+    /// It cannot be started.
+    pub fn start(self) -> Vmm {
+        let directory = self.directory;
+        let socket = directory.path().join("vsock.sock");
+        let ready = directory.path().join(format!("vsock.sock_{READY_PORT}"));
+        let listener = UnixListener::bind(&ready).unwrap();
+        let (events, event_writer) = rustix::pipe::pipe().unwrap();
+        rustix::io::fcntl_setfd(&events, rustix::io::FdFlags::CLOEXEC).unwrap();
+        rustix::io::fcntl_setfd(&event_writer, rustix::io::FdFlags::CLOEXEC).unwrap();
+        let console = directory.path().join("console.log");
+        let serial = self
+            .serial
+            .unwrap_or_else(|| format!("file={}", console.display()));
+
+        let mut command = Command::new(&setup().vmm);
+        command.arg("--kernel").arg(&self.kernel);
+        if let Some(initramfs) = &self.initramfs {
+            command.arg("--initramfs").arg(initramfs);
+        }
+        command
+            .args(["--cmdline", &self.cmdline])
+            .args(["--cpus", &self.cpus, "--memory", &self.memory])
+            .args(["--serial", &serial, "--console", "off"])
+            .arg("--vsock")
+            .arg(format!("cid=3,socket={}", socket.display()))
+            .args([
+                "--event-monitor",
+                &format!("fd={}", event_writer.as_raw_fd()),
+            ])
+            .args(self.disks.iter().flat_map(|disk| ["--disk", disk]))
+            .args(&self.arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
+        if let Some(terminal) = self.terminal {
+            take_terminal(&mut command, terminal);
+        }
+        let process = Process::spawn("vmm", command, &[event_writer.as_fd()]);
+        drop(event_writer);
+        Vmm {
+            process,
+            agent: Agent::new(socket),
+            events: Log::follow("the vmm's events", std::fs::File::from(events)),
+            listener,
+            console,
+            directory,
+        }
+    }
+
+    /// Starts the process and waits for its guest's agent.
+    ///
+    /// # Panics
+    /// It does not come up.
+    pub fn boot(self) -> Vmm {
+        let mut vmm = self.start();
+        vmm.ready();
+        vmm
+    }
+}
+
+/// Gives the process the terminal as its standard streams and as the one that controls it.
+fn take_terminal(command: &mut Command, terminal: OwnedFd) {
+    use std::os::unix::process::CommandExt;
+    command
+        .stdin(terminal.try_clone().unwrap())
+        .stdout(terminal);
+    // SAFETY: setsid(2) and ioctl(2) are async-signal-safe, and descriptor 0 is open then.
+    unsafe {
+        command.pre_exec(|| {
+            rustix::process::setsid()?;
+            rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
+            Ok(())
+        });
+    }
+}
+
+/// A running `vmm` process. Dropping it kills it.
+pub struct Vmm {
+    /// The process.
+    pub process: Process,
+    agent: Agent,
+    events: Log,
+    listener: UnixListener,
+    console: PathBuf,
+    directory: TempDir,
+}
+
+impl Vmm {
+    /// Waits for the agent's first words.
+    ///
+    /// # Panics
+    /// The process ends before, or nothing comes.
+    pub fn ready(&mut self) -> Ready {
+        let listener = self.listener.as_fd().try_clone_to_owned().unwrap();
+        match wait_readable(&[&listener, self.process.pidfd()]) {
+            Some(0) => {}
+            Some(_) => panic!(
+                "the vmm ended before its guest was ready: {}",
+                self.process.wait()
+            ),
+            None => panic!("the guest's agent says nothing"),
+        }
+        let (stream, _) = self.listener.accept().unwrap();
+        stream.set_read_timeout(Some(crate::PATIENCE)).unwrap();
+        let mut line = String::new();
+        BufReader::new(stream.take(4096))
+            .read_line(&mut line)
+            .unwrap();
+        serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line:?}"))
+    }
+
+    /// The guest's agent.
+    pub fn agent(&self) -> &Agent {
+        &self.agent
+    }
+
+    /// A directory that goes away with the machine.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// What the guest has written to its serial console.
+    pub fn console(&self) -> String {
+        let bytes = std::fs::read(&self.console).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// The events of a VMM that ends, by name.
+    pub fn all_events(&self) -> Vec<(String, Value)> {
+        let parse = |line: &str| {
+            let event: Value = serde_json::from_str(line).unwrap();
+            assert!(event["timestamp_us"].is_u64(), "{line}");
+            (event["event"].as_str().unwrap().to_owned(), event)
+        };
+        self.events.whole_text().lines().map(parse).collect()
+    }
+
+    /// Waits for the process's end, and checks its exit status and its last event.
+    ///
+    /// # Panics
+    /// They are others.
+    pub fn expect_end(&mut self, code: i32, event: &str) {
+        assert_eq!(self.process.exit_code(), code, "exit status");
+        let events = self.all_events();
+        let (last, body) = events.last().expect("an event");
+        assert_eq!(last, event, "last event");
+        assert!(
+            body["reason"]
+                .as_str()
+                .is_some_and(|reason| !reason.is_empty()),
+            "the last event gives no reason: {body}"
+        );
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            print_tail("the guest's console", &self.console());
+            self.events.print_tail();
+        }
+    }
+}
