@@ -19,6 +19,8 @@ pub mod queue;
 pub mod rng;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod transport_tests;
 pub mod vsock;
 pub mod worker;
 

@@ -1,0 +1,324 @@
+//! Drives the registers of a device as a guest would, with the event loop on another thread.
+
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread::{self, JoinHandle};
+use std::time::Instant;
+
+use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
+use proptest::prelude::*;
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_queue::QueueT;
+use vm_memory::GuestAddress;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::mmio::MmioTransport;
+use super::worker::{self, Parts};
+use super::{Activation, DeviceError, DeviceKind, Interrupt, VirtioDevice};
+use crate::devices::bus::BusDevice;
+use crate::events::EventStream;
+use crate::exit::{ExitReason, ExitSignal};
+use crate::machine::ExitWatch;
+use crate::memory::GuestMemory;
+
+const FEATURES_SELECT: u64 = 0x14;
+const FEATURES: u64 = 0x10;
+const DRIVER_FEATURES: u64 = 0x20;
+const DRIVER_FEATURES_SELECT: u64 = 0x24;
+const QUEUE_SELECT: u64 = 0x30;
+const QUEUE_SIZE: u64 = 0x38;
+const QUEUE_READY: u64 = 0x44;
+const QUEUE_NOTIFY: u64 = 0x50;
+const INTERRUPT_STATUS: u64 = 0x60;
+const STATUS: u64 = 0x70;
+const QUEUE_DESCRIPTORS: u64 = 0x80;
+const QUEUE_AVAILABLE: u64 = 0x90;
+const QUEUE_USED: u64 = 0xa0;
+
+const ACKNOWLEDGE: u32 = 1;
+const DRIVER: u32 = 2;
+const DRIVER_OK: u32 = 4;
+const FEATURES_OK: u32 = 8;
+const NEEDS_RESET: u32 = 64;
+const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
+
+#[derive(Debug, PartialEq)]
+enum Call {
+    Activate { features: u64, ready: Vec<bool> },
+    Queue(usize),
+    Reset,
+}
+
+struct Fake {
+    calls: Sender<Call>,
+    fail_on_queue: bool,
+}
+
+impl VirtioDevice for Fake {
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Rng
+    }
+
+    fn queue_max_sizes(&self) -> &[u16] {
+        &[64, 16]
+    }
+
+    fn features(&self) -> u64 {
+        1 << 3
+    }
+
+    fn read_config(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0x5a);
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
+        let ready = activation.queues.iter().map(QueueT::ready).collect();
+        let features = activation.features;
+        let _ = self.calls.send(Call::Activate { features, ready });
+        Ok(())
+    }
+
+    fn process_queue(&mut self, index: usize) -> Result<(), DeviceError> {
+        let _ = self.calls.send(Call::Queue(index));
+        if self.fail_on_queue {
+            let source = virtio_queue::Error::InvalidChain;
+            return Err(DeviceError::Queue { index, source });
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        let _ = self.calls.send(Call::Reset);
+    }
+}
+
+/// A guest with one device, and an event loop that serves it.
+struct Guest {
+    registers: MmioTransport,
+    calls: Receiver<Call>,
+    exit: ExitSignal,
+    event_loop: Option<JoinHandle<()>>,
+}
+
+impl Guest {
+    fn new(fail_on_queue: bool) -> Self {
+        let (sender, calls) = mpsc::channel();
+        let device = Fake {
+            calls: sender,
+            fail_on_queue,
+        };
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let interrupt = Interrupt::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
+        let events = EventStream::new(Instant::now(), None);
+        let Parts {
+            transport, worker, ..
+        } = worker::split("fake".to_owned(), device, memory, interrupt, events).unwrap();
+        let exit = ExitSignal::new().unwrap();
+        let watch = exit.clone();
+        let event_loop = thread::spawn(move || {
+            let mut event_loop = EventManager::<Box<dyn MutEventSubscriber>>::new().unwrap();
+            event_loop.add_subscriber(Box::new(worker));
+            event_loop.add_subscriber(Box::new(ExitWatch(watch.clone())));
+            while watch.reason().is_none() {
+                event_loop.run().unwrap();
+            }
+        });
+        Self {
+            registers: transport,
+            calls,
+            exit,
+            event_loop: Some(event_loop),
+        }
+    }
+
+    fn read(&mut self, offset: u64) -> u32 {
+        let mut data = [0xff; 4];
+        self.registers.read(offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn write(&mut self, offset: u64, value: u32) {
+        self.registers.write(offset, &value.to_le_bytes());
+    }
+
+    fn accept(&mut self, features: u64) {
+        for (select, half) in [(0, features as u32), (1, (features >> 32) as u32)] {
+            self.write(DRIVER_FEATURES_SELECT, select);
+            self.write(DRIVER_FEATURES, half);
+        }
+    }
+
+    /// Goes as far as FEATURES_OK.
+    fn negotiate(&mut self) {
+        self.write(STATUS, ACKNOWLEDGE);
+        self.write(STATUS, ACKNOWLEDGE | DRIVER);
+        self.accept(VERSION_1);
+        self.write(STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK);
+        assert_eq!(self.read(STATUS), ACKNOWLEDGE | DRIVER | FEATURES_OK);
+    }
+
+    fn set_up_queue(&mut self, index: u32, address: u32) {
+        self.write(QUEUE_SELECT, index);
+        self.write(QUEUE_SIZE, 16);
+        self.write(QUEUE_DESCRIPTORS, address);
+        self.write(QUEUE_AVAILABLE, address.wrapping_add(0x1000));
+        self.write(QUEUE_USED, address.wrapping_add(0x2000));
+        self.write(QUEUE_READY, 1);
+    }
+
+    fn driver_ok(&mut self) {
+        self.write(STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
+    }
+
+    fn stop_event_loop(&mut self) {
+        self.exit.end(ExitReason::Requested);
+        if let Some(event_loop) = self.event_loop.take() {
+            event_loop.join().unwrap();
+        }
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        self.stop_event_loop();
+    }
+}
+
+#[test]
+fn a_driver_that_keeps_to_the_rules_gets_the_device() {
+    let mut guest = Guest::new(false);
+    assert_eq!(guest.read(0), u32::from_le_bytes(*b"virt"));
+    assert_eq!((guest.read(4), guest.read(8)), (2, DeviceKind::Rng as u32));
+    guest.write(FEATURES_SELECT, 1);
+    assert_eq!(guest.read(FEATURES) & 1, 1, "VERSION_1 is offered");
+    guest.write(FEATURES_SELECT, 2);
+    assert_eq!(guest.read(FEATURES), 0);
+
+    guest.negotiate();
+    guest.set_up_queue(0, 0x1000);
+    guest.driver_ok();
+    let ready = vec![true, false];
+    assert_eq!(
+        guest.calls.recv().unwrap(),
+        Call::Activate {
+            features: VERSION_1,
+            ready
+        }
+    );
+    assert_eq!(guest.calls.recv().unwrap(), Call::Queue(0));
+    assert_eq!(guest.calls.recv().unwrap(), Call::Queue(1));
+    guest.write(QUEUE_NOTIFY, 1);
+    assert_eq!(guest.calls.recv().unwrap(), Call::Queue(1));
+    assert_eq!(guest.read(0x100), 0x5a5a_5a5a);
+
+    guest.write(STATUS, 0);
+    assert_eq!(guest.calls.recv().unwrap(), Call::Reset);
+    assert_eq!((guest.read(STATUS), guest.read(QUEUE_READY)), (0, 0));
+    guest.negotiate();
+}
+
+#[test]
+fn steps_out_of_order_are_ignored() {
+    let mut guest = Guest::new(false);
+    guest.write(STATUS, ACKNOWLEDGE | DRIVER);
+    guest.set_up_queue(0, 0x1000);
+    assert_eq!(guest.read(QUEUE_READY), 0, "queues wait for FEATURES_OK");
+    guest.write(STATUS, ACKNOWLEDGE | DRIVER | DRIVER_OK);
+    assert_eq!(
+        guest.read(STATUS),
+        ACKNOWLEDGE | DRIVER,
+        "DRIVER_OK needs FEATURES_OK"
+    );
+    guest.write(STATUS, DRIVER);
+    assert_eq!(
+        guest.read(STATUS),
+        ACKNOWLEDGE | DRIVER,
+        "bits cannot be taken back"
+    );
+
+    guest.accept(VERSION_1 | 1 << 60);
+    guest.write(STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK);
+    assert_eq!(
+        guest.read(STATUS) & FEATURES_OK,
+        0,
+        "a feature that was not offered"
+    );
+    guest.accept(1 << 3);
+    guest.write(STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK);
+    assert_eq!(guest.read(STATUS) & FEATURES_OK, 0, "a legacy driver");
+    assert!(guest.calls.try_recv().is_err());
+}
+
+#[test]
+fn rings_outside_of_memory_stop_the_device_until_it_is_reset() {
+    let mut guest = Guest::new(false);
+    guest.negotiate();
+    guest.set_up_queue(0, 0xfff0_0000);
+    guest.driver_ok();
+    assert_ne!(guest.read(STATUS) & NEEDS_RESET, 0);
+    assert_eq!(guest.read(INTERRUPT_STATUS), 2, "a change of configuration");
+    assert!(
+        guest.calls.try_recv().is_err(),
+        "the device never saw the rings"
+    );
+
+    guest.write(STATUS, 0);
+    guest.negotiate();
+    guest.set_up_queue(0, 0x1000);
+    guest.driver_ok();
+    assert_eq!(guest.read(STATUS) & NEEDS_RESET, 0);
+    assert!(matches!(guest.calls.recv().unwrap(), Call::Activate { .. }));
+}
+
+#[test]
+fn a_device_that_gives_up_is_reset_and_tells_so() {
+    let mut guest = Guest::new(true);
+    guest.negotiate();
+    guest.driver_ok();
+    assert!(matches!(guest.calls.recv().unwrap(), Call::Activate { .. }));
+    assert_eq!(guest.calls.recv().unwrap(), Call::Queue(0));
+    assert_eq!(guest.calls.recv().unwrap(), Call::Reset);
+    assert_ne!(guest.read(STATUS) & NEEDS_RESET, 0);
+}
+
+#[test]
+fn a_vcpu_does_not_wait_for_an_event_loop_that_has_ended() {
+    let mut guest = Guest::new(false);
+    guest.negotiate();
+    guest.stop_event_loop();
+    guest.driver_ok();
+    guest.write(STATUS, 0);
+    assert_eq!(guest.read(STATUS), 0);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    /// Whatever is written, in whatever width, the registers answer, and a reset leads back to
+    /// a device that works.
+    #[test]
+    fn any_accesses_leave_a_device_that_can_be_reset(
+        accesses in prop::collection::vec(
+            (0_u64..0x120, prop::sample::select(vec![1_usize, 2, 4, 8]), any::<u64>(), any::<bool>()),
+            0..200,
+        )
+    ) {
+        let mut guest = Guest::new(false);
+        for (offset, width, value, write) in accesses {
+            let mut data = value.to_le_bytes();
+            if write {
+                guest.registers.write(offset, &data[..width]);
+            } else {
+                guest.registers.read(offset, &mut data[..width]);
+            }
+        }
+        guest.write(STATUS, 0);
+        guest.negotiate();
+        guest.set_up_queue(1, 0x1000);
+        guest.driver_ok();
+        prop_assert_eq!(guest.read(STATUS) & NEEDS_RESET, 0);
+        let activated = guest.calls.iter().any(|call| {
+            matches!(call, Call::Activate { ready, .. } if ready == [false, true])
+        });
+        prop_assert!(activated);
+    }
+}
