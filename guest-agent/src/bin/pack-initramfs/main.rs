@@ -14,6 +14,7 @@ use std::{
 };
 
 use cpio::Archive;
+use modules::Absent;
 
 const USAGE: &str = "\
 usage: pack-initramfs --agent FILE --output FILE [--kernel-modules DIRECTORY [--module NAME]...]
@@ -22,11 +23,14 @@ usage: pack-initramfs --agent FILE --output FILE [--kernel-modules DIRECTORY [--
   --output FILE               the archive to write, uncompressed newc cpio
   --kernel-modules DIRECTORY  /lib/modules/VERSION of the kernel that is to be booted
   --module NAME               a module to load, with all that it depends on; what is built into
-                              the kernel is passed over. By default what virtual machines use
+                              the kernel is passed over. By default what virtual machines use,
+                              as far as the kernel has it
 ";
 
-/// What a guest of ours finds in its machine, and the file systems it uses.
+/// What a guest of ours finds in its machine, and the file systems it uses. ext4 asks for the
+/// checksum by a name that only modprobe could resolve; kernels since 6.15 have it built in.
 const DEFAULT_MODULES: &[&str] = &[
+    "crc32c_generic",
     "virtio_mmio",
     "virtio_blk",
     "ext4",
@@ -87,12 +91,13 @@ fn run(mut arguments: impl Iterator<Item = String>) -> Result<(), Error> {
     let (Some(agent), Some(output)) = (agent, output) else {
         return Err(Error::Usage("--agent and --output are needed".to_owned()));
     };
-    if names.is_empty() {
-        names = DEFAULT_MODULES.iter().map(|&n| n.to_owned()).collect();
-    }
     let init = fs::read(&agent).map_err(|e| Error::Read(agent, e))?;
     let modules = match kernel {
-        Some(kernel) => modules::collect(&kernel, &names)?,
+        Some(kernel) if names.is_empty() => {
+            let defaults: Vec<_> = DEFAULT_MODULES.iter().map(|&n| n.to_owned()).collect();
+            modules::collect(&kernel, &defaults, Absent::PassOver)?
+        }
+        Some(kernel) => modules::collect(&kernel, &names, Absent::Refuse)?,
         None => Vec::new(),
     };
     // Beside the output and renamed, so that a reader never sees half an archive.

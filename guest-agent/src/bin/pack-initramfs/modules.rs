@@ -44,21 +44,35 @@ pub enum ModulesError {
     },
 }
 
+/// What to do with a name that the kernel has no module for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Absent {
+    /// It is an error.
+    Refuse,
+    /// It is left out.
+    PassOver,
+}
+
 /// Reads the modules `names` and all they depend on, in the order to load them in.
 ///
 /// # Errors
 /// [`ModulesError`]
-pub fn collect(directory: &Path, names: &[String]) -> Result<Vec<Module>, ModulesError> {
+pub fn collect(
+    directory: &Path,
+    names: &[String],
+    absent: Absent,
+) -> Result<Vec<Module>, ModulesError> {
     let read = |name: &str| {
         let path = directory.join(name);
         fs::read_to_string(&path).map_err(|e| ModulesError::Read(path, e))
     };
     let dependencies = read("modules.dep")?;
     let builtin = read("modules.builtin")?;
-    let order = order(&dependencies, &builtin, names).map_err(|name| ModulesError::Unknown {
-        name,
-        directory: directory.to_owned(),
-    })?;
+    let order =
+        order(&dependencies, &builtin, names, absent).map_err(|name| ModulesError::Unknown {
+            name,
+            directory: directory.to_owned(),
+        })?;
     order
         .into_iter()
         .map(|file| load(&directory.join(file)))
@@ -66,7 +80,12 @@ pub fn collect(directory: &Path, names: &[String]) -> Result<Vec<Module>, Module
 }
 
 /// The files to load, dependencies first; fails with the name that is unknown.
-fn order(dependencies: &str, builtin: &str, names: &[String]) -> Result<Vec<String>, String> {
+fn order(
+    dependencies: &str,
+    builtin: &str,
+    names: &[String],
+    absent: Absent,
+) -> Result<Vec<String>, String> {
     let builtin: HashSet<String> = builtin.lines().map(module_name).collect();
     let lines: HashMap<String, (&str, Vec<&str>)> = dependencies
         .lines()
@@ -84,7 +103,12 @@ fn order(dependencies: &str, builtin: &str, names: &[String]) -> Result<Vec<Stri
         if builtin.contains(&name) {
             continue;
         }
-        let (file, needs) = lines.get(&name).ok_or_else(|| name.clone())?;
+        let Some((file, needs)) = lines.get(&name) else {
+            if absent == Absent::PassOver {
+                continue;
+            }
+            return Err(name);
+        };
         // A line has all that a module needs, the nearest first.
         for file in needs.iter().rev().chain([file]) {
             if !order.iter().any(|known| known == file) {
@@ -169,7 +193,7 @@ kernel/drivers/misc/pvpanic/pvpanic-mmio.ko.xz: kernel/lib/crc16.ko.xz
             "virtio_mmio",
             "pvpanic_mmio",
         ]);
-        let order: Vec<_> = order(DEP, BUILTIN, &wanted)
+        let order: Vec<_> = order(DEP, BUILTIN, &wanted, Absent::Refuse)
             .unwrap()
             .iter()
             .map(|file| module_name(file))
@@ -189,8 +213,12 @@ kernel/drivers/misc/pvpanic/pvpanic-mmio.ko.xz: kernel/lib/crc16.ko.xz
     }
 
     #[test]
-    fn an_unknown_module_is_named() {
-        assert_eq!(order(DEP, BUILTIN, &names(&["zfs"])), Err("zfs".to_owned()));
+    fn an_unknown_module_is_named_or_passed_over() {
+        let wanted = names(&["zfs", "crc16"]);
+        let refused = order(DEP, BUILTIN, &wanted, Absent::Refuse);
+        assert_eq!(refused, Err("zfs".to_owned()));
+        let lenient = order(DEP, BUILTIN, &wanted, Absent::PassOver);
+        assert_eq!(lenient, Ok(names(&["kernel/lib/crc16.ko.xz"])));
     }
 
     #[test]
@@ -212,12 +240,12 @@ kernel/drivers/misc/pvpanic/pvpanic-mmio.ko.xz: kernel/lib/crc16.ko.xz
             content: content.to_vec(),
         };
         assert_eq!(
-            collect(dir.path(), &names(&["a"])).unwrap(),
+            collect(dir.path(), &names(&["a"]), Absent::Refuse).unwrap(),
             [module("b.ko", b"b"), module("a.ko", b"a")]
         );
         fs::write(dir.path().join("k/b.ko.gz"), "no archive").unwrap();
         assert!(matches!(
-            collect(dir.path(), &names(&["a"])),
+            collect(dir.path(), &names(&["a"]), Absent::Refuse),
             Err(ModulesError::Decompress { .. })
         ));
     }
