@@ -66,23 +66,11 @@ pub enum BuildError {
     #[error("cannot give the machine its generation ID")]
     GenerationId(#[from] GenerationIdError),
     /// A disk.
-    #[error("disk {path}", path = path.display())]
-    Block {
-        /// The image.
-        path: std::path::PathBuf,
-        /// What is wrong with it.
-        #[source]
-        source: BlockError,
-    },
+    #[error(transparent)]
+    Block(#[from] BlockError),
     /// A network card.
-    #[error("network card on {tap}")]
-    Net {
-        /// The tap.
-        tap: String,
-        /// What is wrong with it.
-        #[source]
-        source: NetError,
-    },
+    #[error(transparent)]
+    Net(#[from] NetError),
     /// The entropy source.
     #[error("entropy source")]
     Rng(#[from] RngError),
@@ -256,17 +244,11 @@ impl DeviceBuilder<'_> {
     /// Disks come first, then cards, since the guest names them in the order of their slots.
     fn add_all_virtio(&mut self, config: &VmConfig) -> Result<(), BuildError> {
         for (index, disk) in config.disks.iter().enumerate() {
-            let block = Block::new(disk).map_err(|source| BuildError::Block {
-                path: disk.path.clone(),
-                source,
-            })?;
+            let block = Block::new(disk)?;
             self.add_virtio(name(&disk.id, "disk", index), block)?;
         }
         for (index, card) in config.net.iter().enumerate() {
-            let net = Net::new(card).map_err(|source| BuildError::Net {
-                tap: card.tap.clone(),
-                source,
-            })?;
+            let net = Net::new(card)?;
             self.add_virtio(name(&card.id, "net", index), net)?;
         }
         if let Some(vsock) = &config.vsock {

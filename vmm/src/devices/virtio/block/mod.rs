@@ -40,14 +40,8 @@ const REQUEST_MAX: usize = SEG_MAX as usize * SIZE_MAX as usize;
 #[derive(Debug, thiserror::Error)]
 pub enum BlockError {
     /// The image cannot be used.
-    #[error("disk {name}")]
-    Image {
-        /// Name or path of the disk.
-        name: String,
-        /// What is wrong with the image.
-        #[source]
-        source: ImageError,
-    },
+    #[error("cannot use a disk image")]
+    Image(#[source] ImageError),
 }
 
 /// A block device.
@@ -76,10 +70,7 @@ impl Block {
             config.readonly,
             config.backing_files,
         )
-        .map_err(|source| BlockError::Image {
-            name: name.clone(),
-            source,
-        })?;
+        .map_err(BlockError::Image)?;
         let mut serial = [0; VIRTIO_BLK_ID_BYTES as usize];
         let text = config.serial.as_ref().or(config.id.as_ref());
         for (to, from) in serial

@@ -5,7 +5,7 @@ use super::*;
 fn refusal(config: &DiskConfig) -> ImageError {
     match Block::new(config) {
         Ok(_) => panic!("the image was accepted"),
-        Err(BlockError::Image { source, .. }) => source,
+        Err(BlockError::Image(source)) => source,
     }
 }
 
