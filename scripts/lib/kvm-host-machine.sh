@@ -1,4 +1,6 @@
 # shellcheck shell=bash
+# shellcheck disable=SC2034,SC2154 # variables are shared with kvm-host
+# shellcheck disable=SC2094 # FIFOs are opened for both ways on purpose
 # The emulated machine: its booted image, and a job run in it. Sourced by kvm-host.
 #
 # The machine's serial ports, each a FIFO in the work directory on this side:
@@ -15,8 +17,8 @@ start_limit=180
 
 run_in_machine() {
     cpus=${cpus:-$(default_cpus)} mem=${mem:-$(default_memory)}
-    find "$cache" -maxdepth 1 -name 'job.*' -mtime +2 -exec rm -rf {} +
-    work=$(mktemp -d "$cache/job.XXXXXX")
+    remove_stale_jobs
+    work=$(mktemp -d "$cache/job.$$.XXXXXX")
     machine='' status='' started='' expired='' interrupts=0
     trap clean_up EXIT
     describe_machine
@@ -28,6 +30,15 @@ run_in_machine() {
     ((interrupts < 2)) || exit 130
     [[ -n $status ]] || die_failed
     exit "$status"
+}
+
+# What runs that were killed have left: the directory's name holds the number of its process.
+remove_stale_jobs() {
+    local directory process
+    for directory in "$cache"/job.*.*; do
+        process=${directory##*/job.}
+        kill -0 "${process%%.*}" 2>/dev/null || rm -rf "$directory"
+    done
 }
 
 default_cpus() {
@@ -43,7 +54,7 @@ default_memory() {
 }
 
 clean_up() {
-    [[ -z $machine ]] || kill -KILL "$machine" 2>/dev/null || true
+    end_machine
     [[ -z ${feeder:-} ]] || kill "$feeder" 2>/dev/null || true
     [[ -z ${terminal_state:-} ]] || stty "$terminal_state" <&4
     [[ -z $verbose ]] || cat "$work/console" >&2 2>/dev/null || true
@@ -60,17 +71,17 @@ describe_machine() {
     )
     description=(
         -nodefaults -no-user-config -display none -no-reboot
-        -machine q35,smbus=off,sata=off,i8042=off,hpet=off,usb=off,vmport=off
-        -accel tcg,thread=multi,tb-size=512 -cpu max,+svm -smp "$cpus" -m "$mem"
+        -machine "q35,smbus=off,sata=off,i8042=off,hpet=off,usb=off,vmport=off"
+        -accel "tcg,thread=multi,tb-size=512" -cpu "max,+svm" -smp "$cpus" -m "$mem"
         -kernel "$kernel/vmlinux" -initrd "$initramfs" -append "${options[*]}"
-        -device virtio-serial,max_ports=8
-        -device virtserialport,nr=1,chardev=control -device virtserialport,nr=2,chardev=out
-        -device virtserialport,nr=3,chardev=err -device virtserialport,nr=4,chardev=in
+        -device "virtio-serial,max_ports=8"
+        -device "virtserialport,nr=1,chardev=control" -device "virtserialport,nr=2,chardev=out"
+        -device "virtserialport,nr=3,chardev=err" -device "virtserialport,nr=4,chardev=in"
         -fsdev "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap"
-        -device virtio-9p-pci,fsdev=root,mount_tag=root
+        -device "virtio-9p-pci,fsdev=root,mount_tag=root"
         -fsdev "local,id=shared,path=/,security_model=none,multidevs=remap"
-        -device virtio-9p-pci,fsdev=shared,mount_tag=shared
-        -device virtio-net-pci,netdev=net,romfile=
+        -device "virtio-9p-pci,fsdev=shared,mount_tag=shared"
+        -device "virtio-net-pci,netdev=net,romfile="
     )
 }
 
@@ -80,7 +91,6 @@ prepare_image() {
     flock 9
     if ! part image "${description[@]}" "${qemu[@]}" "$("${qemu[@]}" --version)"; then
         say "booting the emulated machine once, to resume it from now on"
-        find "$cache" -maxdepth 1 -name 'image-*' -mtime +7 -exec rm -rf {} +
         if make_image "$part_dir.new/image"; then
             finish_part
         else
@@ -89,10 +99,7 @@ prepare_image() {
         fi
     fi
     exec 9>&-
-    if [[ -e $part_dir/image ]]; then
-        image=$part_dir/image
-        touch "$part_dir"
-    fi
+    [[ ! -e $part_dir/image ]] || image=$part_dir/image
 }
 
 make_image() (
@@ -230,11 +237,9 @@ attend_job() {
         await "$relay_out"
         await "$relay_err"
     fi
-    kill -KILL "$machine" 2>/dev/null || true
-    await "$machine"
+    end_machine
     await "$relay_out"
     await "$relay_err"
-    machine=''
 }
 
 # The time is up: asks the job to end, and the second time ends the machine. Fails if there is
@@ -250,14 +255,23 @@ overdue() {
 # forward SIGNAL: to the job; a second INT ends the machine.
 forward() {
     if [[ $1 == INT ]] && ((++interrupts > 1)); then
-        kill -KILL "$machine" 2>/dev/null || true
+        end_machine
     else
         printf 'signal %s\n' "$1" >&7 || true
     fi
 }
 
+end_machine() {
+    [[ -n $machine ]] || return 0
+    kill -KILL "$machine" 2>/dev/null || true
+    await "$machine"
+    machine=''
+}
+
 # await PROCESS: a child's end, whatever signals come in between.
 await() {
+    # Waited for once at least, without standard error: else bash tells of killed children there.
+    wait "$1" 2>/dev/null || true
     while kill -0 "$1" 2>/dev/null; do wait "$1" 2>/dev/null || true; done
 }
 

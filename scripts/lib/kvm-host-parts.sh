@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034,SC2154 # variables are shared with kvm-host
 # The parts of the emulated machine: QEMU, a stock kernel, an initramfs. Sourced by kvm-host.
 #
 # Packages are unpacked into the cache, never installed: nothing of this system changes, and
@@ -18,8 +18,9 @@ prepare_parts() {
     done
     exec 9>"$cache/lock"
     flock 9
-    # What a run that was cut short has left.
+    # What a run that was cut short has left, and parts that nothing has used for a month.
     rm -rf "$cache"/*.new
+    find "$cache" -mindepth 1 -maxdepth 1 -type d -name '*-*' -mtime +30 -exec rm -rf {} +
     prepare_qemu
     prepare_kernel
     prepare_initramfs
@@ -54,7 +55,10 @@ refresh_lists() {
         uri=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' "Codename: $release" | head -n 1)
         echo "deb ${uri:-http://deb.debian.org/debian} $release-backports main" >"$state/sources/backports.list"
     fi
-    private_apt apt-get update >&2 || say "not all package lists could be fetched"
+    private_apt apt-get update >"$state/log" 2>&1 || {
+        cat "$state/log" >&2
+        say "not all package lists could be fetched; going on with what there is"
+    }
     lists_are_fresh=1
 }
 
@@ -79,12 +83,19 @@ part() {
     local name=$1
     shift
     part_dir=$cache/$name-$(printf '%s\n' "$@" | sha256sum | cut -c1-16)
-    [[ ! -d $part_dir ]] || return 0
+    if [[ -d $part_dir ]]; then
+        touch "$part_dir"
+        return 0
+    fi
     rm -rf "$part_dir.new"
     mkdir -p "$part_dir.new"
     return 1
 }
-finish_part() { mv "$part_dir.new" "$part_dir"; }
+finish_part() {
+    # Packages bring their own times.
+    touch "$part_dir.new"
+    mv "$part_dir.new" "$part_dir"
+}
 
 qemu_major() { "$@" --version 2>/dev/null | sed -n 's/.*version \([0-9]*\).*/\1/p'; }
 
@@ -107,12 +118,13 @@ prepare_qemu() {
     say "fetching QEMU 10"
     refresh_lists
     # What installing it would add to this system is what it needs beyond it.
-    local package=qemu-system-x86 packages
-    [[ -z $(private_apt apt-cache policy | grep -- "$(os_release VERSION_CODENAME)-backports") ]] ||
-        [[ $(private_apt apt-cache madison $package) != *backports* ]] ||
-        package+=/$(os_release VERSION_CODENAME)-backports
-    mapfile -t packages < <(LC_ALL=C private_apt apt-get --simulate --no-install-recommends install $package |
-        sed -n 's/^Inst \([^ ]*\) .*(\([^ ]*\) .*/\1=\2/p' | sed 's/^\([^ ]*\) \[[^]]*\]/\1/')
+    local wanted=(qemu-system-x86 qemu-system-common qemu-system-data seabios) packages backports
+    backports=$(os_release VERSION_CODENAME)-backports
+    if private_apt apt-cache madison qemu-system-x86 | grep "$backports" >/dev/null; then
+        wanted=("${wanted[@]/%//$backports}")
+    fi
+    mapfile -t packages < <(LC_ALL=C private_apt apt-get --simulate --no-install-recommends install "${wanted[@]}" |
+        sed -n 's/^Inst \([^ ]*\) .*(\([^ ]*\) .*/\1=\2/p')
     ((${#packages[@]})) || unsupported "no QEMU package to be had"
     unpack "$part_dir.new" "${packages[@]}"
     use_unpacked_qemu "$part_dir.new" ||
@@ -142,6 +154,8 @@ prepare_kernel() {
         version=${package#linux-image-}
         cp "$(find "$part_dir.new" -path '*bin/busybox' -type f | head -n 1)" "$part_dir.new/busybox"
         [[ -d $part_dir.new/lib/modules ]] || ln -s usr/lib "$part_dir.new/lib"
+        # Drivers of hardware that the machine does not have are most of it.
+        rm -rf "$part_dir.new/lib/modules/$version/kernel"/{sound,drivers/{gpu,media,usb,iio,staging,infiniband,net/ethernet,net/wireless}}
         "$part_dir.new/busybox" depmod -b "$part_dir.new" "$version"
         unpack_vmlinux "$part_dir.new/boot/vmlinuz-$version" "$part_dir.new/vmlinux"
         echo "$version" >"$part_dir.new/version"
