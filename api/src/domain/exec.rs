@@ -10,15 +10,6 @@ use futures_util::stream::BoxStream;
 use super::host::{ExecEvent, HostError};
 use super::spool::{Spool, Spooled};
 
-/// A command as it is asked for, unchecked.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Command {
-    /// Program and arguments.
-    pub argv: Vec<String>,
-    /// Seconds that it may take.
-    pub timeout_sec: i64,
-}
-
 /// How much output is collected, and where.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExecLimits {

@@ -14,145 +14,23 @@ use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 use jiff::Timestamp;
 use tokio::sync::Mutex;
-use tracing::{debug, error, info, warn};
+use tracing::{Instrument, debug, error, info, warn};
 
-use super::exec::{self, CollectError, Command, ExecLimits, ExecOutput};
+use super::error::{CreateError, DestroyError, ExecError, FileError, LookupError};
+use super::exec::{self, ExecLimits, ExecOutput};
 use super::host::{
-    CreateRequest, End, ExecRequest, FileContent, Host, HostError, HostEvent, ReadFileRequest,
-    WriteFileRequest,
+    CreateRequest, End, FileContent, Host, HostError, HostEvent, ReadFileRequest, WriteFileRequest,
 };
+use super::request::{self, Command, CreateSpec};
 use super::sandbox::{Desired, Sandbox, SandboxId, Spec, Status, Transition};
 use super::store::{SandboxStore, StoreError};
 use crate::chain;
-
-/// The most vCPUs of one sandbox: what the VMM can build.
-pub const MAX_VCPUS: i64 = 32;
-/// The least RAM of one sandbox in MiB: what a kernel, an initramfs and a small program need.
-pub const MIN_MEMORY_MB: i64 = 128;
-/// The longest idle time of one sandbox in seconds: 30 days.
-pub const MAX_TIMEOUT_SEC: i64 = 30 * 24 * 3600;
-/// The longest time of one command in seconds: a day.
-pub const MAX_EXEC_TIMEOUT_SEC: i64 = 24 * 3600;
-/// The longest path in the guest in bytes: `PATH_MAX` of Linux, with its final zero byte.
-const MAX_PATH: usize = 4095;
 
 /// What the manager allows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
     /// Output of commands.
     pub exec: ExecLimits,
-}
-
-/// A sandbox as it is asked for, unchecked.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CreateSpec {
-    /// Template.
-    pub template: String,
-    /// Virtual CPUs.
-    pub vcpus: i64,
-    /// RAM in MiB.
-    pub memory_mb: i64,
-    /// Idle time in seconds.
-    pub timeout_sec: i64,
-}
-
-/// Why a sandbox was not created.
-#[derive(Debug, thiserror::Error)]
-pub enum CreateError {
-    /// The request asks for something that cannot be.
-    #[error("{0}")]
-    Invalid(String),
-    /// The daemon is ending.
-    #[error("the daemon is shutting down and starts no more sandboxes")]
-    ShuttingDown,
-    /// The host did not start it. Its record says so too.
-    #[error("sandbox {id} was not created")]
-    Host {
-        /// Its record.
-        id: SandboxId,
-        /// Why.
-        #[source]
-        source: HostError,
-    },
-    /// The host cannot be asked.
-    #[error("the host cannot say what it offers")]
-    Describe(#[source] HostError),
-    /// It ended before it was ready to be used.
-    #[error("sandbox {id} ended as soon as it was started: {reason}")]
-    EndedAtOnce {
-        /// Its record.
-        id: SandboxId,
-        /// Why.
-        reason: String,
-    },
-    /// It cannot be written down.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// The task that created it is gone.
-    #[error("the creation was interrupted")]
-    Interrupted,
-}
-
-/// Why a sandbox was not found.
-#[derive(Debug, thiserror::Error)]
-pub enum LookupError {
-    /// There is none of that id.
-    #[error("sandbox not found")]
-    NotFound,
-    /// The store failed.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-}
-
-/// Why a sandbox was not destroyed.
-#[derive(Debug, thiserror::Error)]
-pub enum DestroyError {
-    /// There is none of that id, or the store failed.
-    #[error(transparent)]
-    Lookup(#[from] LookupError),
-    /// The host could not end it.
-    #[error("the sandbox could not be ended")]
-    Host(#[source] HostError),
-    /// The task that destroyed it is gone.
-    #[error("the deletion was interrupted")]
-    Interrupted,
-}
-
-/// Why a command has no result.
-#[derive(Debug, thiserror::Error)]
-pub enum ExecError {
-    /// There is no such sandbox, or the store failed.
-    #[error(transparent)]
-    Lookup(#[from] LookupError),
-    /// It does not run.
-    #[error("sandbox is not running (status: {0})")]
-    NotRunning(Status),
-    /// The request makes no sense.
-    #[error("{0}")]
-    Invalid(String),
-    /// The host did not start it.
-    #[error("the command was not started")]
-    Host(#[source] HostError),
-    /// It was started, and then lost.
-    #[error(transparent)]
-    Collect(#[from] CollectError),
-}
-
-/// Why a file was not moved.
-#[derive(Debug, thiserror::Error)]
-pub enum FileError {
-    /// There is no such sandbox, or the store failed.
-    #[error(transparent)]
-    Lookup(#[from] LookupError),
-    /// It does not run.
-    #[error("sandbox is not running (status: {0})")]
-    NotRunning(Status),
-    /// The request makes no sense.
-    #[error("{0}")]
-    Invalid(String),
-    /// The host could not do it.
-    #[error("the file was not transferred")]
-    Host(#[source] HostError),
 }
 
 /// The owner of all sandboxes; clones share it.
@@ -226,7 +104,7 @@ impl Manager {
     pub async fn create(&self, spec: CreateSpec) -> Result<Sandbox, CreateError> {
         let spec = self.check(spec).await?;
         let manager = self.clone();
-        tokio::spawn(async move { manager.create_checked(spec).await })
+        tokio::spawn(async move { manager.create_checked(spec).await }.in_current_span())
             .await
             .unwrap_or(Err(CreateError::Interrupted))
     }
@@ -296,52 +174,7 @@ impl Manager {
             .describe()
             .await
             .map_err(CreateError::Describe)?;
-        let max_memory_mb = i64::try_from(host.memory_mb)
-            .unwrap_or(i64::MAX)
-            .min(1 << 20);
-        if !is_template_name(&spec.template) {
-            return Err(CreateError::Invalid(
-                "template must be 1 to 64 letters, digits, `.`, `_` or `-`, and begin with a letter \
-                 or digit"
-                    .into(),
-            ));
-        }
-        if !host.templates.contains(&spec.template) {
-            let known = if host.templates.is_empty() {
-                "this host has none".to_owned()
-            } else {
-                format!("known are: {}", host.templates.join(", "))
-            };
-            let name = spec.template;
-            return Err(CreateError::Invalid(format!(
-                "unknown template {name:?}; {known}"
-            )));
-        }
-        let range = |what, value, min, max, unit| {
-            in_range::<u32>(what, value, min, max, unit).map_err(CreateError::Invalid)
-        };
-        let vcpus =
-            in_range("vcpus", spec.vcpus, 1, MAX_VCPUS, "").map_err(CreateError::Invalid)?;
-        let memory_mb = range(
-            "memory_mb",
-            spec.memory_mb,
-            MIN_MEMORY_MB,
-            max_memory_mb,
-            " (MiB)",
-        )?;
-        let timeout_sec = range(
-            "timeout_sec",
-            spec.timeout_sec,
-            0,
-            MAX_TIMEOUT_SEC,
-            " (seconds, 0 is never)",
-        )?;
-        Ok(Spec {
-            template: spec.template,
-            vcpus,
-            memory_mb,
-            timeout_sec,
-        })
+        request::check_spec(spec, &host).map_err(CreateError::Invalid)
     }
 
     /// The sandboxes that are pending or running, newest first.
@@ -372,7 +205,7 @@ impl Manager {
     pub async fn destroy(&self, id: &str) -> Result<(), DestroyError> {
         let id = self.get(id).await?.id;
         let manager = self.clone();
-        tokio::spawn(async move { manager.destroy_known(&id).await })
+        tokio::spawn(async move { manager.destroy_known(&id).await }.in_current_span())
             .await
             .unwrap_or(Err(DestroyError::Interrupted))
     }
@@ -410,26 +243,7 @@ impl Manager {
     /// There is no result.
     pub async fn exec(&self, id: &SandboxId, command: Command) -> Result<ExecOutput, ExecError> {
         let start = Instant::now();
-        if command.argv.first().is_none_or(String::is_empty) {
-            return Err(ExecError::Invalid("cmd is required".into()));
-        }
-        if command.argv.iter().any(|arg| arg.contains('\0')) {
-            return Err(ExecError::Invalid(
-                "cmd and args must not contain a zero byte".into(),
-            ));
-        }
-        let timeout_sec = in_range(
-            "timeout_sec",
-            command.timeout_sec,
-            1,
-            MAX_EXEC_TIMEOUT_SEC,
-            " (seconds)",
-        )
-        .map_err(ExecError::Invalid)?;
-        let request = ExecRequest {
-            argv: command.argv,
-            timeout_sec,
-        };
+        let request = request::check_command(command).map_err(ExecError::Invalid)?;
         let events = self
             .inner
             .host
@@ -451,7 +265,7 @@ impl Manager {
         path: String,
         content: BoxStream<'static, std::io::Result<Bytes>>,
     ) -> Result<(), FileError> {
-        check_path(&path)?;
+        request::check_path(&path).map_err(FileError::Invalid)?;
         let request = WriteFileRequest { path };
         let result = self.inner.host.write_file(id, request, content).await;
         self.used(id).await;
@@ -463,7 +277,7 @@ impl Manager {
     /// # Errors
     /// It cannot be read from its start; later errors are in the stream.
     pub async fn read_file(&self, id: &SandboxId, path: String) -> Result<FileContent, FileError> {
-        check_path(&path)?;
+        request::check_path(&path).map_err(FileError::Invalid)?;
         let request = ReadFileRequest { path };
         let result = self.inner.host.read_file(id, request).await;
         self.used(id).await;
@@ -529,45 +343,4 @@ impl Manager {
         }
         Ok(Some(sandbox))
     }
-}
-
-fn is_template_name(name: &str) -> bool {
-    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
-    name.len() <= 64
-        && name.bytes().all(allowed)
-        && name
-            .bytes()
-            .next()
-            .is_some_and(|first| first.is_ascii_alphanumeric())
-}
-
-/// `value`, if it is in the range; otherwise a sentence that says so.
-fn in_range<T: TryFrom<i64>>(
-    what: &str,
-    value: i64,
-    min: i64,
-    max: i64,
-    unit: &str,
-) -> Result<T, String> {
-    let checked = if (min..=max).contains(&value) {
-        T::try_from(value).ok()
-    } else {
-        None
-    };
-    checked.ok_or_else(|| format!("{what} must be {min} to {max}{unit}, not {value}"))
-}
-
-fn check_path(path: &str) -> Result<(), FileError> {
-    let problem = if path.is_empty() {
-        "path is required"
-    } else if !path.starts_with('/') {
-        "path must be absolute"
-    } else if path.len() > MAX_PATH {
-        "path is longer than 4095 bytes"
-    } else if path.contains('\0') {
-        "path must not contain a zero byte"
-    } else {
-        return Ok(());
-    };
-    Err(FileError::Invalid(problem.into()))
 }

@@ -124,8 +124,9 @@ fn end(process: &OwnedFd) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
     use std::os::unix::process::{CommandExt, ExitStatusExt};
-    use std::process::Command;
+    use std::process::{Command, Stdio};
 
     use super::*;
     use crate::domain::SandboxId;
@@ -139,12 +140,24 @@ mod tests {
         ours.make(&id).unwrap();
         others.make(&id).unwrap();
         fs::write(ours.disk(&id), "disk").unwrap();
+        // Their standard inputs, which they wait for, are closed with this test at the latest.
         let spawn = |paths: &Paths| {
-            Command::new("sleep")
+            let mut process = Command::new("sh")
                 .arg0(paths.vsock_arg(&id))
-                .arg("1000")
+                .args(["-c", "echo up; read word"])
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
                 .spawn()
+                .unwrap();
+            // A process has its arguments only some time after its start.
+            let mut up = [0; 3];
+            process
+                .stdout
+                .as_mut()
                 .unwrap()
+                .read_exact(&mut up)
+                .unwrap();
+            process
         };
         let (mut our_vmm, mut other_vmm) = (spawn(&ours), spawn(&others));
 

@@ -83,7 +83,10 @@ pub async fn write(
         .get(header::CONTENT_LENGTH)
         .and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
     if announced.is_some_and(|length| length > state.max_upload.saturating_add(FORM_OVERHEAD)) {
-        drain(request.into_body().into_data_stream(), state.max_upload).await;
+        // A sender that asked first, and is now told no, sends nothing.
+        if !request.headers().contains_key(header::EXPECT) {
+            drain(request.into_body().into_data_stream(), state.max_upload).await;
+        }
         return Err(over_limit(state.max_upload));
     }
     let request = request.map(|body| Body::from_stream(one_at_a_time(body.into_data_stream())));

@@ -1,0 +1,105 @@
+//! Why the manager did not do what it was asked for.
+
+use super::exec::CollectError;
+use super::host::HostError;
+use super::sandbox::{SandboxId, Status};
+use super::store::StoreError;
+
+/// Why a sandbox was not created.
+#[derive(Debug, thiserror::Error)]
+pub enum CreateError {
+    /// The request asks for something that cannot be.
+    #[error("{0}")]
+    Invalid(String),
+    /// The daemon is ending.
+    #[error("the daemon is shutting down and starts no more sandboxes")]
+    ShuttingDown,
+    /// The host did not start it. Its record says so too.
+    #[error("sandbox {id} was not created")]
+    Host {
+        /// Its record.
+        id: SandboxId,
+        /// Why.
+        #[source]
+        source: HostError,
+    },
+    /// The host cannot be asked.
+    #[error("the host cannot say what it offers")]
+    Describe(#[source] HostError),
+    /// It ended before it was ready to be used.
+    #[error("sandbox {id} ended as soon as it was started: {reason}")]
+    EndedAtOnce {
+        /// Its record.
+        id: SandboxId,
+        /// Why.
+        reason: String,
+    },
+    /// It cannot be written down.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The task that created it is gone.
+    #[error("the creation was interrupted")]
+    Interrupted,
+}
+
+/// Why a sandbox was not found.
+#[derive(Debug, thiserror::Error)]
+pub enum LookupError {
+    /// There is none of that id.
+    #[error("sandbox not found")]
+    NotFound,
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// Why a sandbox was not destroyed.
+#[derive(Debug, thiserror::Error)]
+pub enum DestroyError {
+    /// There is none of that id, or the store failed.
+    #[error(transparent)]
+    Lookup(#[from] LookupError),
+    /// The host could not end it.
+    #[error("the sandbox could not be ended")]
+    Host(#[source] HostError),
+    /// The task that destroyed it is gone.
+    #[error("the deletion was interrupted")]
+    Interrupted,
+}
+
+/// Why a command has no result.
+#[derive(Debug, thiserror::Error)]
+pub enum ExecError {
+    /// There is no such sandbox, or the store failed.
+    #[error(transparent)]
+    Lookup(#[from] LookupError),
+    /// It does not run.
+    #[error("sandbox is not running (status: {0})")]
+    NotRunning(Status),
+    /// The request makes no sense.
+    #[error("{0}")]
+    Invalid(String),
+    /// The host did not start it.
+    #[error("the command was not started")]
+    Host(#[source] HostError),
+    /// It was started, and then lost.
+    #[error(transparent)]
+    Collect(#[from] CollectError),
+}
+
+/// Why a file was not moved.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// There is no such sandbox, or the store failed.
+    #[error(transparent)]
+    Lookup(#[from] LookupError),
+    /// It does not run.
+    #[error("sandbox is not running (status: {0})")]
+    NotRunning(Status),
+    /// The request makes no sense.
+    #[error("{0}")]
+    Invalid(String),
+    /// The host could not do it.
+    #[error("the file was not transferred")]
+    Host(#[source] HostError),
+}

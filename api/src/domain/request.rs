@@ -1,0 +1,142 @@
+//! Requests and what makes them acceptable. A refusal is a sentence for whoever asked.
+
+use super::host::{ExecRequest, HostInfo};
+use super::sandbox::Spec;
+
+/// The most vCPUs of one sandbox: what the VMM can build.
+const MAX_VCPUS: i64 = 32;
+/// The least RAM of one sandbox in MiB: what a kernel, an initramfs and a small program need.
+const MIN_MEMORY_MB: i64 = 128;
+/// The most RAM of one sandbox in MiB: what the VMM can build.
+const MAX_MEMORY_MB: i64 = 1 << 20;
+/// The longest idle time of one sandbox in seconds: 30 days.
+const MAX_TIMEOUT_SEC: i64 = 30 * 24 * 3600;
+/// The longest time of one command in seconds: a day.
+const MAX_EXEC_TIMEOUT_SEC: i64 = 24 * 3600;
+/// The longest path in the guest in bytes: `PATH_MAX` of Linux, with its final zero byte.
+const MAX_PATH: usize = 4095;
+
+/// A sandbox as it is asked for, unchecked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CreateSpec {
+    /// Template.
+    pub template: String,
+    /// Virtual CPUs.
+    pub vcpus: i64,
+    /// RAM in MiB.
+    pub memory_mb: i64,
+    /// Idle time in seconds.
+    pub timeout_sec: i64,
+}
+
+/// A command as it is asked for, unchecked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Command {
+    /// Program and arguments.
+    pub argv: Vec<String>,
+    /// Seconds that it may take.
+    pub timeout_sec: i64,
+}
+
+/// The sandbox that is asked for, if `host` can run it.
+pub fn check_spec(spec: CreateSpec, host: &HostInfo) -> Result<Spec, String> {
+    if !is_template_name(&spec.template) {
+        return Err(
+            "template must be 1 to 64 letters, digits, `.`, `_` or `-`, and begin with a \
+                    letter or digit"
+                .to_owned(),
+        );
+    }
+    if !host.templates.contains(&spec.template) {
+        let known = if host.templates.is_empty() {
+            "this host has none".to_owned()
+        } else {
+            format!("known are: {}", host.templates.join(", "))
+        };
+        return Err(format!("unknown template {:?}; {known}", spec.template));
+    }
+    let host_mb = i64::try_from(host.memory_mb)
+        .unwrap_or(i64::MAX)
+        .min(MAX_MEMORY_MB);
+    Ok(Spec {
+        template: spec.template,
+        vcpus: in_range("vcpus", spec.vcpus, 1, MAX_VCPUS, "")?,
+        memory_mb: in_range(
+            "memory_mb",
+            spec.memory_mb,
+            MIN_MEMORY_MB,
+            host_mb,
+            " (MiB)",
+        )?,
+        timeout_sec: in_range(
+            "timeout_sec",
+            spec.timeout_sec,
+            0,
+            MAX_TIMEOUT_SEC,
+            " (seconds, 0 is never)",
+        )?,
+    })
+}
+
+/// The command that is asked for.
+pub fn check_command(command: Command) -> Result<ExecRequest, String> {
+    if command.argv.first().is_none_or(String::is_empty) {
+        return Err("cmd is required".to_owned());
+    }
+    if command.argv.iter().any(|arg| arg.contains('\0')) {
+        return Err("cmd and args must not contain a zero byte".to_owned());
+    }
+    let timeout_sec = in_range(
+        "timeout_sec",
+        command.timeout_sec,
+        1,
+        MAX_EXEC_TIMEOUT_SEC,
+        " (seconds)",
+    )?;
+    Ok(ExecRequest {
+        argv: command.argv,
+        timeout_sec,
+    })
+}
+
+/// Checks the path of a file in a guest.
+pub fn check_path(path: &str) -> Result<(), String> {
+    let problem = if path.is_empty() {
+        "path is required"
+    } else if !path.starts_with('/') {
+        "path must be absolute"
+    } else if path.len() > MAX_PATH {
+        "path is longer than 4095 bytes"
+    } else if path.contains('\0') {
+        "path must not contain a zero byte"
+    } else {
+        return Ok(());
+    };
+    Err(problem.to_owned())
+}
+
+fn is_template_name(name: &str) -> bool {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    name.len() <= 64
+        && name.bytes().all(allowed)
+        && name
+            .bytes()
+            .next()
+            .is_some_and(|first| first.is_ascii_alphanumeric())
+}
+
+/// `value`, if it is in the range; otherwise a sentence that says so.
+fn in_range<T: TryFrom<i64>>(
+    what: &str,
+    value: i64,
+    min: i64,
+    max: i64,
+    unit: &str,
+) -> Result<T, String> {
+    let checked = if (min..=max).contains(&value) {
+        T::try_from(value).ok()
+    } else {
+        None
+    };
+    checked.ok_or_else(|| format!("{what} must be {min} to {max}{unit}, not {value}"))
+}
