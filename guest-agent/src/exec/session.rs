@@ -25,7 +25,7 @@ use std::{
 
 use agent_protocol::{
     AgentFrame, BACKGROUND_GRACE, ErrorCode, ErrorDetail, Exit, FRAME_HEADER_LEN, FrameError,
-    FrameKind, HostFrame, MAX_FRAME_PAYLOAD, Started, header,
+    FrameKind, HostFrame, Started, header,
 };
 use bytes::BytesMut;
 use rustix::process::WaitStatus;
@@ -42,6 +42,9 @@ use tokio::{
 use super::{Running, group::ProcessGroup};
 use crate::log::{chain, warning};
 
+/// The largest frame of output with its header: what Linux's virtio transport of vsock puts in one
+/// packet (VIRTIO_VSOCK_MAX_PKT_BUF_SIZE). A few bytes more would cost a second packet.
+const OUTPUT_FRAME: usize = 64 * 1024;
 /// How much is read at once of what nobody wants any more.
 const DROP_BUFFER: usize = 4096;
 
@@ -162,7 +165,7 @@ async fn pump_output(
     mut pipes: [Option<Receiver>; 2],
     exited_at: oneshot::Receiver<tokio::time::Instant>,
 ) -> io::Result<[Option<Receiver>; 2]> {
-    let mut buffer = vec![0; FRAME_HEADER_LEN + MAX_FRAME_PAYLOAD];
+    let mut buffer = vec![0; OUTPUT_FRAME];
     let mut grace = pin!(async {
         match exited_at.await {
             Ok(at) => tokio::time::sleep_until(at + BACKGROUND_GRACE).await,
