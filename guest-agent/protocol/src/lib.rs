@@ -62,6 +62,8 @@
 //!   host's.
 //! - The host keeps its side of the connection open until it has read `Exit`. If it closes or
 //!   half-closes earlier, the program is killed together with all its descendants.
+//!   A close arrives behind the bytes sent before it: over vsock, it is not seen as long as a
+//!   program that does not read its stdin holds these up, so such an exec needs a timeout.
 //! - With a timeout, the same happens when it runs out; the output up to then and an `Exit` with
 //!   `timed_out` follow. "All descendants" means the exec's own cgroup where the guest has
 //!   cgroup v2, and its process group where it has not.
