@@ -232,7 +232,9 @@ impl Machine {
         let status = self.status.take();
         let status = status.unwrap_or_else(|| Err(io::ErrorKind::NotFound.into()));
         let mut end = self.describe(&status).await;
-        if let End::Failed { reason } = &mut end {
+        let code = status.ok().and_then(|status| status.code());
+        // What the guest did to end itself, its console may explain.
+        if let (Some(exit::PANIC | exit::TRIPLE_FAULT), End::Failed { reason }) = (code, &mut end) {
             self.add_console(reason).await;
         }
         end
