@@ -16,6 +16,7 @@ use crate::arch::x86_64::layout::{
     SERIAL_GSI, SERIAL_PORT, SERIAL_PORT_COUNT, SLEEP_CONTROL_PORT, VIRTIO_GSI_START,
     VIRTIO_MMIO_SIZE, VIRTIO_MMIO_START,
 };
+use crate::arch::x86_64::{regs, reset_vector};
 use crate::config::{ConfigError, ConsoleMode, SerialConfig, VmConfig};
 use crate::devices::bus::{BusDevice, OverlapError};
 use crate::devices::legacy::i8042::KeyboardController;
@@ -148,7 +149,8 @@ pub fn build_for_boot(config: &VmConfig, events: EventStream) -> Result<Machine,
     )?;
     let has_serial = config.serial.mode != ConsoleMode::Off;
     acpi::write_tables(&memory, config.cpus.boot_vcpus, has_serial, &virtio)?;
-    crate::arch::x86_64::regs::write_boot_tables(&memory).map_err(LoadError::Memory)?;
+    regs::write_boot_tables(&memory).map_err(LoadError::Memory)?;
+    reset_vector::write(&memory).map_err(LoadError::Memory)?;
     vmgenid::renew(&memory)?;
     tracing::info!(entry = format_args!("{:#x}", entry.0), "loaded the guest");
 

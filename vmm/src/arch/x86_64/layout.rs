@@ -8,7 +8,9 @@
 //! 0x0000_9000  page tables for the first GiB           RAM
 //! 0x0002_0000  kernel command line                     RAM
 //! 0x0009_fc00  end of low RAM
-//! 0x000e_0000  ACPI tables, then the VM generation ID  reserved
+//! 0x000e_0000  ACPI tables                             reserved
+//! 0x000f_e000  VM generation ID                        reserved
+//! 0x000f_fff0  reset vector                            reserved
 //! 0x0010_0000  kernel; initramfs at the top of low RAM RAM
 //! 0xc000_0000  32-bit device area                      no RAM
 //!   0xd000_0000  virtio-mmio, 4 KiB a device
@@ -45,9 +47,11 @@ pub const LOW_RAM_END: GuestAddress = GuestAddress(0x9_fc00);
 /// ACPI tables, in the area where Linux also searches without being told.
 pub const ACPI_ADDR: GuestAddress = GuestAddress(0xe_0000);
 /// The 16 bytes of the VM generation ID, alone on their page.
-pub const VMGENID_ADDR: GuestAddress = GuestAddress(0xf_f000);
+pub const VMGENID_ADDR: GuestAddress = GuestAddress(0xf_e000);
 /// End of the ACPI tables.
 pub const ACPI_END: GuestAddress = VMGENID_ADDR;
+/// Where a processor in real mode starts after a reset (F000:FFF0).
+pub const RESET_VECTOR: GuestAddress = GuestAddress(0xf_fff0);
 /// Start of the RAM above 1 MiB; a kernel is loaded no lower.
 pub const HIGH_RAM_START: GuestAddress = GuestAddress(0x10_0000);
 

@@ -6,3 +6,4 @@ pub mod cpuid;
 pub mod layout;
 pub mod msrs;
 pub mod regs;
+pub mod reset_vector;
