@@ -7,4 +7,10 @@
     reason = "a scenario that cannot go on fails by a panic"
 )]
 
+mod api;
 mod boot;
+mod console;
+mod devices;
+mod exits;
+mod guest;
+mod refusals;

@@ -294,7 +294,7 @@ impl Exec {
     ///
     /// # Panics
     /// The agent breaks the protocol.
-    pub fn next(&mut self) -> Option<AgentFrame> {
+    pub fn next_frame(&mut self) -> Option<AgentFrame> {
         loop {
             if let Some(frame) = AgentFrame::decode(&mut self.buffer).unwrap() {
                 return Some(frame);
@@ -317,7 +317,7 @@ impl Exec {
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
         let has = |bytes: &[u8]| String::from_utf8_lossy(bytes).contains(text);
         while !has(&stdout) && !has(&stderr) {
-            match self.next() {
+            match self.next_frame() {
                 Some(AgentFrame::Stdout(bytes)) => stdout.extend_from_slice(&bytes),
                 Some(AgentFrame::Stderr(bytes)) => stderr.extend_from_slice(&bytes),
                 Some(AgentFrame::Started(_)) => {}
@@ -333,12 +333,12 @@ impl Exec {
     pub fn finish_into(mut self, mut stdout: impl Write) -> Output {
         let mut stderr = Vec::new();
         loop {
-            match self.next() {
+            match self.next_frame() {
                 Some(AgentFrame::Started(started)) => assert!(started.pid > 1),
                 Some(AgentFrame::Stdout(bytes)) => stdout.write_all(&bytes).unwrap(),
                 Some(AgentFrame::Stderr(bytes)) => stderr.extend_from_slice(&bytes),
                 Some(AgentFrame::Exit(exit)) => {
-                    assert_eq!(self.next(), None, "a frame after the exit");
+                    assert_eq!(self.next_frame(), None, "a frame after the exit");
                     return Output {
                         stdout: Vec::new(),
                         stderr,

@@ -35,4 +35,4 @@ use std::time::Duration;
 
 /// How long anything may take before it counts as failed. Far above what a loaded emulated
 /// machine needs: it is there so that a run ends, not to measure.
-pub const PATIENCE: Duration = Duration::from_secs(180);
+pub const PATIENCE: Duration = Duration::from_secs(300);

@@ -116,6 +116,11 @@ pub fn print_tail(name: &str, text: &str) {
 
 fn tail(text: &str) -> String {
     const LINES: usize = 40;
+    const LINE: usize = 400;
     let lines: Vec<&str> = text.lines().collect();
-    lines[lines.len().saturating_sub(LINES)..].join("\n")
+    let last = &lines[lines.len().saturating_sub(LINES)..];
+    let short = last
+        .iter()
+        .map(|line| &line[..line.floor_char_boundary(LINE)]);
+    short.collect::<Vec<_>>().join("\n")
 }

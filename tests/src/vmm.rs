@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -15,6 +16,9 @@ use crate::images::write_qcow2_overlay;
 use crate::log::{Log, print_tail};
 use crate::process::{Process, wait_readable};
 use crate::setup::{scratch, setup};
+
+/// Memory of the default machine, in MiB.
+const DEFAULT_MIB: u64 = 256;
 
 /// What to start. By default our kernel with the agent's initramfs, on an overlay of template
 /// `minimal`, with one vCPU and 256 MiB.
@@ -62,7 +66,7 @@ impl Machine {
             initramfs: Some(setup().initramfs()),
             cmdline: "console=ttyS0 loglevel=6 panic=1 random.trust_cpu=on".to_owned(),
             cpus: "boot=1".to_owned(),
-            memory: "size=256M".to_owned(),
+            memory: format!("size={DEFAULT_MIB}M"),
             disks: Vec::new(),
             arguments: Vec::new(),
             serial: None,
@@ -253,6 +257,27 @@ impl Vmm {
     pub fn console(&self) -> String {
         let bytes = std::fs::read(&self.console).unwrap_or_default();
         String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// The generation ID in the memory of a guest of default size, at the address that the guest is told in ACPI.
+    ///
+    /// # Panics
+    /// The process does not have the guest's memory in one piece.
+    pub fn generation_id(&self) -> u128 {
+        const ADDRESS: u64 = 0xf_f000;
+        let pid = self.process.pid();
+        let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+        let start = maps.lines().find_map(|line| {
+            let (start, end) = line.split_whitespace().next()?.split_once('-')?;
+            let start = u64::from_str_radix(start, 16).ok()?;
+            let size = u64::from_str_radix(end, 16).ok()? - start;
+            (size == DEFAULT_MIB << 20).then_some(start)
+        });
+        let memory = std::fs::File::open(format!("/proc/{pid}/mem")).unwrap();
+        let mut id = [0; 16];
+        let start = start.expect("the guest's memory in the process's");
+        memory.read_exact_at(&mut id, start + ADDRESS).unwrap();
+        u128::from_le_bytes(id)
     }
 
     /// The events of a VMM that ends, by name.
