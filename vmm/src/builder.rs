@@ -114,7 +114,7 @@ pub fn build_for_boot(config: &VmConfig, events: EventStream) -> Result<Machine,
     event_loop.add_subscriber(Box::new(ExitWatch(exit.clone())));
     event_loop.add_subscriber(Box::new(Signals::new(exit.clone())?));
 
-    let memory = memory::allocate(config.memory.size)?;
+    let memory = memory::allocate(config.memory.size, config.memory.thp)?;
     let vm = Vm::new(memory.clone())?;
     let vcpus = vm.create_vcpus(config.cpus.boot_vcpus)?;
     tracing::info!(

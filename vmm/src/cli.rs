@@ -63,7 +63,7 @@ pub struct BootArgs {
     /// vCPUs: boot=N[,max=N], 1 to 32.
     #[arg(long, value_name = "OPTIONS", default_value = "boot=1", value_parser = parse_cpus)]
     pub cpus: CpusConfig,
-    /// RAM: size=N[K|M|G], in steps of 1 MiB.
+    /// RAM: size=N[K|M|G], in steps of 1 MiB [,thp=on|off: huge pages, on by default].
     #[arg(long, value_name = "OPTIONS", default_value = "size=512M", value_parser = parse_memory)]
     pub memory: MemoryConfig,
     /// Disk: path=PATH[,readonly=on|off][,image_type=raw|qcow2][,backing_files=on|off]
@@ -192,9 +192,10 @@ impl<'a> Options<'a> {
             .transpose()
     }
 
-    fn switch(&self, key: &str) -> Result<bool, String> {
+    fn switch(&self, key: &str, default: bool) -> Result<bool, String> {
         match self.text(key) {
-            None | Some("off" | "false") => Ok(false),
+            None => Ok(default),
+            Some("off" | "false") => Ok(false),
             Some("on" | "true") => Ok(true),
             Some(other) => Err(format!("{key}={other}: expected on or off")),
         }
@@ -211,9 +212,10 @@ fn parse_cpus(text: &str) -> Result<CpusConfig, String> {
 }
 
 fn parse_memory(text: &str) -> Result<MemoryConfig, String> {
-    let options = Options::parse(text, &["size"])?;
+    let options = Options::parse(text, &["size", "thp"])?;
     Ok(MemoryConfig {
         size: parse_size(options.required("size")?)?,
+        thp: options.switch("thp", true)?,
     })
 }
 
@@ -245,13 +247,13 @@ fn parse_disk(text: &str) -> Result<DiskConfig, String> {
     Ok(DiskConfig {
         id: options.text("id").map(str::to_owned),
         path: options.required("path")?.into(),
-        readonly: options.switch("readonly")?,
+        readonly: options.switch("readonly", false)?,
         image_type: match options.text("image_type") {
             None | Some("raw") => ImageType::Raw,
             Some("qcow2") => ImageType::Qcow2,
             Some(other) => return Err(format!("image_type={other}: expected raw or qcow2")),
         },
-        backing_files: options.switch("backing_files")?,
+        backing_files: options.switch("backing_files", false)?,
         serial: options.text("serial").map(str::to_owned),
     })
 }

@@ -116,6 +116,9 @@ impl Default for CpusConfig {
 pub struct MemoryConfig {
     /// Size in bytes, a multiple of 1 MiB, at least [`MIN_MEMORY`].
     pub size: u64,
+    /// Whether the host shall back it by transparent huge pages.
+    #[serde(default = "yes")]
+    pub thp: bool,
 }
 
 /// The least RAM that a Linux guest with an initramfs boots in.
@@ -125,9 +128,16 @@ pub const MIN_MEMORY: u64 = 64 << 20;
 /// and above any host that this VMM is meant for.
 pub const MAX_MEMORY: u64 = 1 << 40;
 
+fn yes() -> bool {
+    true
+}
+
 impl Default for MemoryConfig {
     fn default() -> Self {
-        Self { size: 512 << 20 }
+        Self {
+            size: 512 << 20,
+            thp: true,
+        }
     }
 }
 

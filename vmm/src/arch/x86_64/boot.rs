@@ -320,7 +320,7 @@ mod tests {
     use super::*;
 
     fn memory() -> GuestMemory {
-        crate::memory::allocate(64 << 20).unwrap()
+        crate::memory::allocate(64 << 20, false).unwrap()
     }
 
     fn file(content: &[u8]) -> tempfile::NamedTempFile {
