@@ -1,0 +1,500 @@
+//! Cold boot: from the start of a VMM's process until its guest's agent answers.
+//!
+//! ```text
+//! process start ─▶ first guest instruction ─▶ kernel's clock ─▶ agent starts ─▶ agent serves
+//!   └──────────────────────── host's clock ────────────────────────────────▶ Ready ─▶ request
+//!                                                                           arrives   answered
+//! ```
+//!
+//! The host's clock gives the moment before the process is started, that of the first entry into
+//! the guest ([`trace`](crate::trace)), that at which the agent's line `Ready` is here, and that
+//! at which its answer to a first request is. The guest's clock gives, in that line, when the
+//! agent began and when it served. Nothing is polled: the harness sleeps until the next of these.
+//!
+//! The two clocks are joined at `Ready`: what the guest's clock had not yet counted when the line
+//! arrived lies between the first instruction and the start of the kernel's clock. The line's own
+//! way to the host is in there too.
+
+use std::{
+    io::{self, Read, Write},
+    os::{fd::AsFd, unix::net::UnixStream},
+    time::Duration,
+};
+
+use agent_protocol::{AGENT_PORT, Health, PATH_HEALTH, READY_PORT, Ready};
+use serde::Serialize;
+
+use crate::{
+    channel::{self, Channel, Listener},
+    clock::{self, Moment, millis_between},
+    error_chain, interrupt,
+    memory::{self, Overhead, OverheadError},
+    peer::{Guest, Peer},
+    process::{Process, StartError, WaitError},
+    random::Random,
+    stage::Stage,
+    trace::{TraceError, Tracer},
+};
+
+/// The longest `Ready` and the longest answer to a request that make sense, in bytes.
+const MAX_MESSAGE: usize = 64 * 1024;
+
+/// How often and with what guests are booted.
+#[derive(Debug, Clone, Serialize)]
+pub struct Plan {
+    /// Rounds; each boots every peer once.
+    pub rounds: usize,
+    /// Rounds before these, whose samples are kept but not counted: they fill the caches.
+    pub warmup_rounds: usize,
+    /// What the order of the peers within each round comes from.
+    pub seed: u64,
+    /// How long a boot may take, in seconds.
+    pub time_limit_s: u64,
+    /// What is booted.
+    pub guest: Guest,
+}
+
+/// One boot of one peer.
+#[derive(Debug, Clone, Serialize)]
+pub struct Sample {
+    /// Which round, from 0; within the warm-up, if it is one.
+    pub round: usize,
+    /// Whether it is a warm-up.
+    pub warmup: bool,
+    /// Which place in the round, from 0.
+    pub position: usize,
+    /// Which peer.
+    pub peer: &'static str,
+    /// What happened.
+    #[serde(flatten)]
+    pub outcome: Outcome,
+}
+
+/// What happened in a boot.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// The agent answered.
+    Booted(Boot),
+    /// It did not; why.
+    Error(String),
+}
+
+/// What was seen of a boot. Times of the host's clock count from the start of the process.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Boot {
+    /// The first entry into the guest, in ms; `None` without tracing.
+    pub first_entry_ms: Option<f64>,
+    /// The arrival of the VMM's own first event, in ms; `None` if it reports none.
+    pub booting_event_ms: Option<f64>,
+    /// The arrival of `Ready`, in ms.
+    pub ready_ms: f64,
+    /// The arrival of the answer to the first request, in ms.
+    pub answered_ms: f64,
+    /// When the agent began, in ms of the guest's clock.
+    pub agent_entered_ms: f64,
+    /// When the agent served, in ms of the guest's clock.
+    pub agent_serving_ms: f64,
+    /// The VMM's memory beyond the guest's, once it has answered.
+    pub overhead: Overhead,
+}
+
+/// Something that a boot says, as one number.
+#[derive(Debug, Clone, Copy)]
+pub struct Metric {
+    /// Its name in the results.
+    pub name: &'static str,
+    /// Its name for people.
+    pub title: &'static str,
+    /// Its unit.
+    pub unit: &'static str,
+    /// How a boot gives it.
+    pub of: fn(&Boot) -> Option<f64>,
+}
+
+/// All that a boot says: the phases in order, their sum, the VMM's own word, and memory.
+pub const METRICS: [Metric; 9] = [
+    Metric {
+        name: "first_instruction",
+        title: "process start → first guest instruction",
+        unit: "ms",
+        of: |boot| boot.first_entry_ms,
+    },
+    Metric {
+        name: "kernel_clock",
+        title: "→ kernel's clock runs",
+        unit: "ms",
+        of: |boot| Some(boot.ready_ms - boot.agent_serving_ms - boot.first_entry_ms?),
+    },
+    Metric {
+        name: "userspace",
+        title: "→ userspace (agent starts)",
+        unit: "ms",
+        of: |boot| Some(boot.agent_entered_ms),
+    },
+    Metric {
+        name: "agent_serving",
+        title: "→ agent serves",
+        unit: "ms",
+        of: |boot| Some(boot.agent_serving_ms - boot.agent_entered_ms),
+    },
+    Metric {
+        name: "first_request",
+        title: "→ first request answered",
+        unit: "ms",
+        of: |boot| Some(boot.answered_ms - boot.ready_ms),
+    },
+    Metric {
+        name: "answered",
+        title: "process start → agent answers",
+        unit: "ms",
+        of: |boot| Some(boot.answered_ms),
+    },
+    Metric {
+        name: "booting_event",
+        title: "process start → its own event `booting`",
+        unit: "ms",
+        of: |boot| boot.booting_event_ms,
+    },
+    Metric {
+        name: "rss",
+        title: "RSS beyond guest memory",
+        unit: "MiB",
+        of: |boot| Some(boot.overhead.rss_kib as f64 / 1024.0),
+    },
+    Metric {
+        name: "pss",
+        title: "PSS beyond guest memory",
+        unit: "MiB",
+        of: |boot| Some(boot.overhead.pss_kib as f64 / 1024.0),
+    },
+];
+
+/// Why a boot gave no sample.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// No directory for its files.
+    #[error("cannot make a directory for its files")]
+    Directory(#[source] io::Error),
+    /// No way for the agent to say that it is ready.
+    #[error("cannot listen on port {READY_PORT} of the host")]
+    Listen(#[source] io::Error),
+    /// The VMM did not start.
+    #[error("cannot start the VMM")]
+    Start(#[from] StartError),
+    /// The agent did not become ready.
+    #[error("waiting for the agent")]
+    Wait(#[from] WaitError),
+    /// The agent's line did not come, or made no sense.
+    #[error("reading the agent's line on port {READY_PORT}")]
+    Ready(#[source] io::Error),
+    /// The agent did not answer as it should.
+    #[error("asking the agent for {PATH_HEALTH}")]
+    Request(#[source] io::Error),
+    /// No first entry was found.
+    #[error("the trace has no entry into the guest")]
+    NoEntry,
+    /// Tracing failed.
+    #[error(transparent)]
+    Trace(#[from] TraceError),
+    /// The VMM's memory is not known.
+    #[error(transparent)]
+    Overhead(#[from] OverheadError),
+}
+
+/// Boots `peers` as `plan` says, and tells `progress` each sample as it comes.
+///
+/// A boot that fails is a sample too. `None` if a signal ended the measure early.
+pub fn measure(
+    peers: &[Peer],
+    plan: &Plan,
+    stage: &Stage,
+    tracer: Option<&Tracer>,
+    mut progress: impl FnMut(&Sample),
+) -> Option<Vec<Sample>> {
+    let mut random = Random::new(plan.seed);
+    let mut samples = Vec::new();
+    let warmups = (0..plan.warmup_rounds).map(|round| (round, true));
+    let counted = (0..plan.rounds).map(|round| (round, false));
+    for (round, warmup) in warmups.chain(counted) {
+        let mut order: Vec<&Peer> = peers.iter().collect();
+        random.shuffle(&mut order);
+        for (position, peer) in order.into_iter().enumerate() {
+            let cid = context_id(samples.len());
+            let outcome = match boot(peer, plan, cid, stage, tracer) {
+                Ok(boot) => Outcome::Booted(boot),
+                Err(error) => Outcome::Error(error_chain(&error)),
+            };
+            if interrupt::interrupted() {
+                return None;
+            }
+            let sample = Sample {
+                round,
+                warmup,
+                position,
+                peer: peer.name(),
+                outcome,
+            };
+            progress(&sample);
+            samples.push(sample);
+        }
+    }
+    Some(samples)
+}
+
+/// A context id that no other guest of this host has: vhost takes each once, and a guest that
+/// has just ended may still hold its own.
+fn context_id(boots: usize) -> u32 {
+    // 0 to 2 are taken by the standard (virtio 1.2, 5.10.4), and small ones by whoever counts up.
+    let first = 0x4000_0000 + (std::process::id() % 0x1_0000) * 0x1000;
+    first + (boots % 0x1000) as u32
+}
+
+fn boot(
+    peer: &Peer,
+    plan: &Plan,
+    cid: u32,
+    stage: &Stage,
+    tracer: Option<&Tracer>,
+) -> Result<Boot, BootError> {
+    let directory = tempfile::tempdir_in(stage.directory()).map_err(BootError::Directory)?;
+    let channel = peer.channel(directory.path(), cid);
+    let listener = channel.listen(READY_PORT).map_err(BootError::Listen)?;
+    let mut command = peer.boot(&plan.guest, directory.path(), cid);
+    if let Some(tracer) = tracer {
+        tracer.clear()?;
+    }
+    let limit = Duration::from_secs(plan.time_limit_s);
+
+    let start = clock::now();
+    let mut process = Process::start(&mut command, directory.path())?;
+    let arrival = await_ready(&mut process, peer, &listener, start + limit, limit)?;
+    let answered = ask_for_health(&channel, limit).map_err(BootError::Request)?;
+
+    let overhead = memory::overhead(process.id(), plan.guest.memory_mib * 1024)?;
+    drop(process);
+    let first_entry = match tracer {
+        Some(tracer) => Some(tracer.first_entry()?.ok_or(BootError::NoEntry)?),
+        None => None,
+    };
+    let millis = |moment| millis_between(start, moment);
+    Ok(Boot {
+        first_entry_ms: first_entry.map(millis),
+        booting_event_ms: arrival.booting_event.map(millis),
+        ready_ms: millis(arrival.at),
+        answered_ms: millis(answered),
+        agent_entered_ms: arrival.ready.entered_us as f64 / 1e3,
+        agent_serving_ms: arrival.ready.serving_us as f64 / 1e3,
+        overhead,
+    })
+}
+
+struct Arrival {
+    at: Moment,
+    ready: Ready,
+    booting_event: Option<Moment>,
+}
+
+/// Waits for the agent's line, and notes when the VMM's first event comes.
+fn await_ready(
+    process: &mut Process,
+    peer: &Peer,
+    listener: &Listener,
+    deadline: Moment,
+    limit: Duration,
+) -> Result<Arrival, BootError> {
+    let events = process.take_stdout();
+    let mut booting_event = None;
+    let mut stream = loop {
+        let mut wanted = vec![listener.as_fd()];
+        if let Some(events) = &events
+            && peer.reports_events()
+            && booting_event.is_none()
+        {
+            wanted.push(events.as_fd());
+        }
+        match process.wait_for(&wanted, deadline)? {
+            0 => match listener.accept(limit).map_err(BootError::Ready)? {
+                Some(stream) => break stream,
+                None => continue,
+            },
+            _ => booting_event = Some(clock::now()),
+        }
+    };
+    process.wait_for(&[stream.as_fd()], deadline)?;
+    let line = channel::read_line(&mut stream, MAX_MESSAGE).map_err(BootError::Ready)?;
+    let at = clock::now();
+    let ready = serde_json::from_slice(&line).map_err(|e| BootError::Ready(e.into()))?;
+    Ok(Arrival {
+        at,
+        ready,
+        booting_event,
+    })
+}
+
+/// Makes one request to the agent; when its answer was here.
+fn ask_for_health(channel: &Channel, limit: Duration) -> io::Result<Moment> {
+    let mut stream = channel.connect(AGENT_PORT, limit)?;
+    let body = get(&mut stream, PATH_HEALTH)?;
+    let answered = clock::now();
+    serde_json::from_slice::<Health>(&body)?;
+    Ok(answered)
+}
+
+/// The body of the answer to a request of HTTP/1.1. The agent closes after each answer.
+fn get(stream: &mut UnixStream, path: &str) -> io::Result<Vec<u8>> {
+    let request = format!("GET {path} HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes())?;
+    let mut answer = Vec::new();
+    stream.take(MAX_MESSAGE as u64).read_to_end(&mut answer)?;
+    let invalid = |what: &str| {
+        let answer = String::from_utf8_lossy(&answer[..answer.len().min(200)]).into_owned();
+        io::Error::new(io::ErrorKind::InvalidData, format!("{what}: {answer:?}"))
+    };
+    if !answer.starts_with(b"HTTP/1.1 200 ") {
+        return Err(invalid("the answer is no 200"));
+    }
+    let body = answer
+        .windows(4)
+        .position(|window| window == b"\r\n\r\n")
+        .ok_or_else(|| invalid("the answer has no end of its header"))?
+        + 4;
+    Ok(answer[body..].to_vec())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::HashSet, fs, os::unix::fs::PermissionsExt, thread};
+
+    use super::*;
+
+    const READY: &str =
+        r#"{"version":"0","kernel":"6.12","entered_us":700000,"serving_us":712500}"#;
+
+    fn answer_to_get(answer: &'static [u8]) -> io::Result<Vec<u8>> {
+        let (mut ours, mut agent) = UnixStream::pair().unwrap();
+        let agent = thread::spawn(move || {
+            let mut request = vec![0; 64];
+            let len = agent.read(&mut request).unwrap();
+            assert!(request[..len].starts_with(b"GET /v1/health HTTP/1.1\r\n"));
+            agent.write_all(answer).unwrap();
+        });
+        let body = get(&mut ours, PATH_HEALTH);
+        agent.join().unwrap();
+        body
+    }
+
+    #[test]
+    fn an_answer_is_its_body_or_an_error_that_shows_it() {
+        let body = answer_to_get(b"HTTP/1.1 200 OK\r\nx: y\r\n\r\n{}").unwrap();
+        assert_eq!(body, b"{}");
+        for answer in [
+            b"HTTP/1.1 500 Oh\r\n\r\n".as_slice(),
+            b"HTTP/1.1 200 OK\r\n",
+            b"",
+        ] {
+            let error = answer_to_get(answer).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+        }
+    }
+
+    #[test]
+    fn the_phases_add_up_to_the_whole() {
+        let boot = Boot {
+            first_entry_ms: Some(10.0),
+            booting_event_ms: None,
+            ready_ms: 100.0,
+            answered_ms: 104.0,
+            agent_entered_ms: 60.0,
+            agent_serving_ms: 65.0,
+            overhead: Overhead {
+                rss_kib: 2048,
+                pss_kib: 1024,
+            },
+        };
+        let value = |metric: &Metric| (metric.of)(&boot).unwrap();
+        let phases: Vec<f64> = METRICS[..5].iter().map(value).collect();
+        assert_eq!(phases, [10.0, 25.0, 60.0, 5.0, 4.0]);
+        assert_eq!(METRICS[5].name, "answered");
+        assert_eq!(phases.iter().sum::<f64>(), value(&METRICS[5]));
+        assert_eq!((value(&METRICS[7]), value(&METRICS[8])), (2.0, 1.0));
+
+        let untraced = Boot {
+            first_entry_ms: None,
+            ..boot
+        };
+        assert_eq!((METRICS[0].of)(&untraced), None);
+        assert_eq!((METRICS[1].of)(&untraced), None);
+    }
+
+    #[test]
+    fn context_ids_differ_from_boot_to_boot() {
+        let ids: HashSet<u32> = (0..1000).map(context_id).collect();
+        assert_eq!(ids.len(), 1000);
+        assert!(ids.iter().all(|&id| id > 2 && id < u32::MAX));
+    }
+
+    /// A program in the place of our VMM.
+    fn peer(stage: &Stage, script: &str) -> Peer {
+        let program = stage.directory().join("script");
+        fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        Peer::vmm(&program, stage).unwrap()
+    }
+
+    fn plan(rounds: usize) -> Plan {
+        Plan {
+            rounds,
+            warmup_rounds: 1,
+            seed: 1,
+            time_limit_s: 60,
+            guest: Guest {
+                kernel: "/kernel".into(),
+                initramfs: "/initramfs".into(),
+                rootfs: None,
+                cmdline: String::new(),
+                memory_mib: 256,
+            },
+        }
+    }
+
+    #[test]
+    fn a_failed_boot_is_a_sample_that_says_why() {
+        let stage = Stage::new().unwrap();
+        let script = "[ $# = 1 ] && exit\necho vmm: no such kernel >&2; exit 2";
+        let peers = [peer(&stage, script)];
+        let mut seen = 0;
+        let samples = measure(&peers, &plan(2), &stage, None, |_| seen += 1).unwrap();
+        assert_eq!((samples.len(), seen), (3, 3));
+        assert!(samples[0].warmup && !samples[1].warmup && !samples[2].warmup);
+        for sample in samples {
+            let Outcome::Error(error) = sample.outcome else {
+                panic!("booted");
+            };
+            assert!(error.contains("no such kernel"), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_agents_line_is_awaited_together_with_the_first_event() {
+        let stage = Stage::new().unwrap();
+        let script = r#"[ $# = 1 ] && exit; echo '{"event":"booting"}'; exec sleep 600"#;
+        let peer = peer(&stage, script);
+        let directory = tempfile::tempdir().unwrap();
+        let channel = peer.channel(directory.path(), 3);
+        let listener = channel.listen(READY_PORT).unwrap();
+        let mut command = peer.boot(&plan(1).guest, directory.path(), 3);
+        let mut process = Process::start(&mut command, directory.path()).unwrap();
+        let path = directory.path().join("vsock_1025");
+        let guest = thread::spawn(move || {
+            let mut stream = UnixStream::connect(path).unwrap();
+            stream.write_all(format!("{READY}\n").as_bytes()).unwrap();
+        });
+        let limit = Duration::from_secs(60);
+        let deadline = clock::now() + limit;
+        let arrival = await_ready(&mut process, &peer, &listener, deadline, limit).unwrap();
+        guest.join().unwrap();
+        assert_eq!(arrival.ready.serving_us, 712_500);
+        assert!(arrival.at < deadline);
+    }
+}
