@@ -427,7 +427,7 @@ fn a_guest_that_ends_by_itself_leaves_its_reason_in_the_record_and_the_log() {
     let daemon = Daemon::start();
     let before = daemon.holdings();
     for (key, status, reason) in [
-        ("b", "stopped", "rebooted"),
+        ("b", "stopped", "reboot"),
         ("c", "error", "panicked"),
         ("o", "stopped", "powered off"),
     ] {

@@ -62,9 +62,9 @@ fn keys_go_to_the_guest_until_ctrl_a_x() {
 
     // A line that is typed, with a Ctrl-C and a Ctrl-A that are meant for the guest.
     let script = "stty -F /dev/ttyS0 raw -echo; exec </dev/ttyS0 >/dev/ttyS0; \
-                  printf 'type\\r\\n'; head -c 7 | od -An -tx1";
+                  printf 'now-type\\r\\n'; head -c 7 | od -An -tx1";
     let reader = vmm.agent().exec(&sh(script));
-    screen.wait_for("type");
+    screen.wait_for("now-type");
     keys.write_all(b"ab\x03\x01\x01cd\n").unwrap();
     assert_eq!(reader.finish().exit.code, 0);
     screen.wait_for("61 62 03 01 63 64 0a");

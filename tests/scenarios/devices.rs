@@ -143,12 +143,12 @@ fn the_network_card_carries_packets_both_ways() {
     });
     agent.must(&format!(
         "head -c {SIZE} /dev/urandom >/tmp/sent && \
-         nc -N {host} {port} </tmp/sent >/tmp/returned && cmp /tmp/sent /tmp/returned"
+         nc -n -N {host} {port} </tmp/sent >/tmp/returned && cmp /tmp/sent /tmp/returned"
     ));
     assert_eq!(echo.join().unwrap(), SIZE);
 
     // The host connects.
-    let mut exec = agent.exec(&sh("nc -l -v -N 5001 </dev/null >/tmp/received"));
+    let mut exec = agent.exec(&sh("nc -l -n -v -N 5001 </dev/null >/tmp/received"));
     exec.wait_for("Listening");
     let mut stream = TcpStream::connect((guest, 5001)).unwrap();
     stream.set_write_timeout(Some(PATIENCE)).unwrap();
