@@ -336,7 +336,7 @@ pub enum ConfigError {
         size: u64,
     },
     /// A path that leads to nothing usable.
-    #[error("{what} {path}: {source}", path = path.display())]
+    #[error("cannot read the {what} {path}", path = path.display())]
     Path {
         /// What the path is for.
         what: &'static str,
