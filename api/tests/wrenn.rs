@@ -117,6 +117,12 @@ async fn bad_creates_are_refused_with_a_sentence_and_leave_nothing() {
         ("", "invalid JSON body"),
         ("{", "invalid JSON body"),
         ("[]x", "invalid JSON body"),
+        ("[]", "invalid JSON body: expected an object"),
+        (
+            r#" ["minimal", 2]"#,
+            "invalid JSON body: expected an object",
+        ),
+        ("null", "invalid JSON body"),
         (r#"{"vcpus": "1"}"#, "invalid JSON body"),
         (r#"{"vcpus": 1.5}"#, "invalid JSON body"),
         (r#"{"vcpus": 0}"#, "vcpus must be 1 to 32, not 0"),

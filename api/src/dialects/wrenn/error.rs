@@ -173,8 +173,13 @@ impl From<FileError> for ApiError {
 pub fn parse<T: DeserializeOwned>(body: Result<Bytes, impl IntoResponse>) -> Result<T, ApiError> {
     let body =
         body.map_err(|_| ApiError::too_large("the JSON body is larger than 1 MiB, or broke off"))?;
-    serde_json::from_slice(&body).map_err(|source| {
+    let parsed = serde_json::from_slice(&body).map_err(|source| {
         // What follows the position is of no help to people.
         ApiError::invalid(format!("invalid JSON body: {source}"))
-    })
+    })?;
+    // A derived type also takes an array of its fields in their order, which nobody means.
+    if body.trim_ascii_start().first() != Some(&b'{') {
+        return Err(ApiError::invalid("invalid JSON body: expected an object"));
+    }
+    Ok(parsed)
 }
