@@ -259,12 +259,21 @@ impl Vmm {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
-    /// The generation ID in the memory of a guest of default size, at the address that the guest is told in ACPI.
+    /// The generation ID in the memory of a guest of default size, where ACPI tells the guest to
+    /// look for it.
     ///
     /// # Panics
-    /// The process does not have the guest's memory in one piece.
+    /// ACPI does not tell, or the process does not have the guest's memory in one piece.
     pub fn generation_id(&self) -> u128 {
-        const ADDRESS: u64 = 0xf_f000;
+        let table = "/sys/firmware/acpi/tables/DSDT";
+        let table = self.agent.read(table).unwrap().bytes();
+        // ACPI 6.5, 20.2: the name and PackageOp; then the package's length, that it has two
+        // elements, DWordPrefix, and the lower half of the address.
+        let name = b"ADDR\x12";
+        let at = table.windows(name.len()).position(|window| window == name);
+        let package = &table[at.expect("a package ADDR") + name.len()..];
+        assert_eq!(package[1..3], [2, 0x0c]);
+        let address = u32::from_le_bytes(package[3..7].try_into().unwrap());
         let pid = self.process.pid();
         let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
         let start = maps.lines().find_map(|line| {
@@ -276,7 +285,9 @@ impl Vmm {
         let memory = std::fs::File::open(format!("/proc/{pid}/mem")).unwrap();
         let mut id = [0; 16];
         let start = start.expect("the guest's memory in the process's");
-        memory.read_exact_at(&mut id, start + ADDRESS).unwrap();
+        memory
+            .read_exact_at(&mut id, start + u64::from(address))
+            .unwrap();
         u128::from_le_bytes(id)
     }
 
