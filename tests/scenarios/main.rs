@@ -7,6 +7,7 @@
     reason = "a scenario that cannot go on fails by a panic"
 )]
 
+mod alone;
 mod api;
 mod boot;
 mod console;
