@@ -10,6 +10,7 @@ use e2e_tests::daemon::{Daemon, Sandbox};
 use e2e_tests::http::Request;
 use e2e_tests::pattern::{Pattern, assert_pattern};
 use e2e_tests::process::{peak_kib, status_kib};
+use e2e_tests::report;
 use serde_json::{Value, json};
 
 fn small() -> Value {
@@ -136,7 +137,11 @@ impl Memory {
     fn assert_bounded(&self, before: &Self, what: &str) {
         // The VMM's peak holds all of the guest's memory that the guest has ever touched.
         const GUEST_KIB: u64 = 192 * 1024;
-        println!("{what}: memory in KiB, most ever: before {before:?}, after {self:?}");
+        report(&format!(
+            "peak memory in KiB for {what}: daemon {} before and {} after, vmm {} and {} \
+             (its guest has {GUEST_KIB}), agent {} and {}",
+            before.daemon, self.daemon, before.vmm, self.vmm, before.agent, self.agent
+        ));
         assert!(
             self.daemon - before.daemon < 24 * 1024,
             "the daemon has grown"
@@ -414,6 +419,9 @@ fn a_killed_vmm_turns_its_sandbox_to_error_within_two_seconds() {
     assert_eq!(record["status"], "error");
     let reason = record["status_reason"].as_str().unwrap();
     assert!(reason.contains("killed by signal 9"), "{reason}");
+    report(&format!(
+        "from SIGKILL of the vmm to the record's error: {took:?}"
+    ));
     assert!(took < Duration::from_secs(2), "it took {took:?}");
     daemon.process.stderr.wait_for("killed by signal 9");
     assert_eq!(daemon.holdings(), before);

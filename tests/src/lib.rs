@@ -36,3 +36,11 @@ use std::time::Duration;
 /// How long anything may take before it counts as failed. Far above what a loaded emulated
 /// machine needs: it is there so that a run ends, not to measure.
 pub const PATIENCE: Duration = Duration::from_secs(300);
+
+/// Prints a measurement. It is seen also if the scenario passes: libtest keeps back only what
+/// `println!` and `eprintln!` write.
+pub fn report(text: &str) {
+    let line = format!("\nmeasured: {text}\n");
+    // A measurement that cannot be shown is no reason to fail.
+    let _ = std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes());
+}
