@@ -1,10 +1,10 @@
 //! What the end-to-end scenarios are told with: real guests on the real VMM, the real daemon.
 //!
 //! ```text
-//! scenarios/  what must hold            src/  how it is driven and watched
-//!   boot, exits, devices, console ───►    vmm      one `vmm` process and its guest
-//!   guest_exec, guest_files       ───►    agent    the guest's agent over vsock
-//!   api_*                         ───►    daemon   `sandboxd` and its sandboxes over REST
+//! scenarios/  what must hold                         src/  how it is driven and watched
+//!   boot, alone, exits, refusals, devices, console ──► vmm     one `vmm` process, its guest
+//!   guest ───────────────────────────────────────────► agent   the guest's agent over vsock
+//!   api ─────────────────────────────────────────────► daemon  `sandboxd`, sandboxes over REST
 //! ```
 //!
 //! Everything blocks, and waits for events: a line, a connection, the end of a process. What
