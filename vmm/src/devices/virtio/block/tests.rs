@@ -1,3 +1,4 @@
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 use imago::qcow2::Qcow2;
@@ -43,10 +44,39 @@ fn config(path: &Path) -> DiskConfig {
     }
 }
 
+/// Opens a disk that no other test uses. A lock of this process outlives its file for as long as
+/// a child that another test has just forked has not executed its program: that is waited for.
+fn open(config: &DiskConfig) -> Block {
+    loop {
+        match Block::new(config) {
+            Err(BlockError::Image(ImageError::Locked { path })) => wait_for_lock(&path),
+            other => return other.unwrap(),
+        }
+    }
+}
+
+fn wait_for_lock(path: &Path) {
+    let file = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(path)
+        .unwrap();
+    let whole = libc::flock {
+        l_type: libc::F_WRLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    // SAFETY: the descriptor is open, and F_OFD_SETLKW only reads the structure.
+    let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLKW, &whole) };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+}
+
 impl Machine {
     fn new(config: &DiskConfig) -> Self {
         let mut driver = Driver::new(false);
-        let mut block = Block::new(config).unwrap();
+        let mut block = open(config);
         driver.activate(&mut block, FLUSH);
         Self { driver, block }
     }
