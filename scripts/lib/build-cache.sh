@@ -56,3 +56,7 @@ lock_cache() {
 
 # hash_of WORD...: 16 hexadecimal digits of what it reads on stdin and the words.
 hash_of() { { cat; printf '%s\n' "$@"; } | sha256sum | cut -c1-16; }
+
+# holds GREP-ARGUMENT...: whether a line of stdin matches. Reads all of it: a pipe closed early
+# ends its writer with SIGPIPE, which `pipefail` takes for a failure.
+holds() { [ -n "$(grep "$@")" ]; }

@@ -52,7 +52,7 @@ refresh_lists() {
     done
     if [[ $(os_release ID) == debian ]]; then
         # shellcheck disable=SC2016 # the format is APT's
-        uri=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' "Codename: $release" | head -n 1)
+        uri=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' "Codename: $release" | sed -n 1p)
         echo "deb ${uri:-http://deb.debian.org/debian} $release-backports main" >"$state/sources/backports.list"
     fi
     private_apt apt-get update >"$state/log" 2>&1 || {
@@ -148,11 +148,11 @@ prepare_kernel() {
         say "fetching a stock kernel"
         refresh_lists
         local package
-        package=$(private_apt apt-cache depends linux-image-amd64 | awk '$1 == "Depends:" { print $2; exit }')
+        package=$(private_apt apt-cache depends linux-image-amd64 | awk '$1 == "Depends:" { if (!found++) print $2 }')
         [[ -n $package ]] || unsupported "no package linux-image-amd64 to be had"
         unpack "$part_dir.new" "$package" busybox-static
         version=${package#linux-image-}
-        cp "$(find "$part_dir.new" -path '*bin/busybox' -type f | head -n 1)" "$part_dir.new/busybox"
+        cp "$(find "$part_dir.new" -path '*bin/busybox' -type f -print -quit)" "$part_dir.new/busybox"
         [[ -d $part_dir.new/lib/modules ]] || ln -s usr/lib "$part_dir.new/lib"
         # Drivers of hardware that the machine does not have are most of it.
         rm -rf "$part_dir.new/lib/modules/$version/kernel"/{sound,drivers/{gpu,media,usb,iio,staging,infiniband,net/ethernet,net/wireless}}
