@@ -28,7 +28,7 @@ use crate::devices::virtio::net::{Net, NetError};
 use crate::devices::virtio::rng::{Rng, RngError};
 use crate::devices::virtio::vsock::{Vsock, VsockError};
 use crate::devices::virtio::worker::{self, Parts, SplitError};
-use crate::devices::virtio::{Interrupt, VirtioDevice};
+use crate::devices::virtio::{DeviceHandle, Interrupt, VirtioDevice};
 use crate::devices::vmgenid::{self, GenerationIdError};
 use crate::events::EventStream;
 use crate::exit::ExitSignal;
@@ -131,11 +131,17 @@ pub fn build_for_boot(config: &VmConfig, events: EventStream) -> Result<Machine,
         buses: Buses::default(),
         event_loop: &mut event_loop,
         virtio: Vec::new(),
+        handles: Vec::new(),
     };
     devices.add_legacy()?;
     devices.add_serial(&config.serial)?;
     devices.add_all_virtio(config)?;
-    let DeviceBuilder { buses, virtio, .. } = devices;
+    let DeviceBuilder {
+        buses,
+        virtio,
+        handles,
+        ..
+    } = devices;
     let generation_irqfd = eventfd()?;
     vm.register_irqfd(&generation_irqfd, GED_GSI)?;
 
@@ -166,6 +172,7 @@ pub fn build_for_boot(config: &VmConfig, events: EventStream) -> Result<Machine,
     Ok(Machine {
         event_loop,
         vcpus,
+        devices: handles,
         _buses: buses,
         _vm: vm,
         _generation_irqfd: generation_irqfd,
@@ -187,6 +194,7 @@ struct DeviceBuilder<'a> {
     buses: Buses,
     event_loop: &'a mut EventLoop,
     virtio: Vec<VirtioMmioSlot>,
+    handles: Vec<DeviceHandle>,
 }
 
 impl DeviceBuilder<'_> {
@@ -287,6 +295,7 @@ impl DeviceBuilder<'_> {
         let Parts {
             transport,
             worker,
+            handle,
             notifications,
         } = worker::split(
             name,
@@ -303,6 +312,7 @@ impl DeviceBuilder<'_> {
             .mmio
             .insert(address, VIRTIO_MMIO_SIZE, Arc::new(Mutex::new(transport)))?;
         self.event_loop.add_subscriber(Box::new(worker));
+        self.handles.push(handle);
         self.virtio.push(VirtioMmioSlot {
             address: address as u32,
             size: VIRTIO_MMIO_SIZE as u32,

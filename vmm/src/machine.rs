@@ -6,6 +6,7 @@ use event_manager::{EventManager, EventOps, Events, MutEventSubscriber};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::devices::virtio::DeviceHandle;
 use crate::events::{Event, EventStream};
 use crate::exit::{ExitReason, ExitSignal};
 use crate::kvm::vcpu::{Buses, VcpuHandle};
@@ -22,6 +23,7 @@ pub type EventLoop = EventManager<Box<dyn MutEventSubscriber>>;
 pub struct Machine {
     pub(crate) event_loop: EventLoop,
     pub(crate) vcpus: Vec<VcpuHandle>,
+    pub(crate) devices: Vec<DeviceHandle>,
     pub(crate) _buses: Arc<Buses>,
     pub(crate) _vm: Vm,
     pub(crate) _generation_irqfd: EventFd,
@@ -30,6 +32,11 @@ pub struct Machine {
 }
 
 impl Machine {
+    /// The virtio devices in the order of their slots. They answer while the machine runs.
+    pub fn devices(&self) -> &[DeviceHandle] {
+        &self.devices
+    }
+
     /// Runs the machine on this thread until it ends, and returns why it did.
     pub fn run(mut self) -> ExitReason {
         self.events.emit(&Event::Booting);

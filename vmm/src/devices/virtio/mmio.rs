@@ -14,7 +14,7 @@
 //! and reset happen on the event loop ([`super::worker`]) while the vCPU waits for the outcome,
 //! so the driver never sees a state that has not been reached.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use virtio_bindings::virtio_config::{
@@ -64,6 +64,8 @@ pub struct MmioTransport {
     interrupt: Interrupt,
     /// Set by the event loop when the device had to give up on its driver.
     needs_reset: Arc<AtomicBool>,
+    /// Counts the changes of the device's configuration.
+    generation: Arc<AtomicU32>,
     link: Link,
 
     status: u32,
@@ -80,6 +82,7 @@ impl MmioTransport {
         notifiers: Vec<Notifier>,
         interrupt: Interrupt,
         needs_reset: Arc<AtomicBool>,
+        generation: Arc<AtomicU32>,
         link: Link,
     ) -> Self {
         let (device_id, offered) = {
@@ -94,6 +97,7 @@ impl MmioTransport {
             notifiers,
             interrupt,
             needs_reset,
+            generation,
             link,
             status: 0,
             device_features_select: 0,
@@ -144,7 +148,7 @@ impl MmioTransport {
             // No device has shared memory, which a length of all ones says (4.2.2).
             VIRTIO_MMIO_SHM_LEN_LOW..=VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
             // No device changes more than one field of its configuration at a time.
-            VIRTIO_MMIO_CONFIG_GENERATION => 0,
+            VIRTIO_MMIO_CONFIG_GENERATION => self.generation.load(Ordering::SeqCst),
             _ => 0,
         }
     }

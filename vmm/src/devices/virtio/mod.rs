@@ -12,6 +12,7 @@
 pub mod block;
 pub mod buffers;
 pub mod config_space;
+pub mod control;
 pub mod interrupt;
 pub mod mmio;
 pub mod net;
@@ -29,6 +30,7 @@ use std::os::fd::RawFd;
 use virtio_queue::Queue;
 use vmm_sys_util::epoll::EventSet;
 
+pub use control::{Control, ControlError, Counters, DeviceHandle};
 pub use interrupt::Interrupt;
 
 use crate::memory::GuestMemory;
@@ -117,6 +119,29 @@ pub trait VirtioDevice: Send {
     /// Writes the device configuration space. Writes to read-only fields are ignored.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
+    /// What the device has done since it was made.
+    fn counters(&self) -> Counters {
+        Counters::new()
+    }
+
+    /// Changes the device, active or not. The configuration space shows the change when this
+    /// returns.
+    ///
+    /// # Errors
+    /// The device is as it was.
+    fn control(&mut self, _control: Control) -> Result<(), ControlError> {
+        Err(ControlError::NotSupported)
+    }
+
+    /// Finishes what is under way, so that nothing moves until the event loop calls
+    /// [`process_queue`](Self::process_queue) for every queue again.
+    ///
+    /// # Errors
+    /// It cannot be finished: the device will be reset.
+    fn pause(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
     /// Starts to serve the driver. The event loop calls [`process_queue`](Self::process_queue)
     /// for every queue right after, since notifications may have come before.
     ///
@@ -124,7 +149,8 @@ pub trait VirtioDevice: Send {
     /// The host resources of the device cannot serve the features or queues agreed on.
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError>;
 
-    /// The descriptors to watch while the device is active. Asked once, after `activate`.
+    /// The descriptors to watch while the device is active. Asked after `activate` and after a
+    /// pause.
     fn sources(&self) -> Vec<Source> {
         Vec::new()
     }

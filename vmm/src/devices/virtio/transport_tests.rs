@@ -13,7 +13,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::mmio::MmioTransport;
 use super::worker::{self, Parts};
-use super::{Activation, DeviceError, DeviceKind, Interrupt, VirtioDevice};
+use super::{
+    Activation, Control, ControlError, Counters, DeviceError, DeviceHandle, DeviceKind, Interrupt,
+    VirtioDevice,
+};
 use crate::devices::bus::BusDevice;
 use crate::events::EventStream;
 use crate::exit::{ExitReason, ExitSignal};
@@ -29,10 +32,12 @@ const QUEUE_SIZE: u64 = 0x38;
 const QUEUE_READY: u64 = 0x44;
 const QUEUE_NOTIFY: u64 = 0x50;
 const INTERRUPT_STATUS: u64 = 0x60;
+const INTERRUPT_ACK: u64 = 0x64;
 const STATUS: u64 = 0x70;
 const QUEUE_DESCRIPTORS: u64 = 0x80;
 const QUEUE_AVAILABLE: u64 = 0x90;
 const QUEUE_USED: u64 = 0xa0;
+const CONFIG_GENERATION: u64 = 0xfc;
 
 const ACKNOWLEDGE: u32 = 1;
 const DRIVER: u32 = 2;
@@ -45,6 +50,8 @@ const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 enum Call {
     Activate { features: u64, ready: Vec<bool> },
     Queue(usize),
+    Control(Control),
+    Pause,
     Reset,
 }
 
@@ -68,6 +75,25 @@ impl VirtioDevice for Fake {
 
     fn read_config(&self, _offset: u64, data: &mut [u8]) {
         data.fill(0x5a);
+    }
+
+    fn counters(&self) -> Counters {
+        Counters::from([("things", 7)])
+    }
+
+    fn control(&mut self, control: Control) -> Result<(), ControlError> {
+        match control {
+            Control::ResizeDisk { .. } => {
+                let _ = self.calls.send(Call::Control(control));
+                Ok(())
+            }
+            _ => Err(ControlError::NotSupported),
+        }
+    }
+
+    fn pause(&mut self) -> Result<(), DeviceError> {
+        let _ = self.calls.send(Call::Pause);
+        Ok(())
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
@@ -94,6 +120,7 @@ impl VirtioDevice for Fake {
 /// A guest with one device, and an event loop that serves it.
 struct Guest {
     registers: MmioTransport,
+    handle: DeviceHandle,
     calls: Receiver<Call>,
     exit: ExitSignal,
     event_loop: Option<JoinHandle<()>>,
@@ -110,7 +137,10 @@ impl Guest {
         let interrupt = Interrupt::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
         let events = EventStream::new(Instant::now(), None);
         let Parts {
-            transport, worker, ..
+            transport,
+            worker,
+            handle,
+            ..
         } = worker::split("fake".to_owned(), device, memory, interrupt, events).unwrap();
         let exit = ExitSignal::new().unwrap();
         let watch = exit.clone();
@@ -124,6 +154,7 @@ impl Guest {
         });
         Self {
             registers: transport,
+            handle,
             calls,
             exit,
             event_loop: Some(event_loop),
@@ -281,6 +312,66 @@ fn a_device_that_gives_up_is_reset_and_tells_so() {
 }
 
 #[test]
+fn a_device_at_rest_is_not_moved_and_catches_up_afterwards() {
+    let mut guest = Guest::new(false);
+    guest.handle.pause().unwrap();
+    assert!(
+        guest.calls.try_recv().is_err(),
+        "a device without a driver has nothing to finish"
+    );
+    guest.negotiate();
+    guest.driver_ok();
+    assert_eq!(guest.calls.iter().take(3).count(), 3);
+
+    guest.handle.pause().unwrap();
+    guest.handle.pause().unwrap();
+    guest.write(QUEUE_NOTIFY, 1);
+    // Requests are served in order: had the notification been, its call would have come.
+    guest.handle.counters().unwrap();
+    let calls: Vec<_> = guest.calls.try_iter().collect();
+    assert_eq!(calls, [Call::Pause]);
+
+    guest.handle.resume().unwrap();
+    guest.handle.resume().unwrap();
+    assert_eq!(guest.calls.recv().unwrap(), Call::Queue(0));
+    assert_eq!(guest.calls.recv().unwrap(), Call::Queue(1));
+    assert_eq!(
+        guest.calls.recv().unwrap(),
+        Call::Queue(1),
+        "the notification itself"
+    );
+
+    guest.handle.pause().unwrap();
+    guest.write(STATUS, 0);
+    let calls: Vec<_> = guest.calls.try_iter().collect();
+    assert_eq!(calls, [Call::Pause, Call::Reset]);
+}
+
+#[test]
+fn a_change_of_a_device_is_told_to_its_driver() {
+    let mut guest = Guest::new(false);
+    let change = Control::ResizeDisk { size: 1 << 20 };
+    guest.handle.control(change).unwrap();
+    assert_eq!(guest.calls.recv().unwrap(), Call::Control(change));
+    assert_eq!(guest.read(CONFIG_GENERATION), 1);
+    assert_eq!(guest.read(INTERRUPT_STATUS), 0, "there is no driver yet");
+
+    guest.negotiate();
+    guest.driver_ok();
+    guest.handle.control(change).unwrap();
+    assert_eq!(guest.read(CONFIG_GENERATION), 2);
+    assert_eq!(guest.read(INTERRUPT_STATUS), 2, "a change of configuration");
+    guest.write(INTERRUPT_ACK, 2);
+
+    let refused = guest.handle.control(Control::ResizeBalloon { size: 0 });
+    assert!(matches!(refused, Err(ControlError::NotSupported)));
+    assert_eq!(guest.read(CONFIG_GENERATION), 2);
+    assert_eq!(guest.read(INTERRUPT_STATUS), 0);
+    assert_eq!(guest.handle.counters().unwrap()["things"], 7);
+    assert_eq!(guest.handle.name(), "fake");
+}
+
+#[test]
 fn a_vcpu_does_not_wait_for_an_event_loop_that_has_ended() {
     let mut guest = Guest::new(false);
     guest.negotiate();
@@ -288,6 +379,7 @@ fn a_vcpu_does_not_wait_for_an_event_loop_that_has_ended() {
     guest.driver_ok();
     guest.write(STATUS, 0);
     assert_eq!(guest.read(STATUS), 0);
+    assert!(matches!(guest.handle.pause(), Err(ControlError::Ended)));
 }
 
 proptest! {

@@ -1,7 +1,17 @@
 //! The event loop's side of a virtio device: it runs the device's behaviour when a queue is
-//! notified or a descriptor is ready, and takes activation and reset from the registers.
+//! notified or a descriptor is ready, takes activation and reset from the registers, and changes
+//! from whoever holds a [`DeviceHandle`].
+//!
+//! ```text
+//!              activate                  pause
+//!   Inactive ───────────► Active  ◄────────────────► Resting
+//!      ▲                    │           resume          │
+//!      └────────────────────┴──── reset, failure ───────┘
+//! ```
+//!
+//! In Active alone the notifications and sources of the device are watched.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender, SyncSender, TryRecvError};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -10,13 +20,14 @@ use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::control::{Control, ControlError, Counters, DeviceHandle};
 use super::mmio::MmioTransport;
 use super::{Activation, DeviceError, Interrupt, Source, VirtioDevice};
 use crate::events::{Event, EventStream};
 use crate::memory::GuestMemory;
 
-/// What the registers ask of the event loop. Each answers when it is done; if the event loop is
-/// gone the sender is dropped, which frees the waiting vCPU as well.
+/// What others ask of the event loop. Each is answered when it is done; if the event loop is gone
+/// the sender is dropped, which frees the waiting thread as well.
 enum Request {
     Activate {
         features: u64,
@@ -26,9 +37,23 @@ enum Request {
     Reset {
         done: SyncSender<()>,
     },
+    Control {
+        control: Control,
+        outcome: SyncSender<Result<(), ControlError>>,
+    },
+    Counters {
+        counters: SyncSender<Counters>,
+    },
+    Pause {
+        outcome: SyncSender<Result<(), ControlError>>,
+    },
+    Resume {
+        done: SyncSender<()>,
+    },
 }
 
-/// The registers' way to the event loop.
+/// The way of other threads to the event loop.
+#[derive(Clone)]
 pub(super) struct Link {
     requests: Sender<Request>,
     wake: Arc<EventFd>,
@@ -49,12 +74,32 @@ impl Link {
         self.call(|done| Request::Reset { done });
     }
 
-    fn call(&self, request: impl FnOnce(SyncSender<()>) -> Request) {
-        let (done, outcome) = mpsc::sync_channel(1);
-        if self.requests.send(request(done)).is_ok() && self.wake.write(1).is_ok() {
-            // An error means that the event loop, and with it the machine, is ending.
-            let _ = outcome.recv();
-        }
+    pub(super) fn control(&self, control: Control) -> Result<(), ControlError> {
+        self.call(|outcome| Request::Control { control, outcome })
+            .unwrap_or(Err(ControlError::Ended))
+    }
+
+    pub(super) fn counters(&self) -> Result<Counters, ControlError> {
+        self.call(|counters| Request::Counters { counters })
+            .ok_or(ControlError::Ended)
+    }
+
+    pub(super) fn pause(&self) -> Result<(), ControlError> {
+        self.call(|outcome| Request::Pause { outcome })
+            .unwrap_or(Err(ControlError::Ended))
+    }
+
+    pub(super) fn resume(&self) -> Result<(), ControlError> {
+        self.call(|done| Request::Resume { done })
+            .ok_or(ControlError::Ended)
+    }
+
+    /// The answer, or `None` if the event loop, and with it the machine, is ending.
+    fn call<T>(&self, request: impl FnOnce(SyncSender<T>) -> Request) -> Option<T> {
+        let (sender, answer) = mpsc::sync_channel(1);
+        self.requests.send(request(sender)).ok()?;
+        self.wake.write(1).ok()?;
+        answer.recv().ok()
     }
 }
 
@@ -75,6 +120,8 @@ pub struct Parts {
     pub transport: MmioTransport,
     /// The behaviour, for the event loop.
     pub worker: Worker,
+    /// The device for everybody else.
+    pub handle: DeviceHandle,
     /// One eventfd a queue, to be bound to the QueueNotify register.
     pub notifications: Vec<Arc<EventFd>>,
 }
@@ -104,6 +151,12 @@ pub fn split(
     let (sender, requests) = mpsc::channel();
     let device: Arc<Mutex<dyn VirtioDevice>> = Arc::new(Mutex::new(device));
     let needs_reset = Arc::new(AtomicBool::new(false));
+    let generation = Arc::new(AtomicU32::new(0));
+    let link = Link {
+        requests: sender,
+        wake: wake.clone(),
+    };
+    let handle = DeviceHandle::new(&name, link.clone());
 
     let transport = MmioTransport::new(
         device.clone(),
@@ -111,10 +164,8 @@ pub fn split(
         notifications.iter().cloned().map(Notifier).collect(),
         interrupt.clone(),
         needs_reset.clone(),
-        Link {
-            requests: sender,
-            wake: wake.clone(),
-        },
+        generation.clone(),
+        link,
     );
     let worker = Worker {
         name,
@@ -122,15 +173,17 @@ pub fn split(
         memory,
         interrupt,
         needs_reset,
+        generation,
         requests,
         wake,
         notifications: notifications.clone(),
         events,
-        watched: None,
+        state: State::Inactive,
     };
     Ok(Parts {
         transport,
         worker,
+        handle,
         notifications,
     })
 }
@@ -153,12 +206,23 @@ pub struct Worker {
     memory: GuestMemory,
     interrupt: Interrupt,
     needs_reset: Arc<AtomicBool>,
+    /// Counts the changes of the device's configuration.
+    generation: Arc<AtomicU32>,
     requests: Receiver<Request>,
     wake: Arc<EventFd>,
     notifications: Vec<Arc<EventFd>>,
     events: EventStream,
-    /// What is watched besides `wake`; `None` unless the device is active.
-    watched: Option<Vec<Source>>,
+    state: State,
+}
+
+/// See the module's drawing.
+enum State {
+    Inactive,
+    Active {
+        /// What is watched besides `wake` and the notifications.
+        watched: Vec<Source>,
+    },
+    Resting,
 }
 
 const TOKEN_WAKE: u32 = 0;
@@ -189,6 +253,21 @@ impl Worker {
                     self.deactivate(ops);
                     let _ = done.send(());
                 }
+                Ok(Request::Control { control, outcome }) => {
+                    let _ = outcome.send(self.control(control));
+                }
+                Ok(Request::Counters { counters }) => {
+                    let _ = counters.send(self.with_device(|device| device.counters()));
+                }
+                Ok(Request::Pause { outcome }) => {
+                    let _ = outcome.send(self.pause(ops));
+                }
+                Ok(Request::Resume { done }) => {
+                    if let Err(error) = self.resume(ops) {
+                        self.fail(&error, ops);
+                    }
+                    let _ = done.send(());
+                }
                 Err(TryRecvError::Empty | TryRecvError::Disconnected) => return,
             }
         }
@@ -214,46 +293,82 @@ impl Worker {
             queues,
             interrupt: self.interrupt.clone(),
         };
-        let sources = self.with_device(|device| {
-            device.activate(activation)?;
-            Ok(device.sources())
-        })?;
+        self.with_device(|device| device.activate(activation))?;
+        self.watch(ops)
+    }
 
-        let watch = |error| DeviceError::Host {
+    /// Watches the device and serves what came before it was watched.
+    fn watch(&mut self, ops: &mut EventOps) -> Result<(), DeviceError> {
+        let failed = |error| DeviceError::Host {
             action: "watching the descriptors of the device",
             source: std::io::Error::other(error),
         };
-        let notifications = self.notifications.clone();
-        self.watched = Some(sources.clone());
-        for (token, notification) in (TOKEN_FIRST_QUEUE..).zip(&notifications) {
+        let sources = self.with_device(|device| device.sources());
+        self.state = State::Active {
+            watched: sources.clone(),
+        };
+        for (token, notification) in (TOKEN_FIRST_QUEUE..).zip(&self.notifications) {
             let events = Events::with_data(notification.as_ref(), token, EventSet::IN);
-            ops.add(events).map_err(watch)?;
+            ops.add(events).map_err(failed)?;
         }
         for source in sources {
             let token = source.token | TOKEN_SOURCE;
             ops.add(Events::with_data_raw(source.fd, token, source.events))
-                .map_err(watch)?;
+                .map_err(failed)?;
         }
-        // Buffers may have been made available before the notifications were watched.
-        for index in 0..notifications.len() {
+        for index in 0..self.notifications.len() {
             self.with_device(|device| device.process_queue(index))?;
         }
         Ok(())
     }
 
+    /// Stops watching the device, if it was watched, for it to be in `state`.
+    fn unwatch(&mut self, state: State, ops: &mut EventOps) {
+        if let State::Active { watched } = std::mem::replace(&mut self.state, state) {
+            // Removing what was never added (activation failed half-way) is an error that does
+            // not matter.
+            for notification in &self.notifications {
+                let _ = ops.remove(Events::empty(notification.as_ref()));
+            }
+            for source in watched {
+                let _ = ops.remove(Events::empty_raw(source.fd));
+            }
+        }
+    }
+
     fn deactivate(&mut self, ops: &mut EventOps) {
-        let Some(sources) = self.watched.take() else {
-            return;
-        };
-        // Removing what was never added (activation failed half-way) is an error that does not
-        // matter.
-        for notification in &self.notifications {
-            let _ = ops.remove(Events::empty(notification.as_ref()));
+        if !matches!(self.state, State::Inactive) {
+            self.unwatch(State::Inactive, ops);
+            self.with_device(|device| device.reset());
         }
-        for source in sources {
-            let _ = ops.remove(Events::empty_raw(source.fd));
+    }
+
+    fn pause(&mut self, ops: &mut EventOps) -> Result<(), ControlError> {
+        if matches!(self.state, State::Active { .. }) {
+            self.unwatch(State::Resting, ops);
+            if let Err(error) = self.with_device(|device| device.pause()) {
+                self.fail(&error, ops);
+                return Err(ControlError::Device(error));
+            }
         }
-        self.with_device(|device| device.reset());
+        Ok(())
+    }
+
+    fn resume(&mut self, ops: &mut EventOps) -> Result<(), DeviceError> {
+        match self.state {
+            State::Resting => self.watch(ops),
+            State::Inactive | State::Active { .. } => Ok(()),
+        }
+    }
+
+    fn control(&mut self, control: Control) -> Result<(), ControlError> {
+        self.with_device(|device| device.control(control))?;
+        self.generation.fetch_add(1, Ordering::SeqCst);
+        if !matches!(self.state, State::Inactive) {
+            // Without the interrupt the driver finds out when it next reads its configuration.
+            let _ = self.interrupt.signal_config_change();
+        }
+        Ok(())
     }
 
     fn fail(&mut self, error: &DeviceError, ops: &mut EventOps) {
@@ -276,8 +391,8 @@ impl MutEventSubscriber for Worker {
             self.serve_requests(ops);
             return;
         }
-        // An event that was already on its way when the device was reset.
-        if self.watched.is_none() {
+        // An event that was already on its way when the device was reset or paused.
+        if !matches!(self.state, State::Active { .. }) {
             return;
         }
         let outcome = if token & TOKEN_SOURCE != 0 {
