@@ -23,6 +23,7 @@ use crate::devices::legacy::i8042::KeyboardController;
 use crate::devices::legacy::power::PowerRegisters;
 use crate::devices::legacy::pvpanic::PanicPort;
 use crate::devices::legacy::serial::{BoundedLog, LOG_LIMIT, Output, SerialInput, SerialPort};
+use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::{Block, BlockError};
 use crate::devices::virtio::net::{Net, NetError};
 use crate::devices::virtio::rng::{Rng, RngError};
@@ -264,7 +265,12 @@ impl DeviceBuilder<'_> {
         if let Some(vsock) = &config.vsock {
             self.add_virtio("vsock".to_owned(), Vsock::new(vsock)?)?;
         }
-        self.add_virtio("rng".to_owned(), Rng::new(&config.rng)?)
+        self.add_virtio("rng".to_owned(), Rng::new(&config.rng)?)?;
+        if let Some(balloon) = &config.balloon {
+            let balloon = Balloon::new(balloon, config.memory.size);
+            self.add_virtio("balloon".to_owned(), balloon)?;
+        }
+        Ok(())
     }
 
     fn add_virtio(

@@ -8,8 +8,8 @@ use std::str::FromStr;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::{
-    ConsoleConfig, ConsoleMode, CpusConfig, DiskConfig, ImageType, MemoryConfig, NetConfig,
-    PayloadConfig, RngConfig, SerialConfig, VmConfig, VsockConfig,
+    BalloonConfig, ConsoleConfig, ConsoleMode, CpusConfig, DiskConfig, ImageType, MemoryConfig,
+    NetConfig, PayloadConfig, RngConfig, SerialConfig, VmConfig, VsockConfig,
 };
 
 /// Boots Linux in a virtual machine of its own.
@@ -79,6 +79,9 @@ pub struct BootArgs {
     /// Entropy source: src=PATH.
     #[arg(long, value_name = "OPTIONS", default_value = "src=/dev/urandom", value_parser = parse_rng)]
     pub rng: RngConfig,
+    /// Memory balloon: size=N[K|M|G][,deflate_on_oom=on|off][,free_page_reporting=on|off].
+    #[arg(long, value_name = "OPTIONS", value_parser = parse_balloon)]
+    pub balloon: Option<BalloonConfig>,
     /// Serial port: tty, null, off or file=PATH.
     #[arg(long, value_name = "MODE", default_value = "null", value_parser = parse_serial)]
     pub serial: SerialConfig,
@@ -107,6 +110,7 @@ impl BootArgs {
             disks: self.disks.clone(),
             net: self.net.clone(),
             rng: self.rng.clone(),
+            balloon: self.balloon,
             serial: self.serial.clone(),
             console: self.console.clone(),
             vsock: self.vsock.clone(),
@@ -283,6 +287,15 @@ fn parse_rng(text: &str) -> Result<RngConfig, String> {
     })
 }
 
+fn parse_balloon(text: &str) -> Result<BalloonConfig, String> {
+    let options = Options::parse(text, &["size", "deflate_on_oom", "free_page_reporting"])?;
+    Ok(BalloonConfig {
+        size: parse_size(options.required("size")?)?,
+        deflate_on_oom: options.switch("deflate_on_oom", false)?,
+        free_page_reporting: options.switch("free_page_reporting", false)?,
+    })
+}
+
 fn parse_serial(text: &str) -> Result<SerialConfig, String> {
     let mode = match text {
         "tty" => ConsoleMode::Tty,
@@ -337,7 +350,7 @@ mod tests {
             "--kernel k --initramfs i --cpus boot=4 --memory size=1G \
              --disk path=a.qcow2,image_type=qcow2,backing_files=on --disk path=b,readonly=on \
              --net tap=tap0,mac=52:54:00:12:34:56 --vsock cid=3,socket=/s --serial file=log \
-             --event-monitor fd=5",
+             --balloon size=64M,free_page_reporting=on --event-monitor fd=5",
         )
         .unwrap();
         let config = cli.boot.vm_config().unwrap();
@@ -354,6 +367,14 @@ mod tests {
         assert!(config.disks[1].readonly);
         assert_eq!(config.net[0].mac.unwrap().to_string(), "52:54:00:12:34:56");
         assert_eq!(config.vsock.as_ref().unwrap().cid, 3);
+        assert_eq!(
+            config.balloon.unwrap(),
+            BalloonConfig {
+                size: 64 << 20,
+                deflate_on_oom: false,
+                free_page_reporting: true
+            }
+        );
         assert_eq!(config.serial.file.as_deref().unwrap().to_str(), Some("log"));
         assert_eq!(cli.boot.event_monitor, Some(EventTarget::Fd(5)));
     }
@@ -373,6 +394,7 @@ mod tests {
                 "group address",
             ),
             ("--kernel k --vsock socket=/s", "cid is missing"),
+            ("--kernel k --balloon deflate_on_oom=on", "size is missing"),
             ("--kernel k --serial printer", "expected tty"),
             ("--kernel k --console tty", "no virtio console"),
             ("--kernel k --event-monitor fd=1", "above 2"),

@@ -28,6 +28,9 @@ pub struct VmConfig {
     /// Entropy source.
     #[serde(default)]
     pub rng: RngConfig,
+    /// Memory balloon.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonConfig>,
     /// Serial port (COM1).
     #[serde(default)]
     pub serial: SerialConfig,
@@ -139,6 +142,20 @@ impl Default for MemoryConfig {
             thp: true,
         }
     }
+}
+
+/// Memory balloon: takes memory from the running guest, and takes back what the guest has free.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonConfig {
+    /// Memory that the guest gives up, in bytes; can be changed while it runs.
+    pub size: u64,
+    /// Whether the guest takes memory back by itself rather than run out of it.
+    #[serde(default)]
+    pub deflate_on_oom: bool,
+    /// Whether the guest reports memory that it does not use, for the host to take.
+    #[serde(default)]
+    pub free_page_reporting: bool,
 }
 
 /// What to boot.
@@ -335,6 +352,14 @@ pub enum ConfigError {
         /// The size asked for, in bytes.
         size: u64,
     },
+    /// The balloon is larger than the memory.
+    #[error("a balloon of {size} bytes asked for; the machine has {memory} bytes of memory")]
+    Balloon {
+        /// The size asked for, in bytes.
+        size: u64,
+        /// Size of the memory, in bytes.
+        memory: u64,
+    },
     /// A path that leads to nothing usable.
     #[error("cannot read the {what} {path}", path = path.display())]
     Path {
@@ -397,6 +422,12 @@ impl VmConfig {
         let size = self.memory.size;
         if !(MIN_MEMORY..=MAX_MEMORY).contains(&size) || !size.is_multiple_of(1 << 20) {
             return Err(ConfigError::Memory { size });
+        }
+        if let Some(balloon) = self.balloon.filter(|balloon| balloon.size > size) {
+            return Err(ConfigError::Balloon {
+                size: balloon.size,
+                memory: size,
+            });
         }
         readable("kernel", &self.payload.kernel)?;
         if let Some(initramfs) = &self.payload.initramfs {

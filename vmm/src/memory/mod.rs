@@ -1,5 +1,9 @@
 //! Guest physical memory.
 
+pub mod discard;
+#[cfg(test)]
+pub mod testing;
+
 use std::io;
 use std::ptr;
 

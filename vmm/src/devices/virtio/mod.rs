@@ -9,6 +9,7 @@
 //! A vCPU thread never runs device code: a queue notification is an ioeventfd, and activation
 //! and reset are messages to the event loop.
 
+pub mod balloon;
 pub mod block;
 pub mod buffers;
 pub mod config_space;
@@ -45,6 +46,8 @@ pub enum DeviceKind {
     Block = 2,
     /// Entropy source (5.4).
     Rng = 4,
+    /// Memory balloon (5.5).
+    Balloon = 5,
     /// Socket device (5.10).
     Vsock = 19,
 }
