@@ -3,18 +3,9 @@
 //! What an image holds may come from a guest, so nothing is concluded from it: the format is what
 //! the configuration says (and what a qcow2 header says of its backing file), and a file that an
 //! image names is opened only if the configuration allows it.
-//!
-//! Every file is locked for as long as it is open, so that no two machines write to one image,
-//! and none writes to what another builds on. A writer locks all of the file; readers share a lock
-//! on its first byte, which leaves the bytes alone by which other programs tell each other what
-//! they do with a disk image.
 
 use std::collections::BTreeSet;
-use std::ffi::c_int;
-use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use imago::io_buffers::{IoVector, IoVectorMut};
@@ -22,11 +13,12 @@ use imago::qcow2::Qcow2;
 use imago::raw::Raw;
 use imago::{FormatAccess, StorageOpenOptions, SyncFormatAccess};
 
+use super::ImageFiles;
 use crate::config::ImageType;
 use crate::devices::virtio::buffers::Buffers;
 
 /// The most images that may lie beneath one another. It ends a chain that leads back to itself.
-const MAX_LAYERS: usize = 64;
+pub(super) const MAX_LAYERS: usize = 64;
 
 /// Why an image cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -98,6 +90,12 @@ pub enum ImageError {
         /// The format that it names, empty if it names none.
         format: String,
     },
+    /// The image names another backing file than when it was opened.
+    #[error("{path} has another backing file than a moment ago: who else writes to it?", path = path.display())]
+    Changed {
+        /// The image.
+        path: PathBuf,
+    },
     /// The image keeps its data in another file.
     #[error("{path} keeps its data in another file, which is not supported", path = path.display())]
     DataFile {
@@ -126,23 +124,15 @@ pub struct Image {
 }
 
 impl Image {
-    /// Opens and locks the image at `path` and, if `backing_files` allows it, the images that it
-    /// builds on, read-only.
+    /// Reads the image that `files` hold. Needs no path.
     ///
     /// # Errors
-    /// One of the files cannot be opened, is in use or is not what it should be.
-    pub fn open(
-        path: &Path,
-        image_type: ImageType,
-        readonly: bool,
-        backing_files: bool,
-    ) -> Result<Self, ImageError> {
-        let writable = !readonly;
-        let layer = open_layer(path, image_type, writable, backing_files, MAX_LAYERS)?;
-        let access = SyncFormatAccess::try_from(layer).map_err(|source| ImageError::Open {
-            path: path.to_owned(),
-            source,
-        })?;
+    /// One of the files is not what it should be.
+    pub fn new(files: ImageFiles) -> Result<Self, ImageError> {
+        let (path, writable) = (files.path.clone(), files.writable);
+        let layer = build_layer(files)?;
+        let access = SyncFormatAccess::try_from(layer)
+            .map_err(|source| ImageError::Open { path, source })?;
         // An L2 table is one cluster of 8-byte entries, each of which maps a cluster. Only images
         // of version 3 tell the size; nothing has made older ones for a decade.
         let cluster = access.inner().inner().zero_granularity();
@@ -214,122 +204,44 @@ impl Image {
     }
 }
 
-/// Opens the image at `path` and those beneath it, `layers` in all at most.
-fn open_layer(
-    path: &Path,
-    image_type: ImageType,
-    writable: bool,
-    backing_files: bool,
-    layers: usize,
-) -> Result<FormatAccess<imago::file::File>, ImageError> {
-    let Some(layers) = layers.checked_sub(1) else {
-        return Err(ImageError::Layers {
-            path: path.to_owned(),
-        });
+/// Reads the image and those beneath it.
+fn build_layer(files: ImageFiles) -> Result<FormatAccess<imago::file::File>, ImageError> {
+    let ImageFiles {
+        path,
+        image_type,
+        file,
+        writable,
+        backing,
+    } = files;
+    let options = StorageOpenOptions::new().filename(&path).write(writable);
+    let file = match imago::file::File::from_open_file(file, options) {
+        Ok(file) => file,
+        Err(source) => return Err(ImageError::Open { path, source }),
     };
-    let file = open_file(path, writable)?;
+    let format_error = |path, format| {
+        move |source| ImageError::Format {
+            path,
+            format,
+            source,
+        }
+    };
     match image_type {
         ImageType::Raw => Raw::open_image_sync(file, writable)
             .map(FormatAccess::new)
-            .map_err(|source| ImageError::Format {
-                path: path.to_owned(),
-                format: "raw",
-                source,
-            }),
+            .map_err(format_error(path, "raw")),
         ImageType::Qcow2 => {
-            let mut image: Qcow2<_> =
-                Qcow2::open_image_sync(file, writable).map_err(|source| ImageError::Format {
-                    path: path.to_owned(),
-                    format: "qcow2",
-                    source,
-                })?;
+            let mut image: Qcow2<_> = Qcow2::open_image_sync(file, writable)
+                .map_err(format_error(path.clone(), "qcow2"))?;
             if image.requires_external_data_file() {
-                return Err(ImageError::DataFile {
-                    path: path.to_owned(),
-                });
+                return Err(ImageError::DataFile { path });
             }
             image.set_data_file(None);
-            let backing = match image.implicit_backing_file() {
-                None => None,
-                Some(backing) if !backing_files => {
-                    return Err(ImageError::BackingDenied {
-                        path: path.to_owned(),
-                        backing: backing.clone(),
-                    });
-                }
-                Some(backing) => {
-                    let image_type = match image.implicit_backing_format().map(String::as_str) {
-                        Some("raw") => ImageType::Raw,
-                        Some("qcow2") => ImageType::Qcow2,
-                        other => {
-                            return Err(ImageError::BackingFormat {
-                                path: path.to_owned(),
-                                format: other.unwrap_or_default().to_owned(),
-                            });
-                        }
-                    };
-                    // A relative name starts where the image lies.
-                    let backing = path.parent().unwrap_or(Path::new("")).join(backing);
-                    Some(open_layer(&backing, image_type, false, true, layers)?)
-                }
-            };
-            image.set_backing(backing);
+            let (name, backing) = backing.unzip();
+            if name.as_ref() != image.implicit_backing_file().as_deref() {
+                return Err(ImageError::Changed { path });
+            }
+            image.set_backing(backing.map(|files| build_layer(*files)).transpose()?);
             Ok(FormatAccess::new(image))
         }
-    }
-}
-
-fn open_file(path: &Path, writable: bool) -> Result<imago::file::File, ImageError> {
-    let open = |source| ImageError::Open {
-        path: path.to_owned(),
-        source,
-    };
-    let file = OpenOptions::new()
-        .read(true)
-        .write(writable)
-        // A FIFO would hold up the open until someone writes to it.
-        .custom_flags(libc::O_NONBLOCK)
-        .open(path)
-        .map_err(open)?;
-    let kind = file.metadata().map_err(open)?.file_type();
-    if !kind.is_file() && !kind.is_block_device() {
-        return Err(ImageError::Kind {
-            path: path.to_owned(),
-        });
-    }
-    lock(&file, writable).map_err(|source| match source.kind() {
-        io::ErrorKind::WouldBlock => ImageError::Locked {
-            path: path.to_owned(),
-        },
-        _ => ImageError::Lock {
-            path: path.to_owned(),
-            source,
-        },
-    })?;
-    let options = StorageOpenOptions::new().filename(path).write(writable);
-    imago::file::File::from_open_file(file, options).map_err(open)
-}
-
-/// Takes an open file description lock, which goes when `file` is closed.
-fn lock(file: &File, exclusive: bool) -> io::Result<()> {
-    let (kind, len) = if exclusive {
-        (libc::F_WRLCK, 0)
-    } else {
-        (libc::F_RDLCK, 1)
-    };
-    let lock = libc::flock {
-        l_type: kind as libc::c_short,
-        l_whence: libc::SEEK_SET as libc::c_short,
-        l_start: 0,
-        // 0 is up to the end, wherever that will be.
-        l_len: len,
-        l_pid: 0,
-    };
-    // SAFETY: the descriptor is open, and F_OFD_SETLK only reads the structure.
-    let result: c_int = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
     }
 }

@@ -3,6 +3,7 @@
 //! [`Image`] is the disk as the host stores it, [`request`] carries out one request of the
 //! driver on it, and [`Block`] is the device around them.
 
+mod files;
 pub mod image;
 mod request;
 
@@ -17,6 +18,7 @@ use super::buffers::ChainBuffers;
 use super::queue::ActiveQueue;
 use super::{Activation, DeviceError, DeviceKind, Source, VirtioDevice, config_space};
 use crate::config::DiskConfig;
+pub use files::ImageFiles;
 pub use image::{Image, ImageError};
 use request::{Disk, Request};
 
@@ -60,17 +62,33 @@ impl Block {
     /// # Errors
     /// The image cannot be opened, is in use, or is not what `config` says.
     pub fn new(config: &DiskConfig) -> Result<Self, BlockError> {
-        let name = config
-            .id
-            .clone()
-            .unwrap_or_else(|| config.path.display().to_string());
-        let image = Image::open(
+        Self::with_files(config, Self::open(config)?)
+    }
+
+    /// Opens the files of the image that `config` names.
+    ///
+    /// # Errors
+    /// One of them cannot be opened, or is in use.
+    pub fn open(config: &DiskConfig) -> Result<ImageFiles, BlockError> {
+        ImageFiles::open(
             &config.path,
             config.image_type,
             config.readonly,
             config.backing_files,
         )
-        .map_err(BlockError::Image)?;
+        .map_err(BlockError::Image)
+    }
+
+    /// A block device on the image that `config` describes and `files` hold. Needs no path.
+    ///
+    /// # Errors
+    /// The image is not what `config` says.
+    pub fn with_files(config: &DiskConfig, files: ImageFiles) -> Result<Self, BlockError> {
+        let name = config
+            .id
+            .clone()
+            .unwrap_or_else(|| config.path.display().to_string());
+        let image = Image::new(files).map_err(BlockError::Image)?;
         let mut serial = [0; VIRTIO_BLK_ID_BYTES as usize];
         let text = config.serial.as_ref().or(config.id.as_ref());
         for (to, from) in serial
