@@ -3,7 +3,6 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use event_manager::SubscriberOps;
@@ -17,17 +16,17 @@ use crate::arch::x86_64::layout::{
     VIRTIO_MMIO_SIZE, VIRTIO_MMIO_START,
 };
 use crate::arch::x86_64::{regs, reset_vector};
-use crate::config::{ConfigError, ConsoleMode, SerialConfig, VmConfig};
+use crate::config::{ConfigError, ConsoleMode, VmConfig};
 use crate::devices::bus::{BusDevice, OverlapError};
 use crate::devices::legacy::i8042::KeyboardController;
 use crate::devices::legacy::power::PowerRegisters;
 use crate::devices::legacy::pvpanic::PanicPort;
-use crate::devices::legacy::serial::{BoundedLog, LOG_LIMIT, Output, SerialInput, SerialPort};
+use crate::devices::legacy::serial::{Output, SerialInput, SerialPort};
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::{Block, BlockError};
-use crate::devices::virtio::net::{Net, NetError};
-use crate::devices::virtio::rng::{Rng, RngError};
-use crate::devices::virtio::vsock::{Vsock, VsockError};
+use crate::devices::virtio::net::NetError;
+use crate::devices::virtio::rng::RngError;
+use crate::devices::virtio::vsock::VsockError;
 use crate::devices::virtio::worker::{self, Parts, SplitError};
 use crate::devices::virtio::{DeviceHandle, Interrupt, VirtioDevice};
 use crate::devices::vmgenid::{self, GenerationIdError};
@@ -37,6 +36,7 @@ use crate::kvm::vcpu::{Buses, VcpuError};
 use crate::kvm::vm::{Vm, VmError};
 use crate::machine::{EventLoop, ExitWatch, Machine};
 use crate::memory::{self, AllocateError, GuestMemory};
+use crate::resources::HostResources;
 use crate::signals::Signals;
 
 /// Register of virtio-mmio to which a driver writes the index of the queue that it notifies
@@ -106,17 +106,22 @@ pub enum BuildError {
 ///
 /// Blocks SIGINT and SIGTERM for this thread and those it starts: they end the machine in order.
 ///
+/// `host` is what `config` names, opened: from here on, no path and no privilege is needed.
+///
 /// # Errors
-/// The configuration is wrong, a file or device of the host cannot be used, or KVM refuses.
-pub fn build_for_boot(config: &VmConfig, events: EventStream) -> Result<Machine, BuildError> {
-    config.validate()?;
+/// A file is not what it should be, or KVM refuses.
+pub fn build_for_boot(
+    config: &VmConfig,
+    host: HostResources,
+    events: EventStream,
+) -> Result<Machine, BuildError> {
     let exit = ExitSignal::new()?;
     let mut event_loop = EventLoop::new().map_err(BuildError::EventLoop)?;
     event_loop.add_subscriber(Box::new(ExitWatch(exit.clone())));
     event_loop.add_subscriber(Box::new(Signals::new(exit.clone())?));
 
     let memory = memory::allocate(config.memory.size, config.memory.thp)?;
-    let vm = Vm::new(memory.clone())?;
+    let vm = Vm::new(host.kvm, memory.clone())?;
     let vcpus = vm.create_vcpus(config.cpus.boot_vcpus)?;
     tracing::info!(
         vcpus = vcpus.len(),
@@ -135,8 +140,25 @@ pub fn build_for_boot(config: &VmConfig, events: EventStream) -> Result<Machine,
         handles: Vec::new(),
     };
     devices.add_legacy()?;
-    devices.add_serial(&config.serial)?;
-    devices.add_all_virtio(config)?;
+    if let Some(output) = host.serial {
+        devices.add_serial(output)?;
+    }
+    // Disks come first, then cards, since the guest names them in the order of their slots.
+    for (index, (disk, files)) in config.disks.iter().zip(host.disks).enumerate() {
+        let block = Block::with_files(disk, files)?;
+        devices.add_virtio(name(&disk.id, "disk", index), block)?;
+    }
+    for (index, (card, net)) in config.net.iter().zip(host.net).enumerate() {
+        devices.add_virtio(name(&card.id, "net", index), net)?;
+    }
+    if let Some(vsock) = host.vsock {
+        devices.add_virtio("vsock".to_owned(), vsock)?;
+    }
+    devices.add_virtio("rng".to_owned(), host.rng)?;
+    if let Some(balloon) = &config.balloon {
+        let balloon = Balloon::new(balloon, config.memory.size);
+        devices.add_virtio("balloon".to_owned(), balloon)?;
+    }
     let DeviceBuilder {
         buses,
         virtio,
@@ -146,14 +168,8 @@ pub fn build_for_boot(config: &VmConfig, events: EventStream) -> Result<Machine,
     let generation_irqfd = eventfd()?;
     vm.register_irqfd(&generation_irqfd, GED_GSI)?;
 
-    let payload = &config.payload;
-    let cmdline = payload.cmdline.as_deref().unwrap_or_default();
-    let entry = boot::load(
-        &memory,
-        &payload.kernel,
-        payload.initramfs.as_deref(),
-        cmdline,
-    )?;
+    let cmdline = config.payload.cmdline.as_deref().unwrap_or_default();
+    let entry = boot::load(&memory, host.kernel, host.initramfs, cmdline)?;
     let has_serial = config.serial.mode != ConsoleMode::Off;
     acpi::write_tables(&memory, config.cpus.boot_vcpus, has_serial, &virtio)?;
     regs::write_boot_tables(&memory).map_err(LoadError::Memory)?;
@@ -232,44 +248,17 @@ impl DeviceBuilder<'_> {
         Ok(())
     }
 
-    fn add_serial(&mut self, config: &SerialConfig) -> Result<(), BuildError> {
-        let output = match (config.mode, &config.file) {
-            (ConsoleMode::Off, _) => return Ok(()),
-            (ConsoleMode::Tty, _) => Output::Stdout,
-            (ConsoleMode::File, Some(path)) => Output::Log(serial_log(path)?),
-            (ConsoleMode::File, None) => return Err(ConfigError::SerialFile.into()),
-            (ConsoleMode::Null, _) => Output::Null,
-        };
+    fn add_serial(&mut self, output: Output) -> Result<(), BuildError> {
+        let is_terminal = matches!(output, Output::Stdout);
         let irqfd = eventfd()?;
         self.vm.register_irqfd(&irqfd, SERIAL_GSI)?;
         let port = SerialPort::new(irqfd, output)?;
-        if config.mode == ConsoleMode::Tty {
+        if is_terminal {
             let input = std::fs::File::from(io::stdin().as_fd().try_clone_to_owned()?);
             let input = SerialInput::new(port.clone(), input, self.exit.clone());
             self.event_loop.add_subscriber(Box::new(input));
         }
         self.add_ports(SERIAL_PORT, SERIAL_PORT_COUNT, port)?;
-        Ok(())
-    }
-
-    /// Disks come first, then cards, since the guest names them in the order of their slots.
-    fn add_all_virtio(&mut self, config: &VmConfig) -> Result<(), BuildError> {
-        for (index, disk) in config.disks.iter().enumerate() {
-            let block = Block::new(disk)?;
-            self.add_virtio(name(&disk.id, "disk", index), block)?;
-        }
-        for (index, card) in config.net.iter().enumerate() {
-            let net = Net::new(card)?;
-            self.add_virtio(name(&card.id, "net", index), net)?;
-        }
-        if let Some(vsock) = &config.vsock {
-            self.add_virtio("vsock".to_owned(), Vsock::new(vsock)?)?;
-        }
-        self.add_virtio("rng".to_owned(), Rng::new(&config.rng)?)?;
-        if let Some(balloon) = &config.balloon {
-            let balloon = Balloon::new(balloon, config.memory.size);
-            self.add_virtio("balloon".to_owned(), balloon)?;
-        }
         Ok(())
     }
 
@@ -330,11 +319,4 @@ impl DeviceBuilder<'_> {
 
 fn name(id: &Option<String>, kind: &str, index: usize) -> String {
     id.clone().unwrap_or_else(|| format!("{kind}{index}"))
-}
-
-fn serial_log(path: &Path) -> Result<BoundedLog, BuildError> {
-    BoundedLog::create(path, LOG_LIMIT).map_err(|source| BuildError::SerialFile {
-        path: path.to_owned(),
-        source,
-    })
 }

@@ -13,6 +13,7 @@ use vmm::doctor;
 use vmm::error_chain;
 use vmm::events::{Event, EventStream};
 use vmm::exit::ExitReason;
+use vmm::resources::HostResources;
 use vmm::terminal::RawTerminal;
 
 const STATUS_FAILED: u8 = 1;
@@ -52,7 +53,9 @@ fn boot(args: &BootArgs, start: Instant) -> ExitCode {
     };
     let events = EventStream::new(start, sink);
 
-    let machine = match builder::build_for_boot(&config, events.clone()) {
+    let built = HostResources::open(&config)
+        .and_then(|host| builder::build_for_boot(&config, host, events.clone()));
+    let machine = match built {
         Ok(machine) => machine,
         Err(error) => {
             let reason = error_chain(&error);

@@ -67,6 +67,14 @@ pub const REQUIRED_CAPABILITIES: [Cap; 15] = [
     Cap::ImmediateExit,
 ];
 
+/// Opens the host's KVM.
+///
+/// # Errors
+/// It is not there, or this process may not use it.
+pub fn open() -> Result<Kvm, VmError> {
+    Kvm::new().map_err(VmError::Open)
+}
+
 /// A virtual machine without vCPUs.
 pub struct Vm {
     kvm: Kvm,
@@ -79,9 +87,8 @@ impl Vm {
     /// Creates the machine with its memory, interrupt controllers and timer.
     ///
     /// # Errors
-    /// KVM is not there, is too old, or refuses.
-    pub fn new(memory: GuestMemory) -> Result<Self, VmError> {
-        let kvm = Kvm::new().map_err(VmError::Open)?;
+    /// KVM is too old, or refuses.
+    pub fn new(kvm: Kvm, memory: GuestMemory) -> Result<Self, VmError> {
         let found = kvm.get_api_version();
         if found != KVM_API_VERSION as i32 {
             return Err(VmError::ApiVersion { found });

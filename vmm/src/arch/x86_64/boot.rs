@@ -119,14 +119,35 @@ pub enum LoadError {
     Memory(#[source] GuestMemoryError),
 }
 
+/// An open kernel or initramfs.
+#[derive(Debug)]
+pub struct BootFile {
+    path: PathBuf,
+    file: File,
+}
+
+impl BootFile {
+    /// Opens the file at `path`.
+    ///
+    /// # Errors
+    /// It cannot be opened.
+    pub fn open(path: &Path) -> Result<Self, LoadError> {
+        let path = path.to_owned();
+        match File::open(&path) {
+            Ok(file) => Ok(Self { path, file }),
+            Err(source) => Err(LoadError::Open { path, source }),
+        }
+    }
+}
+
 /// Loads everything that the kernel needs to start, and returns its 64-bit entry point.
 ///
 /// # Errors
-/// A file is missing, is not what it should be, or does not fit.
+/// A file is not what it should be, or does not fit.
 pub fn load(
     memory: &GuestMemory,
-    kernel: &Path,
-    initramfs: Option<&Path>,
+    kernel: BootFile,
+    initramfs: Option<BootFile>,
     cmdline: &str,
 ) -> Result<GuestAddress, LoadError> {
     let kernel = load_kernel(memory, kernel)?;
@@ -138,7 +159,7 @@ pub fn load(
         });
     }
     let initramfs = initramfs
-        .map(|path| load_initramfs(memory, path, kernel.end, low_ram))
+        .map(|file| load_initramfs(memory, file, kernel.end, low_ram))
         .transpose()?;
     let cmdline_length = write_cmdline(memory, cmdline)?;
 
@@ -162,12 +183,11 @@ struct Kernel {
     header: setup_header,
 }
 
-fn load_kernel(memory: &GuestMemory, path: &Path) -> Result<Kernel, LoadError> {
-    let open = |source| LoadError::Open {
-        path: path.to_owned(),
-        source,
-    };
-    let mut image = File::open(path).map_err(open)?;
+fn load_kernel(memory: &GuestMemory, kernel: BootFile) -> Result<Kernel, LoadError> {
+    let BootFile {
+        path,
+        file: mut image,
+    } = kernel;
 
     let elf_error = match Elf::load(memory, None, &mut image, Some(HIGH_RAM_START)) {
         Ok(loaded) => {
@@ -183,19 +203,16 @@ fn load_kernel(memory: &GuestMemory, path: &Path) -> Result<Kernel, LoadError> {
             });
         }
         Err(error @ linux_loader::loader::Error::Elf(elf::Error::InvalidElfMagicNumber)) => error,
-        Err(source) => {
-            return Err(LoadError::Elf {
-                path: path.to_owned(),
-                source,
-            });
-        }
+        Err(source) => return Err(LoadError::Elf { path, source }),
     };
 
-    image.seek(SeekFrom::Start(0)).map_err(open)?;
+    if let Err(source) = image.seek(SeekFrom::Start(0)) {
+        return Err(LoadError::Open { path, source });
+    }
     let loaded =
         BzImage::load(memory, None, &mut image, Some(HIGH_RAM_START)).map_err(|bzimage| {
             LoadError::Format {
-                path: path.to_owned(),
+                path: path.clone(),
                 elf: elf_error,
                 bzimage,
             }
@@ -206,9 +223,7 @@ fn load_kernel(memory: &GuestMemory, path: &Path) -> Result<Kernel, LoadError> {
             let (version, flags) = (header.version, header.xloadflags);
             version >= PROTOCOL_2_12 && flags & XLF_KERNEL_64 != 0
         })
-        .ok_or_else(|| LoadError::No64BitEntry {
-            path: path.to_owned(),
-        })?;
+        .ok_or(LoadError::No64BitEntry { path })?;
     let needed = loaded
         .kernel_load
         .0
@@ -234,18 +249,20 @@ fn low_ram_end(memory: &GuestMemory) -> u64 {
 /// kernel, which unpacks or relocates itself upwards.
 fn load_initramfs(
     memory: &GuestMemory,
-    path: &Path,
+    initramfs: BootFile,
     kernel_end: u64,
     low_ram: u64,
 ) -> Result<(u32, u32), LoadError> {
-    let open = |source| LoadError::Open {
-        path: path.to_owned(),
-        source,
+    let BootFile {
+        path,
+        file: mut image,
+    } = initramfs;
+    let size = match image.metadata() {
+        Ok(metadata) => metadata.len(),
+        Err(source) => return Err(LoadError::Open { path, source }),
     };
-    let mut image = File::open(path).map_err(open)?;
-    let size = image.metadata().map_err(open)?.len();
     let too_large = || LoadError::InitramfsTooLarge {
-        path: path.to_owned(),
+        path: path.clone(),
         size,
         ram: low_ram,
     };
@@ -263,7 +280,7 @@ fn load_initramfs(
     image
         .read_exact_volatile(&mut slice)
         .map_err(|source| LoadError::ReadInitramfs {
-            path: path.to_owned(),
+            path: path.clone(),
             source,
         })?;
     // Both are below the device area, which starts below 4 GiB.
@@ -323,10 +340,10 @@ mod tests {
         crate::memory::allocate(64 << 20, false).unwrap()
     }
 
-    fn file(content: &[u8]) -> tempfile::NamedTempFile {
+    fn file(content: &[u8]) -> BootFile {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(content).unwrap();
-        file
+        BootFile::open(file.path()).unwrap()
     }
 
     /// An ELF executable with one segment of `code` at 1 MiB.
@@ -364,13 +381,7 @@ mod tests {
         let memory = memory();
         let kernel = file(&tiny_elf(b"\xf4\xf4"));
         let initramfs = file(&[7; 5000]);
-        let entry = load(
-            &memory,
-            kernel.path(),
-            Some(initramfs.path()),
-            "console=ttyS0 quiet",
-        )
-        .unwrap();
+        let entry = load(&memory, kernel, Some(initramfs), "console=ttyS0 quiet").unwrap();
 
         assert_eq!(entry, HIGH_RAM_START);
         assert_eq!(memory.read_obj::<u16>(entry).unwrap(), 0xf4f4);
@@ -398,32 +409,33 @@ mod tests {
 
     #[test]
     fn what_is_no_kernel_is_refused_with_both_reasons() {
-        let error = load(&memory(), file(&[0; 4096]).path(), None, "").unwrap_err();
+        let error = load(&memory(), file(&[0; 4096]), None, "").unwrap_err();
         assert!(matches!(error, LoadError::Format { .. }), "{error}");
-        let error = load(&memory(), Path::new("/nonexistent"), None, "").unwrap_err();
+        let error = BootFile::open(Path::new("/nonexistent")).unwrap_err();
         assert!(matches!(error, LoadError::Open { .. }), "{error}");
         let mut cut = tiny_elf(&[0x90; 4096]);
         cut.truncate(600);
-        let error = load(&memory(), file(&cut).path(), None, "").unwrap_err();
+        let error = load(&memory(), file(&cut), None, "").unwrap_err();
         assert!(matches!(error, LoadError::Elf { .. }), "{error}");
     }
 
     #[test]
     fn what_does_not_fit_is_refused() {
-        let kernel = file(&tiny_elf(b"\xf4"));
-        let initramfs = tempfile::NamedTempFile::new().unwrap();
-        initramfs.as_file().set_len(64 << 20).unwrap();
-        let error = load(&memory(), kernel.path(), Some(initramfs.path()), "").unwrap_err();
+        let kernel = || file(&tiny_elf(b"\xf4"));
+        let large = tempfile::NamedTempFile::new().unwrap();
+        large.as_file().set_len(64 << 20).unwrap();
+        let initramfs = BootFile::open(large.path()).unwrap();
+        let error = load(&memory(), kernel(), Some(initramfs), "").unwrap_err();
         assert!(
             matches!(error, LoadError::InitramfsTooLarge { .. }),
             "{error}"
         );
-        let error = load(&memory(), kernel.path(), None, &"x".repeat(2048)).unwrap_err();
+        let error = load(&memory(), kernel(), None, &"x".repeat(2048)).unwrap_err();
         assert!(
             matches!(error, LoadError::CmdlineTooLong { length: 2048 }),
             "{error}"
         );
-        let error = load(&memory(), kernel.path(), None, "a\0b").unwrap_err();
+        let error = load(&memory(), kernel(), None, "a\0b").unwrap_err();
         assert!(matches!(error, LoadError::CmdlineNul), "{error}");
     }
 }

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::qcow2::Qcow2;
@@ -237,7 +237,7 @@ fn build_layer(files: ImageFiles) -> Result<FormatAccess<imago::file::File>, Ima
             }
             image.set_data_file(None);
             let (name, backing) = backing.unzip();
-            if name.as_ref() != image.implicit_backing_file().as_deref() {
+            if name.as_ref() != image.implicit_backing_file() {
                 return Err(ImageError::Changed { path });
             }
             image.set_backing(backing.map(|files| build_layer(*files)).transpose()?);

@@ -1,0 +1,81 @@
+//! What a machine needs of the host: everything that is found by a path or a name, or takes a
+//! privilege to open. Opened first, so that the machine can be built, and run, by a process that
+//! has neither paths nor privileges any more.
+//!
+//! Only what must be read to find the next file is read here: what the files hold may be hostile,
+//! and is for [`crate::builder`] to judge.
+
+use std::path::Path;
+
+use kvm_ioctls::Kvm;
+
+use crate::arch::x86_64::boot::BootFile;
+use crate::builder::BuildError;
+use crate::config::{ConfigError, ConsoleMode, SerialConfig, VmConfig};
+use crate::devices::legacy::serial::{BoundedLog, LOG_LIMIT, Output};
+use crate::devices::virtio::block::{Block, ImageFiles};
+use crate::devices::virtio::net::Net;
+use crate::devices::virtio::rng::Rng;
+use crate::devices::virtio::vsock::Vsock;
+use crate::kvm::vm;
+
+/// The open files, sockets and devices of one machine.
+pub struct HostResources {
+    pub(crate) kvm: Kvm,
+    pub(crate) kernel: BootFile,
+    pub(crate) initramfs: Option<BootFile>,
+    /// In the order of the configuration.
+    pub(crate) disks: Vec<ImageFiles>,
+    /// In the order of the configuration. Cards hold a tap and read nothing from it yet.
+    pub(crate) net: Vec<Net>,
+    pub(crate) vsock: Option<Vsock>,
+    pub(crate) rng: Rng,
+    /// `None` if the machine has no serial port.
+    pub(crate) serial: Option<Output>,
+}
+
+impl HostResources {
+    /// Checks `config` and opens all that it names.
+    ///
+    /// # Errors
+    /// The configuration is wrong, or something of the host cannot be used.
+    pub fn open(config: &VmConfig) -> Result<Self, BuildError> {
+        config.validate()?;
+        let payload = &config.payload;
+        Ok(Self {
+            kvm: vm::open()?,
+            kernel: BootFile::open(&payload.kernel)?,
+            initramfs: payload
+                .initramfs
+                .as_deref()
+                .map(BootFile::open)
+                .transpose()?,
+            disks: config
+                .disks
+                .iter()
+                .map(Block::open)
+                .collect::<Result<_, _>>()?,
+            net: config.net.iter().map(Net::new).collect::<Result<_, _>>()?,
+            vsock: config.vsock.as_ref().map(Vsock::new).transpose()?,
+            rng: Rng::new(&config.rng)?,
+            serial: serial_output(&config.serial)?,
+        })
+    }
+}
+
+fn serial_output(config: &SerialConfig) -> Result<Option<Output>, BuildError> {
+    Ok(Some(match (config.mode, &config.file) {
+        (ConsoleMode::Off, _) => return Ok(None),
+        (ConsoleMode::Tty, _) => Output::Stdout,
+        (ConsoleMode::File, Some(path)) => Output::Log(serial_log(path)?),
+        (ConsoleMode::File, None) => return Err(ConfigError::SerialFile.into()),
+        (ConsoleMode::Null, _) => Output::Null,
+    }))
+}
+
+fn serial_log(path: &Path) -> Result<BoundedLog, BuildError> {
+    BoundedLog::create(path, LOG_LIMIT).map_err(|source| BuildError::SerialFile {
+        path: path.to_owned(),
+        source,
+    })
+}
