@@ -11,6 +11,7 @@ use crate::config::{
     BalloonConfig, ConsoleConfig, ConsoleMode, CpusConfig, DiskConfig, ImageType, MemoryConfig,
     NetConfig, PayloadConfig, RngConfig, SerialConfig, VmConfig, VsockConfig,
 };
+use crate::rate_limiter::{RateLimiterConfig, TokenBucketConfig};
 
 /// Boots Linux in a virtual machine of its own.
 ///
@@ -67,10 +68,17 @@ pub struct BootArgs {
     #[arg(long, value_name = "OPTIONS", default_value = "size=512M", value_parser = parse_memory)]
     pub memory: MemoryConfig,
     /// Disk: path=PATH[,readonly=on|off][,image_type=raw|qcow2][,backing_files=on|off]
-    /// [,id=NAME][,serial=TEXT]. May be given several times.
+    /// [,id=NAME][,serial=TEXT][,num_queues=N][,queue_size=N][,direct=on|off][,sparse=on|off]
+    /// and rate limits. May be given several times.
+    ///
+    /// Rate limits, of disks and network cards: bw_size=BYTES,bw_refill_time=MS
+    /// [,bw_one_time_burst=BYTES] for bytes, and ops_size, ops_refill_time, ops_one_time_burst for
+    /// requests or frames.
     #[arg(long = "disk", value_name = "OPTIONS", value_parser = parse_disk)]
     pub disks: Vec<DiskConfig>,
-    /// Network card: tap=NAME[,mac=ADDRESS][,id=NAME]. May be given several times.
+    /// Network card: tap=NAME|fd=N|fd=[N,N...][,mac=ADDRESS][,id=NAME][,num_queues=N][,queue_size=N]
+    /// [,offload_tso=on|off][,offload_ufo=on|off][,offload_csum=on|off] and rate limits. May be
+    /// given several times.
     #[arg(long, value_name = "OPTIONS", value_parser = parse_net)]
     pub net: Vec<NetConfig>,
     /// Socket device: cid=N,socket=PATH.
@@ -149,7 +157,11 @@ impl EventTarget {
     }
 }
 
-/// `key=value` pairs separated by commas, of which each key may come once.
+const BANDWIDTH_KEYS: [&str; 3] = ["bw_size", "bw_one_time_burst", "bw_refill_time"];
+const OPS_KEYS: [&str; 3] = ["ops_size", "ops_one_time_burst", "ops_refill_time"];
+
+/// `key=value` pairs separated by commas, of which each key may come once. The commas of a list in
+/// brackets belong to the value.
 struct Options<'a> {
     pairs: Vec<(&'a str, &'a str)>,
 }
@@ -157,7 +169,12 @@ struct Options<'a> {
 impl<'a> Options<'a> {
     fn parse(text: &'a str, known: &[&str]) -> Result<Self, String> {
         let mut pairs: Vec<(&str, &str)> = Vec::new();
-        for part in text.split(',') {
+        let mut in_list = false;
+        let separator = |character| {
+            in_list = (in_list || character == '[') && character != ']';
+            character == ',' && !in_list
+        };
+        for part in text.split(separator) {
             let (key, value) = part
                 .split_once('=')
                 .ok_or_else(|| format!("expected key=value, found {part:?}"))?;
@@ -173,6 +190,31 @@ impl<'a> Options<'a> {
             pairs.push((key, value));
         }
         Ok(Self { pairs })
+    }
+
+    /// As [`parse`](Self::parse), with the keys of rate limits besides.
+    fn parse_limited(text: &'a str, known: &[&str]) -> Result<Self, String> {
+        Self::parse(text, &[known, &BANDWIDTH_KEYS, &OPS_KEYS].concat())
+    }
+
+    fn rate_limits(&self) -> Result<Option<RateLimiterConfig>, String> {
+        let bandwidth = self.token_bucket(BANDWIDTH_KEYS)?;
+        let ops = self.token_bucket(OPS_KEYS)?;
+        Ok((bandwidth.is_some() || ops.is_some()).then_some(RateLimiterConfig { bandwidth, ops }))
+    }
+
+    fn token_bucket(&self, keys: [&str; 3]) -> Result<Option<TokenBucketConfig>, String> {
+        let [size, burst, refill_time] = keys;
+        let one_time_burst = self.get(burst)?;
+        match (self.get(size)?, self.get(refill_time)?) {
+            (Some(size), Some(refill_time)) => Ok(Some(TokenBucketConfig {
+                size,
+                one_time_burst,
+                refill_time,
+            })),
+            (None, None) if one_time_burst.is_none() => Ok(None),
+            _ => Err(format!("a limit needs both {size} and {refill_time}")),
+        }
     }
 
     fn text(&self, key: &str) -> Option<&'a str> {
@@ -246,11 +288,15 @@ fn parse_disk(text: &str) -> Result<DiskConfig, String> {
         "backing_files",
         "id",
         "serial",
+        "num_queues",
+        "queue_size",
+        "direct",
+        "sparse",
     ];
-    let options = Options::parse(text, &known)?;
+    let options = Options::parse_limited(text, &known)?;
+    let default = DiskConfig::new(options.required("path")?);
     Ok(DiskConfig {
         id: options.text("id").map(str::to_owned),
-        path: options.required("path")?.into(),
         readonly: options.switch("readonly", false)?,
         image_type: match options.text("image_type") {
             None | Some("raw") => ImageType::Raw,
@@ -259,16 +305,57 @@ fn parse_disk(text: &str) -> Result<DiskConfig, String> {
         },
         backing_files: options.switch("backing_files", false)?,
         serial: options.text("serial").map(str::to_owned),
+        num_queues: options.get("num_queues")?.unwrap_or(default.num_queues),
+        queue_size: options.get("queue_size")?.unwrap_or(default.queue_size),
+        direct: options.switch("direct", default.direct)?,
+        sparse: options.switch("sparse", default.sparse)?,
+        rate_limiter_config: options.rate_limits()?,
+        ..default
     })
 }
 
 fn parse_net(text: &str) -> Result<NetConfig, String> {
-    let options = Options::parse(text, &["tap", "mac", "id"])?;
+    let known = [
+        "tap",
+        "fd",
+        "mac",
+        "id",
+        "num_queues",
+        "queue_size",
+        "offload_tso",
+        "offload_ufo",
+        "offload_csum",
+    ];
+    let options = Options::parse_limited(text, &known)?;
+    let default = NetConfig::default();
     Ok(NetConfig {
         id: options.text("id").map(str::to_owned),
-        tap: options.required("tap")?.to_owned(),
+        tap: options.text("tap").map(str::to_owned),
+        fds: options.text("fd").map(parse_descriptors).transpose()?,
         mac: options.get("mac")?,
+        num_queues: options.get("num_queues")?.unwrap_or(default.num_queues),
+        queue_size: options.get("queue_size")?.unwrap_or(default.queue_size),
+        offload_tso: options.switch("offload_tso", default.offload_tso)?,
+        offload_ufo: options.switch("offload_ufo", default.offload_ufo)?,
+        offload_csum: options.switch("offload_csum", default.offload_csum)?,
+        rate_limiter_config: options.rate_limits()?,
     })
+}
+
+/// One descriptor that the VMM inherited, or a list of them in brackets.
+fn parse_descriptors(text: &str) -> Result<Vec<RawFd>, String> {
+    let list = text
+        .strip_prefix('[')
+        .and_then(|list| list.strip_suffix(']'))
+        .unwrap_or(text);
+    list.split(',')
+        .map(|fd| match fd.parse() {
+            Ok(fd @ 3..) => Ok(fd),
+            _ => Err(format!(
+                "fd={text}: expected a number above 2, or several as in [3,4]"
+            )),
+        })
+        .collect()
 }
 
 fn parse_vsock(text: &str) -> Result<VsockConfig, String> {
@@ -380,6 +467,50 @@ mod tests {
     }
 
     #[test]
+    fn queues_limits_and_descriptors_are_those_of_cloud_hypervisor() {
+        let cli = parse(
+            "--kernel k --net fd=[5,6],num_queues=4,queue_size=64,offload_tso=off,ops_size=10,\
+             ops_refill_time=1000 --disk path=a,num_queues=2,queue_size=32,direct=on,sparse=off,\
+             bw_size=4096,bw_one_time_burst=8192,bw_refill_time=100",
+        )
+        .unwrap();
+        let [card] = &cli.boot.net[..] else {
+            panic!("one card");
+        };
+        let bucket = |size, one_time_burst, refill_time| {
+            Some(TokenBucketConfig {
+                size,
+                one_time_burst,
+                refill_time,
+            })
+        };
+        let expected = NetConfig {
+            fds: Some(vec![5, 6]),
+            num_queues: 4,
+            queue_size: 64,
+            offload_tso: false,
+            rate_limiter_config: Some(RateLimiterConfig {
+                bandwidth: None,
+                ops: bucket(10, None, 1000),
+            }),
+            ..NetConfig::default()
+        };
+        assert_eq!(*card, expected);
+        let expected = DiskConfig {
+            num_queues: 2,
+            queue_size: 32,
+            direct: true,
+            sparse: false,
+            rate_limiter_config: Some(RateLimiterConfig {
+                bandwidth: bucket(4096, Some(8192), 100),
+                ops: None,
+            }),
+            ..DiskConfig::new("a")
+        };
+        assert_eq!(cli.boot.disks[0], expected);
+    }
+
+    #[test]
     fn mistakes_are_named() {
         for (arguments, named) in [
             ("--kernel k --cpus boots=4", "known are boot, max"),
@@ -393,6 +524,11 @@ mod tests {
                 "--kernel k --net tap=t,mac=01:00:5e:00:00:01",
                 "group address",
             ),
+            ("--kernel k --net fd=2", "above 2"),
+            ("--kernel k --net fd=[3,x]", "[3,4]"),
+            ("--kernel k --net tap=t,num_queues=-2", "num_queues=-2"),
+            ("--kernel k --disk path=a,bw_size=1", "bw_refill_time"),
+            ("--kernel k --disk path=a,ops_one_time_burst=1", "ops_size"),
             ("--kernel k --vsock socket=/s", "cid is missing"),
             ("--kernel k --balloon deflate_on_oom=on", "size is missing"),
             ("--kernel k --serial printer", "expected tty"),

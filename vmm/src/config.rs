@@ -2,10 +2,13 @@
 //! has the hardware.
 
 use std::fmt;
+use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+
+use crate::rate_limiter::RateLimiterConfig;
 
 /// A virtual machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,6 +67,90 @@ pub struct DiskConfig {
     /// Serial number that the guest reads, at most 20 bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<String>,
+    /// Request queues, 1 to [`MAX_DISK_QUEUES`].
+    #[serde(default = "one_queue")]
+    pub num_queues: u16,
+    /// Descriptors of each queue: a power of two, [`MIN_QUEUE_SIZE`] to [`MAX_QUEUE_SIZE`].
+    #[serde(default = "default_disk_queue_size")]
+    pub queue_size: u16,
+    /// Past the page cache of the host (`O_DIRECT`).
+    #[serde(default)]
+    pub direct: bool,
+    /// What the guest discards is given back to the host.
+    #[serde(default = "yes")]
+    pub sparse: bool,
+    /// Limits for all queues together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter_config: Option<RateLimiterConfig>,
+}
+
+impl DiskConfig {
+    /// The disk in the raw image at `path`, with the defaults of everything else.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self {
+            id: None,
+            path: path.into(),
+            readonly: false,
+            image_type: ImageType::default(),
+            backing_files: false,
+            serial: None,
+            num_queues: one_queue(),
+            queue_size: default_disk_queue_size(),
+            direct: false,
+            sparse: true,
+            rate_limiter_config: None,
+        }
+    }
+
+    fn validate(&self) -> Result<(), ConfigError> {
+        if let Some(serial) = self.serial.as_ref().filter(|serial| serial.len() > 20) {
+            return Err(ConfigError::DiskSerial {
+                serial: serial.clone(),
+            });
+        }
+        if !(1..=MAX_DISK_QUEUES).contains(&self.num_queues) {
+            return Err(ConfigError::DiskQueues {
+                asked: self.num_queues,
+            });
+        }
+        validate_queue_size(self.queue_size)
+    }
+}
+
+/// The most queues of one disk.
+pub const MAX_DISK_QUEUES: u16 = 16;
+
+/// The most queues of one network card: eight pairs.
+pub const MAX_NET_QUEUES: u16 = 16;
+
+/// The fewest descriptors of a queue, enough for a request in several pieces.
+pub const MIN_QUEUE_SIZE: u16 = 16;
+
+/// The most descriptors of a queue. They bound what one guest can have under way.
+pub const MAX_QUEUE_SIZE: u16 = 1024;
+
+fn one_queue() -> u16 {
+    1
+}
+
+fn default_disk_queue_size() -> u16 {
+    128
+}
+
+fn one_queue_pair() -> u16 {
+    2
+}
+
+fn default_net_queue_size() -> u16 {
+    256
+}
+
+fn validate_queue_size(size: u16) -> Result<(), ConfigError> {
+    if (MIN_QUEUE_SIZE..=MAX_QUEUE_SIZE).contains(&size) && size.is_power_of_two() {
+        Ok(())
+    } else {
+        Err(ConfigError::QueueSize { size })
+    }
 }
 
 /// A network card, backed by a tap.
@@ -73,11 +160,75 @@ pub struct NetConfig {
     /// Name of the device in the API and in events.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
-    /// Name of an existing tap of the host.
-    pub tap: String,
+    /// Name of an existing tap of the host. Either this or `fds` is given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tap: Option<String>,
+    /// Open descriptors of a tap with the flags `IFF_NO_PI` and `IFF_VNET_HDR`, one a queue pair.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fds: Option<Vec<RawFd>>,
     /// Address of the guest's card; a random locally administered one if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<MacAddress>,
+    /// Queues for frames, two for each pair: an even number, 2 to [`MAX_NET_QUEUES`]. More than
+    /// one pair needs a tap that was made with several queues.
+    #[serde(default = "one_queue_pair")]
+    pub num_queues: u16,
+    /// Descriptors of each queue: a power of two, [`MIN_QUEUE_SIZE`] to [`MAX_QUEUE_SIZE`].
+    #[serde(default = "default_net_queue_size")]
+    pub queue_size: u16,
+    /// TCP segmentation may be left to the other side, in both directions.
+    #[serde(default = "yes")]
+    pub offload_tso: bool,
+    /// UDP fragmentation may be left to the other side, in both directions, if the host can.
+    #[serde(default = "yes")]
+    pub offload_ufo: bool,
+    /// Checksums may be left to the other side, in both directions. Segmentation needs it.
+    #[serde(default = "yes")]
+    pub offload_csum: bool,
+    /// Limits for each direction, all queues together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter_config: Option<RateLimiterConfig>,
+}
+
+impl Default for NetConfig {
+    fn default() -> Self {
+        Self {
+            id: None,
+            tap: None,
+            fds: None,
+            mac: None,
+            num_queues: one_queue_pair(),
+            queue_size: default_net_queue_size(),
+            offload_tso: true,
+            offload_ufo: true,
+            offload_csum: true,
+            rate_limiter_config: None,
+        }
+    }
+}
+
+impl NetConfig {
+    /// How many pairs of queues the card has.
+    pub fn queue_pairs(&self) -> usize {
+        usize::from(self.num_queues / 2)
+    }
+
+    fn validate(&self) -> Result<(), ConfigError> {
+        let queues = self.num_queues;
+        if !(2..=MAX_NET_QUEUES).contains(&queues) || !queues.is_multiple_of(2) {
+            return Err(ConfigError::NetQueues { asked: queues });
+        }
+        validate_queue_size(self.queue_size)?;
+        match (&self.tap, &self.fds) {
+            (Some(_), None) => Ok(()),
+            (None, Some(fds)) if fds.len() == self.queue_pairs() => Ok(()),
+            (None, Some(fds)) => Err(ConfigError::TapDescriptors {
+                given: fds.len(),
+                pairs: self.queue_pairs(),
+            }),
+            _ => Err(ConfigError::Tap),
+        }
+    }
 }
 
 /// The socket device and its socket on the host.
@@ -376,6 +527,39 @@ pub enum ConfigError {
         /// The serial number.
         serial: String,
     },
+    /// Bad number of queues of a disk.
+    #[error("a disk with {asked} queues asked for; one has 1 to {MAX_DISK_QUEUES}")]
+    DiskQueues {
+        /// The number asked for.
+        asked: u16,
+    },
+    /// Bad number of queues of a card.
+    #[error(
+        "a network card with {asked} queues asked for; one has two for each pair, 2 to {MAX_NET_QUEUES}"
+    )]
+    NetQueues {
+        /// The number asked for.
+        asked: u16,
+    },
+    /// Bad queue size.
+    #[error(
+        "queue_size {size} asked for; expected a power of two, {MIN_QUEUE_SIZE} to {MAX_QUEUE_SIZE}"
+    )]
+    QueueSize {
+        /// The size asked for.
+        size: u16,
+    },
+    /// No tap, or two ways to one.
+    #[error("a network card needs either the name of its tap or its open descriptors")]
+    Tap,
+    /// Too few or too many descriptors.
+    #[error("{given} descriptors of a tap for {pairs} pairs of queues; expected one for each pair")]
+    TapDescriptors {
+        /// How many were given.
+        given: usize,
+        /// How many pairs there are.
+        pairs: usize,
+    },
     /// Reserved vsock address.
     #[error("vsock cid {cid} is reserved; a guest's is 3 to 4294967294")]
     Cid {
@@ -435,11 +619,10 @@ impl VmConfig {
         }
         for disk in &self.disks {
             readable("disk", &disk.path)?;
-            if let Some(serial) = disk.serial.as_ref().filter(|serial| serial.len() > 20) {
-                return Err(ConfigError::DiskSerial {
-                    serial: serial.clone(),
-                });
-            }
+            disk.validate()?;
+        }
+        for card in &self.net {
+            card.validate()?;
         }
         if let Some(vsock) = &self.vsock
             && (vsock.cid < 3 || vsock.cid == u32::MAX)
@@ -472,4 +655,81 @@ fn readable(what: &'static str, path: &Path) -> Result<(), ConfigError> {
             path: path.to_owned(),
             source,
         })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_out_has_its_default() {
+        let disk: DiskConfig = serde_json::from_str(r#"{"path":"/disk.raw"}"#).unwrap();
+        assert_eq!(disk, DiskConfig::new("/disk.raw"));
+        let card: NetConfig = serde_json::from_str(r#"{"tap":"tap0"}"#).unwrap();
+        let expected = NetConfig {
+            tap: Some("tap0".to_owned()),
+            ..NetConfig::default()
+        };
+        assert_eq!(card, expected);
+        assert!(card.validate().is_ok());
+    }
+
+    #[test]
+    fn disks_that_cannot_be_are_refused() {
+        let disk = || DiskConfig::new("/disk.raw");
+        assert!(disk().validate().is_ok());
+        for num_queues in [0, 17, u16::MAX] {
+            let disk = DiskConfig {
+                num_queues,
+                ..disk()
+            };
+            assert!(matches!(
+                disk.validate(),
+                Err(ConfigError::DiskQueues { .. })
+            ));
+        }
+        for queue_size in [0, 8, 100, 2048, 1 << 15] {
+            let disk = DiskConfig {
+                queue_size,
+                ..disk()
+            };
+            assert!(matches!(
+                disk.validate(),
+                Err(ConfigError::QueueSize { .. })
+            ));
+        }
+    }
+
+    #[test]
+    fn cards_that_cannot_be_are_refused() {
+        let tap = || Some("tap0".to_owned());
+        for num_queues in [0, 1, 3, 18] {
+            let card = NetConfig {
+                tap: tap(),
+                num_queues,
+                ..NetConfig::default()
+            };
+            assert!(matches!(
+                card.validate(),
+                Err(ConfigError::NetQueues { .. })
+            ));
+        }
+        for (tap, fds) in [(None, None), (tap(), Some(vec![3]))] {
+            let card = NetConfig {
+                tap,
+                fds,
+                ..NetConfig::default()
+            };
+            assert!(matches!(card.validate(), Err(ConfigError::Tap)));
+        }
+        let card = NetConfig {
+            fds: Some(vec![3]),
+            num_queues: 4,
+            ..NetConfig::default()
+        };
+        assert!(matches!(
+            card.validate(),
+            Err(ConfigError::TapDescriptors { given: 1, pairs: 2 })
+        ));
+    }
 }

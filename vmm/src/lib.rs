@@ -15,6 +15,7 @@ pub mod exit;
 pub mod kvm;
 pub mod machine;
 pub mod memory;
+pub mod rate_limiter;
 pub mod resources;
 pub mod signals;
 pub mod terminal;

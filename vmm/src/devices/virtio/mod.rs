@@ -20,7 +20,7 @@ pub mod net;
 pub mod queue;
 pub mod rng;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 #[cfg(test)]
 mod transport_tests;
 pub mod vsock;

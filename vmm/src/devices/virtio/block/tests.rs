@@ -34,14 +34,7 @@ struct Machine {
 }
 
 fn config(path: &Path) -> DiskConfig {
-    DiskConfig {
-        id: None,
-        path: path.to_owned(),
-        readonly: false,
-        image_type: ImageType::Raw,
-        backing_files: false,
-        serial: None,
-    }
+    DiskConfig::new(path)
 }
 
 /// Opens a disk that no other test uses. A lock of this process outlives its file for as long as

@@ -104,8 +104,9 @@ impl Net {
     /// # Errors
     /// The tap does not exist or cannot be used.
     pub fn new(config: &NetConfig) -> Result<Self, NetError> {
-        let tap = Tap::open(&config.tap).map_err(|source| NetError::Tap {
-            name: config.id.clone().unwrap_or_else(|| config.tap.clone()),
+        let tap = config.tap.as_deref().unwrap_or_default();
+        let tap = Tap::open(tap).map_err(|source| NetError::Tap {
+            name: config.id.clone().unwrap_or_else(|| tap.to_owned()),
             source,
         })?;
         Self::with_tap(tap, config.mac)

@@ -56,9 +56,8 @@ fn carry_frames() {
     drop(maker);
     let host = bring_up("tap0");
     let mut net = Net::new(&NetConfig {
-        id: None,
-        tap: "tap0".to_owned(),
-        mac: None,
+        tap: Some("tap0".to_owned()),
+        ..NetConfig::default()
     })
     .unwrap();
     let offered = net.features();
