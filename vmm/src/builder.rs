@@ -24,6 +24,7 @@ use crate::devices::legacy::pvpanic::PanicPort;
 use crate::devices::legacy::serial::{Output, SerialInput, SerialPort};
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::{Block, BlockError};
+use crate::devices::virtio::mem::Mem;
 use crate::devices::virtio::net::NetError;
 use crate::devices::virtio::rng::RngError;
 use crate::devices::virtio::vsock::VsockError;
@@ -120,7 +121,15 @@ pub fn build_for_boot(
     event_loop.add_subscriber(Box::new(ExitWatch(exit.clone())));
     event_loop.add_subscriber(Box::new(Signals::new(exit.clone())?));
 
-    let memory = memory::allocate(config.memory.size, config.memory.thp)?;
+    let ram = memory::allocate(config.memory.size, config.memory.thp)?;
+    let (memory, pluggable) = match config.memory.hotplug_size {
+        None | Some(0) => (ram.clone(), None),
+        Some(size) => {
+            let (memory, start) = memory::with_pluggable_region(&ram, size, config.memory.thp)?;
+            let plugged = config.memory.hotplugged_size.unwrap_or(0);
+            (memory, Some(Mem::new(start, size, plugged)))
+        }
+    };
     let vm = Vm::new(host.kvm, memory.clone())?;
     let vcpus = vm.create_vcpus(config.cpus.boot_vcpus)?;
     tracing::info!(
@@ -159,6 +168,9 @@ pub fn build_for_boot(
         let balloon = Balloon::new(balloon, config.memory.size);
         devices.add_virtio("balloon".to_owned(), balloon)?;
     }
+    if let Some(mem) = pluggable {
+        devices.add_virtio("mem".to_owned(), mem)?;
+    }
     let DeviceBuilder {
         buses,
         virtio,
@@ -168,8 +180,9 @@ pub fn build_for_boot(
     let generation_irqfd = eventfd()?;
     vm.register_irqfd(&generation_irqfd, GED_GSI)?;
 
+    // The kernel is told of the RAM alone; what is plugged in, its driver finds.
     let cmdline = config.payload.cmdline.as_deref().unwrap_or_default();
-    let entry = boot::load(&memory, host.kernel, host.initramfs, cmdline)?;
+    let entry = boot::load(&ram, host.kernel, host.initramfs, cmdline)?;
     let has_serial = config.serial.mode != ConsoleMode::Off;
     acpi::write_tables(&memory, config.cpus.boot_vcpus, has_serial, &virtio)?;
     regs::write_boot_tables(&memory).map_err(LoadError::Memory)?;

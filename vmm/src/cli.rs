@@ -8,8 +8,8 @@ use std::str::FromStr;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::{
-    BalloonConfig, ConsoleConfig, ConsoleMode, CpusConfig, DiskConfig, ImageType, MemoryConfig,
-    NetConfig, PayloadConfig, RngConfig, SerialConfig, VmConfig, VsockConfig,
+    BalloonConfig, ConsoleConfig, ConsoleMode, CpusConfig, DiskConfig, HotplugMethod, ImageType,
+    MemoryConfig, NetConfig, PayloadConfig, RngConfig, SerialConfig, VmConfig, VsockConfig,
 };
 use crate::rate_limiter::{RateLimiterConfig, TokenBucketConfig};
 
@@ -64,7 +64,9 @@ pub struct BootArgs {
     /// vCPUs: boot=N[,max=N], 1 to 32.
     #[arg(long, value_name = "OPTIONS", default_value = "boot=1", value_parser = parse_cpus)]
     pub cpus: CpusConfig,
-    /// RAM: size=N[K|M|G], in steps of 1 MiB [,thp=on|off: huge pages, on by default].
+    /// RAM: size=N[K|M|G], in steps of 1 MiB [,thp=on|off: huge pages, on by default]
+    /// [,hotplug_method=virtio-mem,hotplug_size=N: what can be plugged in later, in steps of
+    /// 128 MiB[,hotplugged_size=N: what of it is plugged in at once]].
     #[arg(long, value_name = "OPTIONS", default_value = "size=512M", value_parser = parse_memory)]
     pub memory: MemoryConfig,
     /// Disk: path=PATH[,readonly=on|off][,image_type=raw|qcow2][,backing_files=on|off]
@@ -258,10 +260,31 @@ fn parse_cpus(text: &str) -> Result<CpusConfig, String> {
 }
 
 fn parse_memory(text: &str) -> Result<MemoryConfig, String> {
-    let options = Options::parse(text, &["size", "thp"])?;
+    let known = [
+        "size",
+        "thp",
+        "hotplug_method",
+        "hotplug_size",
+        "hotplugged_size",
+    ];
+    let options = Options::parse(text, &known)?;
     Ok(MemoryConfig {
         size: parse_size(options.required("size")?)?,
         thp: options.switch("thp", true)?,
+        hotplug_method: match options.text("hotplug_method") {
+            None | Some("acpi") => HotplugMethod::Acpi,
+            Some("virtio-mem") => HotplugMethod::VirtioMem,
+            Some(other) => {
+                return Err(format!(
+                    "hotplug_method={other}: expected acpi or virtio-mem"
+                ));
+            }
+        },
+        hotplug_size: options.text("hotplug_size").map(parse_size).transpose()?,
+        hotplugged_size: options
+            .text("hotplugged_size")
+            .map(parse_size)
+            .transpose()?,
     })
 }
 
@@ -434,7 +457,8 @@ mod tests {
     #[test]
     fn flags_become_a_configuration() {
         let cli = parse(
-            "--kernel k --initramfs i --cpus boot=4 --memory size=1G \
+            "--kernel k --initramfs i --cpus boot=4 \
+             --memory size=1G,hotplug_method=virtio-mem,hotplug_size=2G,hotplugged_size=512M \
              --disk path=a.qcow2,image_type=qcow2,backing_files=on --disk path=b,readonly=on \
              --net tap=tap0,mac=52:54:00:12:34:56 --vsock cid=3,socket=/s --serial file=log \
              --balloon size=64M,free_page_reporting=on --event-monitor fd=5",
@@ -448,7 +472,14 @@ mod tests {
                 max_vcpus: 4
             }
         );
-        assert_eq!(config.memory.size, 1 << 30);
+        let expected = MemoryConfig {
+            size: 1 << 30,
+            thp: true,
+            hotplug_method: HotplugMethod::VirtioMem,
+            hotplug_size: Some(2 << 30),
+            hotplugged_size: Some(512 << 20),
+        };
+        assert_eq!(config.memory, expected);
         assert_eq!(config.disks[0].image_type, ImageType::Qcow2);
         assert!(config.disks[0].backing_files && !config.disks[0].readonly);
         assert!(config.disks[1].readonly);
@@ -516,6 +547,10 @@ mod tests {
             ("--kernel k --cpus boots=4", "known are boot, max"),
             ("--kernel k --cpus boot=300", "boot=300"),
             ("--kernel k --memory size=much", "512M"),
+            (
+                "--kernel k --memory size=1G,hotplug_method=dimm",
+                "acpi or virtio-mem",
+            ),
             ("--kernel k --memory size=99999999999G", "no size"),
             ("--kernel k --disk readonly=on", "path is missing"),
             ("--kernel k --disk path=a,path=b", "twice"),

@@ -8,6 +8,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::devices::virtio::mem::BLOCK_SIZE;
 use crate::rate_limiter::RateLimiterConfig;
 
 /// A virtual machine.
@@ -273,7 +274,30 @@ pub struct MemoryConfig {
     /// Whether the host shall back it by transparent huge pages.
     #[serde(default = "yes")]
     pub thp: bool,
+    /// How memory is plugged in while the machine runs.
+    #[serde(default)]
+    pub hotplug_method: HotplugMethod,
+    /// How much memory can be plugged in, in bytes, a multiple of [`HOTPLUG_UNIT`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hotplug_size: Option<u64>,
+    /// How much of it the guest shall plug in as soon as it can, in bytes, a multiple of
+    /// [`BLOCK_SIZE`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hotplugged_size: Option<u64>,
 }
+
+/// How memory is plugged in while the machine runs.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum HotplugMethod {
+    /// As memory modules. The default of the API, and not for a machine with memory to plug in.
+    #[default]
+    Acpi,
+    /// By a virtio memory device.
+    VirtioMem,
+}
+
+/// What Linux adds and removes as a whole, in machines with up to 64 GiB: 128 MiB.
+pub const HOTPLUG_UNIT: u64 = 128 << 20;
 
 /// The least RAM that a Linux guest with an initramfs boots in.
 pub const MIN_MEMORY: u64 = 64 << 20;
@@ -291,6 +315,9 @@ impl Default for MemoryConfig {
         Self {
             size: 512 << 20,
             thp: true,
+            hotplug_method: HotplugMethod::default(),
+            hotplug_size: None,
+            hotplugged_size: None,
         }
     }
 }
@@ -503,6 +530,35 @@ pub enum ConfigError {
         /// The size asked for, in bytes.
         size: u64,
     },
+    /// Memory to plug in, and no way to.
+    #[error(
+        "memory hotplug_method Acpi: this VMM has no memory modules to plug in; use VirtioMem \
+         (virtio-mem on the command line)"
+    )]
+    HotplugMethod,
+    /// Bad size of what can be plugged in.
+    #[error(
+        "memory hotplug_size {size}: a machine has up to {} GiB of memory in all, and what can \
+         be plugged in comes in steps of {} MiB",
+        MAX_MEMORY >> 30,
+        HOTPLUG_UNIT >> 20
+    )]
+    HotplugSize {
+        /// The size asked for, in bytes.
+        size: u64,
+    },
+    /// Bad size of what is plugged in at the start.
+    #[error(
+        "memory hotplugged_size {size}: possible are up to hotplug_size ({limit}) bytes, in steps \
+         of {} MiB",
+        BLOCK_SIZE >> 20
+    )]
+    HotpluggedSize {
+        /// The size asked for, in bytes.
+        size: u64,
+        /// How much can be plugged in, in bytes.
+        limit: u64,
+    },
     /// The balloon is larger than the memory.
     #[error("a balloon of {size} bytes asked for; the machine has {memory} bytes of memory")]
     Balloon {
@@ -607,6 +663,7 @@ impl VmConfig {
         if !(MIN_MEMORY..=MAX_MEMORY).contains(&size) || !size.is_multiple_of(1 << 20) {
             return Err(ConfigError::Memory { size });
         }
+        self.memory.validate_hotplug()?;
         if let Some(balloon) = self.balloon.filter(|balloon| balloon.size > size) {
             return Err(ConfigError::Balloon {
                 size: balloon.size,
@@ -634,6 +691,26 @@ impl VmConfig {
         }
         if self.console.mode != ConsoleMode::Off {
             return Err(ConfigError::Console);
+        }
+        Ok(())
+    }
+}
+
+impl MemoryConfig {
+    fn validate_hotplug(&self) -> Result<(), ConfigError> {
+        let size = self.hotplug_size.unwrap_or(0);
+        if size > MAX_MEMORY - self.size || !size.is_multiple_of(HOTPLUG_UNIT) {
+            return Err(ConfigError::HotplugSize { size });
+        }
+        if size > 0 && self.hotplug_method == HotplugMethod::Acpi {
+            return Err(ConfigError::HotplugMethod);
+        }
+        let plugged = self.hotplugged_size.unwrap_or(0);
+        if plugged > size || !plugged.is_multiple_of(BLOCK_SIZE) {
+            return Err(ConfigError::HotpluggedSize {
+                size: plugged,
+                limit: size,
+            });
         }
         Ok(())
     }
@@ -731,5 +808,37 @@ mod tests {
             card.validate(),
             Err(ConfigError::TapDescriptors { given: 1, pairs: 2 })
         ));
+    }
+
+    #[test]
+    fn memory_to_plug_in_has_a_method_and_whole_units() {
+        let check = |method, size, plugged| {
+            let memory = MemoryConfig {
+                hotplug_method: method,
+                hotplug_size: size,
+                hotplugged_size: plugged,
+                ..Default::default()
+            };
+            memory.validate_hotplug()
+        };
+        use HotplugMethod::{Acpi, VirtioMem};
+        check(Acpi, None, None).unwrap();
+        check(VirtioMem, Some(1 << 30), None).unwrap();
+        check(VirtioMem, Some(1 << 30), Some(6 << 20)).unwrap();
+
+        let refused = check(Acpi, Some(1 << 30), None);
+        assert!(matches!(refused, Err(ConfigError::HotplugMethod)));
+        for size in [1 << 20, MAX_MEMORY, u64::MAX] {
+            let refused = check(VirtioMem, Some(size), None);
+            assert!(matches!(refused, Err(ConfigError::HotplugSize { .. })));
+        }
+        for (size, plugged) in [
+            (None, 2 << 20),
+            (Some(1 << 30), 1 << 31),
+            (Some(1 << 30), 1),
+        ] {
+            let refused = check(VirtioMem, size, Some(plugged));
+            assert!(matches!(refused, Err(ConfigError::HotpluggedSize { .. })));
+        }
     }
 }

@@ -6,9 +6,10 @@ pub mod testing;
 
 use std::io;
 use std::ptr;
+use std::sync::Arc;
 
 use vm_memory::mmap::{FromRangesError, MmapRegion};
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap};
 
 use crate::arch::x86_64::layout::{DEVICE_AREA_END, DEVICE_AREA_START};
 
@@ -52,6 +53,31 @@ pub fn allocate(size: u64, huge_pages: bool) -> Result<GuestMemory, AllocateErro
         .map(|(start, size)| map_region(start, size, huge_pages))
         .collect::<Result<Vec<_>, _>>()?;
     GuestMemory::from_regions(regions).map_err(address_space)
+}
+
+/// Alignment of the region for memory that is plugged in later: a multiple of the blocks in
+/// which Linux adds memory, which are 128 MiB to 2 GiB by the size of the machine.
+const PLUGGABLE_ALIGNMENT: u64 = 2 << 30;
+
+/// The guest's memory with a region of `size` more bytes behind `ram` and above the 32-bit device
+/// area, and where that region starts. The memory of `ram` is shared.
+///
+/// # Errors
+/// The host refuses the mapping.
+pub fn with_pluggable_region(
+    ram: &GuestMemory,
+    size: u64,
+    huge_pages: bool,
+) -> Result<(GuestMemory, GuestAddress), AllocateError> {
+    let start = ram
+        .last_addr()
+        .max(DEVICE_AREA_END)
+        .raw_value()
+        .next_multiple_of(PLUGGABLE_ALIGNMENT);
+    let start = GuestAddress(start);
+    let region = map_region(start, size as usize, huge_pages)?;
+    let memory = ram.insert_region(Arc::new(region)).map_err(address_space)?;
+    Ok((memory, start))
 }
 
 /// Where `size` bytes of RAM lie: from 0 up to the 32-bit device area, and above it.
@@ -110,7 +136,7 @@ fn address_space(error: impl Into<FromRangesError>) -> AllocateError {
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::{Bytes, GuestMemoryBackend};
+    use vm_memory::Bytes;
 
     use super::*;
 
@@ -122,6 +148,19 @@ mod tests {
             ram_regions(5 << 30),
             [(GuestAddress(0), 3 << 30), (GuestAddress(4 << 30), 2 << 30)]
         );
+    }
+
+    #[test]
+    fn the_pluggable_region_lies_behind_all_ram() {
+        for (size, expected) in [(64 << 20, 4 << 30), (3 << 30, 4 << 30), (4 << 30, 6 << 30)] {
+            let ram = allocate(size, false).unwrap();
+            let (memory, start) = with_pluggable_region(&ram, 128 << 20, false).unwrap();
+            assert_eq!(start, GuestAddress(expected));
+            assert_eq!(memory.num_regions(), ram.num_regions() + 1);
+            assert_eq!(memory.last_addr().0, expected + (128 << 20) - 1);
+            memory.write_obj(7_u8, GuestAddress(5)).unwrap();
+            assert_eq!(ram.read_obj::<u8>(GuestAddress(5)).unwrap(), 7);
+        }
     }
 
     #[test]

@@ -15,6 +15,7 @@ pub mod buffers;
 pub mod config_space;
 pub mod control;
 pub mod interrupt;
+pub mod mem;
 pub mod mmio;
 pub mod net;
 pub mod queue;
@@ -50,6 +51,8 @@ pub enum DeviceKind {
     Balloon = 5,
     /// Socket device (5.10).
     Vsock = 19,
+    /// Memory device (5.15).
+    Mem = 24,
 }
 
 /// What a device receives when its driver has set `DRIVER_OK`.
