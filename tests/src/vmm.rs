@@ -100,6 +100,14 @@ impl Machine {
         self
     }
 
+    /// One more parameter on the kernel's command line.
+    #[must_use]
+    pub fn kernel_parameter(mut self, parameter: &str) -> Self {
+        self.cmdline.push(' ');
+        self.cmdline.push_str(parameter);
+        self
+    }
+
     /// The value of `--memory`.
     #[must_use]
     pub fn memory(mut self, memory: &str) -> Self {
