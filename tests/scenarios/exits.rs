@@ -13,7 +13,7 @@ fn power_off_is_status_0() {
     vmm.agent().shut_down(ShutdownAction::Poweroff);
     vmm.expect_end(0, "shutdown");
     let names: Vec<String> = vmm.all_events().into_iter().map(|(name, _)| name).collect();
-    assert_eq!(names, ["booting", "shutdown"]);
+    assert_eq!(names, ["booting", "booted", "shutdown"]);
     assert!(
         !vmm.directory().join("vsock.sock").exists(),
         "the socket is left behind"

@@ -16,7 +16,7 @@ use crate::arch::x86_64::layout::{
     VIRTIO_MMIO_SIZE, VIRTIO_MMIO_START,
 };
 use crate::arch::x86_64::{regs, reset_vector};
-use crate::config::{ConfigError, ConsoleMode, VmConfig};
+use crate::config::{ConfigError, ConsoleMode, MemoryConfig, VmConfig};
 use crate::devices::bus::{BusDevice, OverlapError};
 use crate::devices::legacy::i8042::KeyboardController;
 use crate::devices::legacy::power::PowerRegisters;
@@ -35,10 +35,9 @@ use crate::events::EventStream;
 use crate::exit::ExitSignal;
 use crate::kvm::vcpu::{Buses, VcpuError};
 use crate::kvm::vm::{Vm, VmError};
-use crate::machine::{EventLoop, ExitWatch, Machine};
-use crate::memory::{self, AllocateError, GuestMemory};
+use crate::machine::{self, EventLoop, ExitWatch, Machine};
+use crate::memory::{self, AllocateError, GuestMemory, Ram};
 use crate::resources::HostResources;
-use crate::signals::Signals;
 
 /// Register of virtio-mmio to which a driver writes the index of the queue that it notifies
 /// (virtio 1.2, 4.2.2).
@@ -105,8 +104,6 @@ pub enum BuildError {
 
 /// Builds the machine that `config` describes, ready to boot.
 ///
-/// Blocks SIGINT and SIGTERM for this thread and those it starts: they end the machine in order.
-///
 /// `host` is what `config` names, opened: from here on, no path and no privilege is needed.
 ///
 /// # Errors
@@ -119,17 +116,10 @@ pub fn build_for_boot(
     let exit = ExitSignal::new()?;
     let mut event_loop = EventLoop::new().map_err(BuildError::EventLoop)?;
     event_loop.add_subscriber(Box::new(ExitWatch(exit.clone())));
-    event_loop.add_subscriber(Box::new(Signals::new(exit.clone())?));
 
-    let ram = memory::allocate(config.memory.size, config.memory.thp)?;
-    let (memory, pluggable) = match config.memory.hotplug_size {
-        None | Some(0) => (ram.clone(), None),
-        Some(size) => {
-            let (memory, start) = memory::with_pluggable_region(&ram, size, config.memory.thp)?;
-            let plugged = config.memory.hotplugged_size.unwrap_or(0);
-            (memory, Some(Mem::new(start, size, plugged)))
-        }
-    };
+    // In this order, so that the owner of the memory is dropped after everything that uses it.
+    let (owner, ram, pluggable) = allocate_memory(&config.memory)?;
+    let memory = owner.memory().clone();
     let vm = Vm::new(host.kvm, memory.clone())?;
     let vcpus = vm.create_vcpus(config.cpus.boot_vcpus)?;
     tracing::info!(
@@ -160,16 +150,16 @@ pub fn build_for_boot(
     for (index, (card, net)) in config.net.iter().zip(host.net).enumerate() {
         devices.add_virtio(name(&card.id, "net", index), net)?;
     }
-    if let Some(vsock) = host.vsock {
-        devices.add_virtio("vsock".to_owned(), vsock)?;
+    if let (Some(vsock), Some(device)) = (&config.vsock, host.vsock) {
+        devices.add_virtio(name(&vsock.id, "vsock", 0), device)?;
     }
-    devices.add_virtio("rng".to_owned(), host.rng)?;
+    devices.add_virtio("__rng".to_owned(), host.rng)?;
     if let Some(balloon) = &config.balloon {
         let balloon = Balloon::new(balloon, config.memory.size);
-        devices.add_virtio("balloon".to_owned(), balloon)?;
+        devices.add_virtio("__balloon".to_owned(), balloon)?;
     }
     if let Some(mem) = pluggable {
-        devices.add_virtio("mem".to_owned(), mem)?;
+        devices.add_virtio("__mem".to_owned(), mem)?;
     }
     let DeviceBuilder {
         buses,
@@ -201,14 +191,33 @@ pub fn build_for_boot(
 
     Ok(Machine {
         event_loop,
-        vcpus,
-        devices: handles,
-        _buses: buses,
-        _vm: vm,
-        _generation_irqfd: generation_irqfd,
         exit,
-        events,
+        parts: machine::Parts {
+            vcpus,
+            devices: handles,
+            _buses: buses,
+            _vm: vm,
+            _generation_irqfd: generation_irqfd,
+            ram: owner,
+        },
     })
+}
+
+/// All memory of the machine, the part of it that is there at boot, and the device that plugs in
+/// the rest.
+fn allocate_memory(
+    config: &MemoryConfig,
+) -> Result<(Ram, GuestMemory, Option<Mem>), AllocateError> {
+    let ram = memory::allocate(config.size, config.thp)?;
+    let (memory, pluggable) = match config.hotplug_size {
+        None | Some(0) => (ram.clone(), None),
+        Some(size) => {
+            let (memory, start) = memory::with_pluggable_region(&ram, size, config.thp)?;
+            let plugged = config.hotplugged_size.unwrap_or(0);
+            (memory, Some(Mem::new(start, size, plugged)))
+        }
+    };
+    Ok((Ram::new(memory), ram, pluggable))
 }
 
 fn eventfd() -> io::Result<EventFd> {

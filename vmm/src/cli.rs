@@ -83,7 +83,7 @@ pub struct BootArgs {
     /// given several times.
     #[arg(long, value_name = "OPTIONS", value_parser = parse_net)]
     pub net: Vec<NetConfig>,
-    /// Socket device: cid=N,socket=PATH.
+    /// Socket device: cid=N,socket=PATH[,id=NAME].
     #[arg(long, value_name = "OPTIONS", value_parser = parse_vsock)]
     pub vsock: Option<VsockConfig>,
     /// Entropy source: src=PATH.
@@ -382,9 +382,10 @@ fn parse_descriptors(text: &str) -> Result<Vec<RawFd>, String> {
 }
 
 fn parse_vsock(text: &str) -> Result<VsockConfig, String> {
-    let options = Options::parse(text, &["cid", "socket"])?;
+    let options = Options::parse(text, &["cid", "socket", "id"])?;
     let cid = options.get("cid")?.ok_or("cid is missing")?;
     Ok(VsockConfig {
+        id: options.text("id").map(str::to_owned),
         cid,
         socket: options.required("socket")?.into(),
     })

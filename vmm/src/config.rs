@@ -236,6 +236,9 @@ impl NetConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VsockConfig {
+    /// Name of the device in the API and in events.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
     /// Address of the guest, at least 3 (0 to 2 are reserved).
     pub cid: u32,
     /// UNIX socket that leads to the guest: a client sends `CONNECT <port>\n` and reads

@@ -16,6 +16,14 @@ use crate::exit::ExitReason;
 pub enum Event {
     /// The vCPUs are about to run their first instruction.
     Booting,
+    /// The vCPUs run. Whether the guest's kernel gets anywhere only the guest can tell.
+    Booted,
+    /// The guest has been stopped between two instructions.
+    Paused,
+    /// The guest runs on.
+    Resumed,
+    /// The virtual machine has been removed from the VMM.
+    Deleted,
     /// The guest's driver can no longer use a device and must reset it.
     DeviceError {
         /// Name of the device.

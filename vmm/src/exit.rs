@@ -16,7 +16,7 @@ pub enum ExitReason {
     Panic,
     /// A vCPU could not handle an exception: the processor would reset.
     TripleFault,
-    /// The host asked for the end: a signal, or the escape sequence of the terminal.
+    /// The host asked for the end: a signal, the API, or the escape sequence of the terminal.
     Requested,
     /// The machine cannot go on.
     Error(String),
@@ -49,7 +49,7 @@ impl ExitReason {
     pub fn describe(&self) -> String {
         match self {
             Self::PowerOff => "the guest powered off".to_owned(),
-            Self::Requested => "the host asked the VMM to end".to_owned(),
+            Self::Requested => "the host ended the machine".to_owned(),
             Self::Reboot => "the guest asked for a reboot".to_owned(),
             Self::Panic => "the guest's kernel panicked; its console says why".to_owned(),
             Self::TripleFault => "the guest caused a triple fault".to_owned(),

@@ -1,13 +1,15 @@
 //! A virtual machine monitor for Linux guests on KVM.
 //!
 //! One process runs one microVM. [`config::VmConfig`] describes it, [`builder`] turns the
-//! description into a paused machine, and the [`machine`] then runs until the guest ends it or
-//! the host does.
+//! description into a paused [`machine`], and [`control`] owns that from there until the guest
+//! ends it or the host does.
 
 pub mod arch;
 pub mod builder;
 pub mod cli;
 pub mod config;
+pub mod control;
+pub mod core_dump;
 pub mod devices;
 pub mod doctor;
 pub mod events;

@@ -1,61 +1,161 @@
-//! A built machine: paused until it is run, then running until it ends.
+//! A machine, from built to ended.
+//!
+//! ```text
+//!   Machine ──start──► RunningMachine: paused ◄──pause, resume──► running
+//!                            │                                       │
+//!                            └──stop──► (gone) ◄──guest ends it──────┘
+//! ```
+//!
+//! A started machine has one thread for its devices, the event loop, beside those of its vCPUs.
+//! Whoever owns the [`RunningMachine`] is a third party, so that it may wait for a vCPU that
+//! waits for the event loop.
 
+use std::collections::BTreeMap;
+use std::io;
 use std::sync::Arc;
+use std::thread::{self, JoinHandle};
 
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::devices::virtio::DeviceHandle;
-use crate::events::{Event, EventStream};
+use crate::devices::virtio::{ControlError, Counters, DeviceHandle};
 use crate::exit::{ExitReason, ExitSignal};
-use crate::kvm::vcpu::{Buses, VcpuHandle};
+use crate::kvm::vcpu::{Buses, StoppedError, VcpuHandle};
 use crate::kvm::vm::Vm;
+use crate::memory::{GuestMemory, Ram};
 
 /// The event loop's participants.
-pub type EventLoop = EventManager<Box<dyn MutEventSubscriber>>;
+pub type EventLoop = EventManager<Box<dyn MutEventSubscriber + Send>>;
 
-/// A machine with all its devices, whose vCPUs are paused.
+/// A machine with all its devices, whose vCPUs are paused and whose devices nobody serves yet.
 ///
-/// The order of the fields is the order in which they are dropped: first the event loop, which
-/// frees vCPUs that wait for it; then the vCPUs, whose threads end; then the devices, which
-/// remove what they made on the host; then the virtual machine.
+/// The event loop is dropped first, which frees vCPUs that wait for it.
 pub struct Machine {
     pub(crate) event_loop: EventLoop,
+    pub(crate) exit: ExitSignal,
+    pub(crate) parts: Parts,
+}
+
+/// What a machine consists of besides its event loop, in the order in which it is dropped: first
+/// the vCPUs, whose threads end; then the devices, which remove what they made on the host; then
+/// the virtual machine; and its memory last.
+pub(crate) struct Parts {
     pub(crate) vcpus: Vec<VcpuHandle>,
     pub(crate) devices: Vec<DeviceHandle>,
     pub(crate) _buses: Arc<Buses>,
     pub(crate) _vm: Vm,
     pub(crate) _generation_irqfd: EventFd,
-    pub(crate) exit: ExitSignal,
-    pub(crate) events: EventStream,
+    pub(crate) ram: Ram,
 }
 
 impl Machine {
-    /// The virtio devices in the order of their slots. They answer while the machine runs.
-    pub fn devices(&self) -> &[DeviceHandle] {
-        &self.devices
+    /// Starts the thread that serves the devices. It calls `ended` when the machine has been
+    /// ended, by the guest or through [`RunningMachine::stop`].
+    ///
+    /// # Errors
+    /// The host gives no thread.
+    pub fn start(self, ended: impl FnOnce() + Send + 'static) -> io::Result<RunningMachine> {
+        let Self {
+            mut event_loop,
+            exit,
+            parts,
+        } = self;
+        let watched = exit.clone();
+        let serve = move || {
+            while watched.reason().is_none() {
+                if let Err(error) = event_loop.run() {
+                    watched.end(ExitReason::Error(format!("the event loop failed: {error}")));
+                }
+            }
+            drop(event_loop);
+            ended();
+        };
+        let thread = thread::Builder::new()
+            .name("devices".to_owned())
+            .spawn(serve)?;
+        Ok(RunningMachine {
+            thread: Some(thread),
+            exit,
+            parts,
+        })
+    }
+}
+
+/// A machine whose devices are served. It starts out paused. Dropping it ends it.
+pub struct RunningMachine {
+    /// `None` only while it is dropped.
+    thread: Option<JoinHandle<()>>,
+    exit: ExitSignal,
+    parts: Parts,
+}
+
+impl RunningMachine {
+    /// Lets the guest run: first the devices, so that no vCPU waits for one, then the vCPUs.
+    ///
+    /// # Errors
+    /// The machine has ended.
+    pub fn resume(&self) -> Result<(), StoppedError> {
+        for device in &self.parts.devices {
+            device.resume().map_err(|_| StoppedError)?;
+        }
+        self.parts.vcpus.iter().try_for_each(VcpuHandle::resume)
     }
 
-    /// Runs the machine on this thread until it ends, and returns why it did.
-    pub fn run(mut self) -> ExitReason {
-        self.events.emit(&Event::Booting);
-        for vcpu in &self.vcpus {
-            // A vCPU that ended already has given its reason.
-            let _ = vcpu.resume();
+    /// Stops all vCPUs between two instructions, then the devices: when this returns, nobody
+    /// writes to the guest's memory.
+    ///
+    /// # Errors
+    /// The machine has ended.
+    pub fn pause(&self) -> Result<(), StoppedError> {
+        self.parts.vcpus.iter().try_for_each(VcpuHandle::pause)?;
+        for device in &self.parts.devices {
+            match device.pause() {
+                Ok(()) => {}
+                Err(ControlError::Ended) => return Err(StoppedError),
+                // The device has given up on its driver and told so by an event: it rests.
+                Err(error) => tracing::warn!(device = device.name(), %error, "pause"),
+            }
         }
-        loop {
-            if let Some(reason) = self.exit.reason() {
-                let reason = reason.clone();
-                let events = self.events.clone();
-                drop(self);
-                events.emit(&Event::from(&reason));
-                return reason;
-            }
-            if let Err(error) = self.event_loop.run() {
-                self.exit
-                    .end(ExitReason::Error(format!("the event loop failed: {error}")));
-            }
+        Ok(())
+    }
+
+    /// The vCPUs.
+    pub fn vcpus(&self) -> &[VcpuHandle] {
+        &self.parts.vcpus
+    }
+
+    /// The virtio devices.
+    pub fn devices(&self) -> &[DeviceHandle] {
+        &self.parts.devices
+    }
+
+    /// What each device has counted, by the device's name; nothing of a machine that has ended.
+    pub fn counters(&self) -> BTreeMap<String, Counters> {
+        let devices = self.parts.devices.iter();
+        devices
+            .filter_map(|device| Some((device.name().to_owned(), device.counters().ok()?)))
+            .collect()
+    }
+
+    /// The guest's memory.
+    pub fn memory(&self) -> &GuestMemory {
+        self.parts.ram.memory()
+    }
+
+    /// Ends the machine, unless it has ended, takes it down, and returns why it ended.
+    pub fn stop(self) -> ExitReason {
+        self.exit.end(ExitReason::Requested);
+        self.exit.reason().cloned().unwrap_or(ExitReason::Requested)
+    }
+}
+
+impl Drop for RunningMachine {
+    fn drop(&mut self) {
+        self.exit.end(ExitReason::Requested);
+        if let Some(thread) = self.thread.take() {
+            // A panic of the thread has been reported by the panic hook already.
+            let _ = thread.join();
         }
     }
 }

@@ -6,15 +6,14 @@ use std::time::Instant;
 use clap::Parser;
 use tracing_subscriber::filter::LevelFilter;
 
-use vmm::builder::{self, BuildError};
 use vmm::cli::{BootArgs, Cli, Command};
-use vmm::config::ConsoleMode;
+use vmm::control::request::Fault;
+use vmm::control::{Control, KvmLauncher, OnGuestEnd};
 use vmm::doctor;
 use vmm::error_chain;
 use vmm::events::{Event, EventStream};
 use vmm::exit::ExitReason;
-use vmm::resources::HostResources;
-use vmm::terminal::RawTerminal;
+use vmm::signals::Signals;
 
 const STATUS_FAILED: u8 = 1;
 const STATUS_USAGE: u8 = 2;
@@ -52,35 +51,26 @@ fn boot(args: &BootArgs, start: Instant) -> ExitCode {
         Err(error) => return failure(&format!("--event-monitor: {error}"), STATUS_USAGE),
     };
     let events = EventStream::new(start, sink);
-
-    let built = HostResources::open(&config)
-        .and_then(|host| builder::build_for_boot(&config, host, events.clone()));
-    let machine = match built {
-        Ok(machine) => machine,
-        Err(error) => {
-            let reason = error_chain(&error);
-            events.emit(&Event::from(&ExitReason::Error(reason.clone())));
-            let wrong_config = matches!(error, BuildError::Config(_));
-            return failure(
-                &reason,
-                if wrong_config {
-                    STATUS_USAGE
-                } else {
-                    STATUS_FAILED
-                },
-            );
-        }
+    // Before there is any other thread.
+    let signals = match Signals::new() {
+        Ok(signals) => signals,
+        Err(error) => return failure(&format!("signals: {error}"), STATUS_FAILED),
     };
-    let terminal = if config.serial.mode == ConsoleMode::Tty {
-        match RawTerminal::enter() {
-            Ok(terminal) => terminal,
-            Err(error) => return failure(&format!("terminal: {error}"), STATUS_FAILED),
-        }
-    } else {
-        None
+    let launcher = KvmLauncher::new(events.clone());
+    let mut control = match Control::new(launcher, events.clone(), OnGuestEnd::Exit) {
+        Ok(control) => control,
+        Err(error) => return failure(&format!("eventfd: {error}"), STATUS_FAILED),
     };
-    let reason = machine.run();
-    drop(terminal);
+    if let Err(refusal) = control.create_and_boot(config) {
+        let reason = error_chain(&refusal);
+        events.emit(&Event::from(&ExitReason::Error(reason.clone())));
+        let status = match refusal.fault() {
+            Fault::Failed => STATUS_FAILED,
+            Fault::Request | Fault::Conflict | Fault::NotFound => STATUS_USAGE,
+        };
+        return failure(&reason, status);
+    }
+    let reason = control.run(&signals);
     if reason.status() == 0 {
         ExitCode::SUCCESS
     } else {

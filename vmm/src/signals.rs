@@ -1,18 +1,12 @@
-//! SIGINT and SIGTERM as a descriptor of the event loop: the machine is ended in order.
+//! SIGINT and SIGTERM as a descriptor: the VMM ends in order.
 
 use std::io;
 use std::mem;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use event_manager::{EventOps, Events, MutEventSubscriber};
-use vmm_sys_util::epoll::EventSet;
-
-use crate::exit::{ExitReason, ExitSignal};
-
-/// Ends the machine on SIGINT and SIGTERM.
+/// SIGINT and SIGTERM, which no longer end the process by themselves.
 pub struct Signals {
     fd: OwnedFd,
-    exit: ExitSignal,
 }
 
 impl Signals {
@@ -21,7 +15,7 @@ impl Signals {
     ///
     /// # Errors
     /// The host has no descriptor left.
-    pub fn new(exit: ExitSignal) -> io::Result<Self> {
+    pub fn new() -> io::Result<Self> {
         // SAFETY: a zeroed sigset_t is a valid argument for sigemptyset, which initializes it;
         // every pointer is to a live local variable.
         let fd = unsafe {
@@ -41,20 +35,13 @@ impl Signals {
         }
         // SAFETY: signalfd has just returned this descriptor, and nobody else has it.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        Ok(Self { fd, exit })
+        Ok(Self { fd })
     }
 }
 
-impl MutEventSubscriber for Signals {
-    fn process(&mut self, _events: Events, ops: &mut EventOps) {
-        self.exit.end(ExitReason::Requested);
-        // Level-triggered and left unread: one signal is enough.
-        let _ = ops.remove(Events::empty_raw(self.fd.as_raw_fd()));
-    }
-
-    fn init(&mut self, ops: &mut EventOps) {
-        if let Err(error) = ops.add(Events::new_raw(self.fd.as_raw_fd(), EventSet::IN)) {
-            tracing::error!(%error, "SIGINT and SIGTERM cannot be watched");
-        }
+impl AsFd for Signals {
+    /// Readable once a signal has come. It is left unread: one signal is enough.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 }

@@ -163,6 +163,8 @@ pub struct Buses {
 enum Command {
     Resume,
     Pause,
+    /// Something to do with the vCPU between two instructions.
+    Do(Box<dyn FnOnce(&VcpuFd) + Send>),
 }
 
 /// The owner's hold on a vCPU thread. Dropping it ends the thread.
@@ -196,6 +198,25 @@ impl VcpuHandle {
     /// Its thread has ended.
     pub fn pause(&self) -> Result<(), StoppedError> {
         self.command(Command::Pause)
+    }
+
+    /// Runs `task` with the vCPU on its own thread, between two instructions, and returns what it
+    /// returns. The vCPU stays running or paused as it is.
+    ///
+    /// Not to be called from the event loop, for the same reason as [`pause`](Self::pause).
+    ///
+    /// # Errors
+    /// The thread has ended.
+    pub fn with_fd<T: Send + 'static>(
+        &self,
+        task: impl FnOnce(&VcpuFd) -> T + Send + 'static,
+    ) -> Result<T, StoppedError> {
+        let (send, result) = mpsc::sync_channel(1);
+        self.command(Command::Do(Box::new(move |fd| {
+            // The receiver waits in this very function.
+            let _ = send.send(task(fd));
+        })))?;
+        result.recv().map_err(|_| StoppedError)
     }
 
     fn command(&self, command: Command) -> Result<(), StoppedError> {
@@ -264,9 +285,9 @@ impl Runner {
     /// State Paused: waits for commands. Returns when the thread is to end.
     fn paused(&mut self) {
         while let Ok(command) = self.commands.recv() {
-            // The owner waits for this; if it has gone, so has the channel of commands.
-            let _ = self.acknowledge.send(());
-            if matches!(command, Command::Resume) && !self.running() {
+            let resume = matches!(command, Command::Resume);
+            self.obey(command);
+            if resume && !self.running() {
                 return;
             }
         }
@@ -289,13 +310,23 @@ impl Runner {
                 Err(TryRecvError::Empty) => {}
                 Err(TryRecvError::Disconnected) => return false,
                 Ok(command) => {
-                    let _ = self.acknowledge.send(());
-                    if matches!(command, Command::Pause) {
+                    let pause = matches!(command, Command::Pause);
+                    self.obey(command);
+                    if pause {
                         return true;
                     }
                 }
             }
         }
+    }
+
+    /// Does what a command says besides a change of state, and acknowledges it.
+    fn obey(&self, command: Command) {
+        if let Command::Do(task) = command {
+            task(&self.fd);
+        }
+        // The owner waits for this; if it has gone, so has the channel of commands.
+        let _ = self.acknowledge.send(());
     }
 
     /// Runs the guest until it needs something from user space or is interrupted.

@@ -5,11 +5,13 @@ pub mod discard;
 pub mod testing;
 
 use std::io;
+use std::mem;
 use std::ptr;
 use std::sync::Arc;
 
 use vm_memory::mmap::{FromRangesError, MmapRegion};
-use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{GuestRegionMmap, GuestUsize};
 
 use crate::arch::x86_64::layout::{DEVICE_AREA_END, DEVICE_AREA_START};
 
@@ -43,7 +45,7 @@ pub enum AllocateError {
 /// it; with `huge_pages` in pieces of 2 MiB where the host has them, which costs far fewer exits
 /// and some memory that the guest does not use.
 ///
-/// The mapping stays until the process ends: one process is one machine.
+/// The mapping stays until [`Ram`] takes it back, or the process ends.
 ///
 /// # Errors
 /// The host refuses the mapping.
@@ -80,6 +82,58 @@ pub fn with_pluggable_region(
     Ok((memory, start))
 }
 
+/// The memory of one machine, given back to the host when dropped: a process that builds one
+/// machine after another needs no more than the largest of them does.
+pub struct Ram {
+    memory: GuestMemory,
+}
+
+impl Ram {
+    /// Takes charge of what [`allocate`] gave.
+    pub fn new(memory: GuestMemory) -> Self {
+        Self { memory }
+    }
+
+    /// The memory. Clones are dropped before this object is, or the mapping stays.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+}
+
+impl Drop for Ram {
+    fn drop(&mut self) {
+        let places: Vec<(GuestAddress, GuestUsize)> = self
+            .memory
+            .iter()
+            .map(|region| (region.start_addr(), region.len()))
+            .collect();
+        let mut memory = mem::take(&mut self.memory);
+        for (start, size) in places {
+            let Ok((rest, region)) = memory.remove_region(start, size) else {
+                continue;
+            };
+            memory = rest;
+            match Arc::into_inner(region) {
+                Some(region) => unmap(&region),
+                None => tracing::error!(
+                    start = format_args!("{:#x}", start.raw_value()),
+                    "guest memory is still in use and stays mapped"
+                ),
+            }
+        }
+    }
+}
+
+fn unmap(region: &GuestRegionMmap) {
+    // SAFETY: `map_region` made the mapping for this region alone, and the caller holds the last
+    // reference to it.
+    let result = unsafe { libc::munmap(region.as_ptr().cast(), region.size()) };
+    if result != 0 {
+        let error = io::Error::last_os_error();
+        tracing::error!(%error, "guest memory cannot be unmapped");
+    }
+}
+
 /// Where `size` bytes of RAM lie: from 0 up to the 32-bit device area, and above it.
 fn ram_regions(size: u64) -> Vec<(GuestAddress, usize)> {
     // Lossless: this VMM is built for 64-bit hosts only.
@@ -112,8 +166,15 @@ fn map_region(
         return Err(map_error(io::Error::last_os_error()));
     }
     let base = base.cast::<u8>();
+    let before = base.align_offset(HUGE_PAGE);
     // SAFETY: the offset is below the size of a huge page, by which the mapping is too large.
-    let aligned = unsafe { base.add(base.align_offset(HUGE_PAGE)) };
+    let aligned = unsafe { base.add(before) };
+    // SAFETY: both ranges lie in the mapping just made, which nobody knows of, and outside the
+    // piece of it that is kept. An empty range is refused, and nothing is unmapped then.
+    unsafe {
+        libc::munmap(base.cast(), before);
+        libc::munmap(aligned.add(size).cast(), HUGE_PAGE - before);
+    }
     if huge_pages {
         // SAFETY: the range lies in the mapping just made. The advice changes no content.
         let result = unsafe { libc::madvise(aligned.cast(), size, libc::MADV_HUGEPAGE) };
@@ -122,8 +183,8 @@ fn map_region(
             tracing::debug!(%error, "the host has no transparent huge pages");
         }
     }
-    // SAFETY: the range lies in the mapping just made, which is never unmapped and which nobody
-    // else knows.
+    // SAFETY: the range lies in the mapping just made, which nobody else knows and which is
+    // unmapped only when the last reference to the region is gone.
     let region =
         unsafe { MmapRegion::build_raw(aligned, size, PROT, FLAGS) }.map_err(address_space)?;
     GuestRegionMmap::new(region, start)
@@ -177,5 +238,32 @@ mod tests {
             }
             assert!(memory.read_obj::<u64>(GuestAddress(3 << 30)).is_err());
         }
+    }
+
+    fn is_mapped(address: usize) -> bool {
+        let mut resident = 0u8;
+        // SAFETY: mincore(2) writes one byte for the one page asked about, and fails with ENOMEM
+        // on an address that is not mapped.
+        unsafe { libc::mincore(address as *mut libc::c_void, 1, &raw mut resident) == 0 }
+    }
+
+    #[test]
+    fn ram_goes_back_to_the_host_with_its_owner() {
+        // Another test may map something at the same place in between, but not every time.
+        let gone = (0..100).any(|_| {
+            let ram = Ram::new(allocate(64 << 20, false).unwrap());
+            let region = ram.memory().iter().next().unwrap();
+            let address = region.as_ptr() as usize;
+            assert!(is_mapped(address));
+            drop(ram);
+            !is_mapped(address)
+        });
+        assert!(gone);
+
+        // Not while somebody else may touch it.
+        let ram = Ram::new(allocate(64 << 20, false).unwrap());
+        let memory = ram.memory().clone();
+        drop(ram);
+        memory.write_obj(1u64, GuestAddress(8)).unwrap();
     }
 }

@@ -158,6 +158,7 @@ impl Guest {
     pub fn powered_on(event_idx: bool, patience: Duration) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let config = VsockConfig {
+            id: None,
             cid: CID as u32,
             socket: directory.path().join("vsock"),
         };

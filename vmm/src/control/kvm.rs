@@ -1,0 +1,183 @@
+//! Machines of KVM, as their owner sees them.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use super::guest::{Guest, GuestError, LaunchError, Launcher};
+use crate::builder;
+use crate::config::{ConsoleMode, VmConfig};
+use crate::core_dump;
+use crate::devices::virtio::{Control, ControlError, Counters, DeviceHandle};
+use crate::events::EventStream;
+use crate::exit::ExitReason;
+use crate::kvm::vcpu::VcpuHandle;
+use crate::machine::RunningMachine;
+use crate::resources::HostResources;
+use crate::terminal::RawTerminal;
+
+/// Builds machines on this host's KVM.
+pub struct KvmLauncher {
+    events: EventStream,
+}
+
+impl KvmLauncher {
+    /// Machines whose devices report to `events`.
+    pub fn new(events: EventStream) -> Self {
+        Self { events }
+    }
+}
+
+impl Launcher for KvmLauncher {
+    fn launch(
+        &mut self,
+        config: &VmConfig,
+        ended: Box<dyn FnOnce() + Send>,
+    ) -> Result<Box<dyn Guest>, LaunchError> {
+        let host = HostResources::open(config)?;
+        let machine = builder::build_for_boot(config, host, self.events.clone())?;
+        let machine = machine.start(ended).map_err(LaunchError::Thread)?;
+        let terminal = if config.serial.mode == ConsoleMode::Tty {
+            RawTerminal::enter().map_err(LaunchError::Terminal)?
+        } else {
+            None
+        };
+        Ok(Box::new(KvmGuest {
+            machine,
+            memory_size: config.memory.size,
+            _terminal: terminal,
+        }))
+    }
+}
+
+struct KvmGuest {
+    machine: RunningMachine,
+    /// Memory that it was booted with, in bytes.
+    memory_size: u64,
+    /// Restored when the machine, whose output it shows, is gone.
+    _terminal: Option<RawTerminal>,
+}
+
+impl KvmGuest {
+    /// Asks the devices in turn until one can do it.
+    fn control_any(&self, control: Control, lacking: &'static str) -> Result<(), GuestError> {
+        for device in self.machine.devices() {
+            match device.control(control) {
+                Err(ControlError::NotSupported) => {}
+                result => return result.map_err(|source| refused(device, source)),
+            }
+        }
+        Err(GuestError::Unsupported(lacking))
+    }
+}
+
+fn refused(device: &DeviceHandle, source: ControlError) -> GuestError {
+    GuestError::Device {
+        id: device.name().to_owned(),
+        source,
+    }
+}
+
+impl Guest for KvmGuest {
+    fn pause(&mut self) -> Result<(), GuestError> {
+        Ok(self.machine.pause()?)
+    }
+
+    fn resume(&mut self) -> Result<(), GuestError> {
+        Ok(self.machine.resume()?)
+    }
+
+    fn nmi(&mut self) -> Result<(), GuestError> {
+        for vcpu in self.machine.vcpus() {
+            vcpu.with_fd(|vcpu| vcpu.nmi())?
+                .map_err(|source| GuestError::Kvm {
+                    ioctl: "KVM_NMI",
+                    source,
+                })?;
+        }
+        Ok(())
+    }
+
+    fn power_button(&mut self) -> Result<(), GuestError> {
+        Err(GuestError::Unsupported(
+            "the machine has no power button; ask the guest's agent, or end the machine with \
+             vm.shutdown",
+        ))
+    }
+
+    fn resize_vcpus(&mut self, count: u8) -> Result<(), GuestError> {
+        if usize::from(count) == self.machine.vcpus().len() {
+            return Ok(());
+        }
+        Err(GuestError::Unsupported(
+            "vCPUs cannot be plugged while the machine runs; give their number before vm.boot",
+        ))
+    }
+
+    fn resize_memory(&mut self, size: u64) -> Result<(), GuestError> {
+        let plugged = size.checked_sub(self.memory_size);
+        let size = plugged.ok_or(GuestError::Unsupported(
+            "memory that the machine was booted with cannot be unplugged; a balloon can take it",
+        ))?;
+        self.control_any(
+            Control::ResizeMemory { size },
+            "the machine has no memory to plug while it runs; give its size before vm.boot",
+        )
+    }
+
+    fn resize_balloon(&mut self, size: u64) -> Result<(), GuestError> {
+        self.control_any(
+            Control::ResizeBalloon { size },
+            "the machine has no balloon",
+        )
+    }
+
+    fn resize_disk(&mut self, id: &str, size: u64) -> Result<(), GuestError> {
+        let mut devices = self.machine.devices().iter();
+        let device = devices
+            .find(|device| device.name() == id)
+            .ok_or_else(|| GuestError::NoDevice { id: id.to_owned() })?;
+        match device.control(Control::ResizeDisk { size }) {
+            Err(ControlError::NotSupported) => Err(GuestError::Unsupported(
+                "this device cannot change its size while the machine runs",
+            )),
+            result => result.map_err(|source| refused(device, source)),
+        }
+    }
+
+    fn core_dump(&mut self, path: &Path) -> Result<(), GuestError> {
+        let vcpus = self.machine.vcpus().iter();
+        let registers = vcpus
+            .map(|vcpu: &VcpuHandle| {
+                vcpu.with_fd(core_dump::registers)?
+                    .map_err(|source| GuestError::Kvm {
+                        ioctl: "reading the registers of a vCPU",
+                        source,
+                    })
+            })
+            .collect::<Result<Vec<_>, GuestError>>()?;
+        Ok(core_dump::write(path, self.machine.memory(), &registers)?)
+    }
+
+    fn counters(&self) -> BTreeMap<String, Counters> {
+        self.machine.counters()
+    }
+
+    fn devices(&self) -> Vec<String> {
+        let devices = self.machine.devices().iter();
+        devices.map(|device| device.name().to_owned()).collect()
+    }
+
+    fn memory_size(&self) -> u64 {
+        let counters = self.machine.counters();
+        let sum = |name| -> u64 {
+            let values = counters.values().filter_map(|device| device.get(name));
+            values.sum()
+        };
+        // Of the memory device and of the balloon.
+        (self.memory_size + sum("plugged_bytes")).saturating_sub(sum("actual_bytes"))
+    }
+
+    fn stop(self: Box<Self>) -> ExitReason {
+        self.machine.stop()
+    }
+}

@@ -1,0 +1,396 @@
+//! The owner of the virtual machine: one thread that takes one request after the other.
+//!
+//! ```text
+//!           create                 boot                     pause
+//!   NoVm ───────────► Created ─────────────────► Running ───────────► Paused
+//!    ▲                 │ ▲ ▲                      │ │ ▲ ▲               │ │
+//!    ├──── delete ─────┘ │ └────── shutdown ──────┘ │ │ └─── resume ────┘ │
+//!    │                   └───────────────────────── │ │ ──── shutdown ────┤
+//!    │                                              │ └───── reboot ──────┤
+//!    └──────────────────── delete ──────────────────┴──────── delete ─────┘
+//! ```
+//!
+//! Created is a configuration and nothing else; Running and Paused have a machine as well. Devices
+//! are added to and removed from the configuration only, so in state Created.
+//!
+//! The guest can end the machine too, by powering off, rebooting, a panic or a triple fault. A
+//! machine that was booted through the API is built anew when its guest reboots, as on real
+//! hardware. Every other end, and every end of a machine that was given on the command line, is
+//! the end of the process, whose exit status tells them apart. With `--no-shutdown` the process
+//! stays: a reboot is a reboot, and everything else leads to Created.
+//!
+//! No transition is made by anybody else, and none is interrupted: the thread takes the next
+//! message when it is done with the one before. That the guest has ended is a message like any
+//! other, and one about a machine that has been replaced meanwhile is dropped.
+
+mod cold;
+pub mod guest;
+mod kvm;
+pub mod request;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::mem;
+
+use rustix::event::{PollFd, PollFlags, poll};
+
+pub use kvm::KvmLauncher;
+
+use crate::config::VmConfig;
+use crate::events::{Event, EventStream};
+use crate::exit::ExitReason;
+use crate::signals::Signals;
+use guest::{Guest, Launcher};
+use request::{Action, Answer, DeviceNode, Inbox, Mailbox, Message, Refusal, Resize, VmInfo};
+
+enum State {
+    NoVm,
+    Created(Box<VmConfig>),
+    Running(Box<Vm>),
+    Paused(Box<Vm>),
+}
+
+/// A machine and what it was built from.
+struct Vm {
+    config: Box<VmConfig>,
+    guest: Box<dyn Guest>,
+    /// Tells this machine from those before it.
+    number: u64,
+}
+
+impl State {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::NoVm => "absent",
+            Self::Created(_) => "created",
+            Self::Running(_) => "running",
+            Self::Paused(_) => "paused",
+        }
+    }
+}
+
+/// What is to happen when the guest ends its machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnGuestEnd {
+    /// The process ends.
+    Exit,
+    /// The process ends, unless the guest rebooted: the machine is then built anew.
+    RebootOrExit,
+    /// The process stays. After a reboot the machine is built anew.
+    Stay,
+}
+
+/// Owns the virtual machine.
+pub struct Control<L> {
+    launcher: L,
+    events: EventStream,
+    on_guest_end: OnGuestEnd,
+    mailbox: Mailbox,
+    inbox: Inbox,
+    state: State,
+    machines: u64,
+}
+
+impl<L: Launcher> Control<L> {
+    /// An owner without a virtual machine.
+    ///
+    /// # Errors
+    /// The host has no eventfd left.
+    pub fn new(launcher: L, events: EventStream, on_guest_end: OnGuestEnd) -> io::Result<Self> {
+        let (mailbox, inbox) = request::mailbox()?;
+        Ok(Self {
+            launcher,
+            events,
+            on_guest_end,
+            mailbox,
+            inbox,
+            state: State::NoVm,
+            machines: 0,
+        })
+    }
+
+    /// The way to ask this owner for something.
+    pub fn mailbox(&self) -> Mailbox {
+        self.mailbox.clone()
+    }
+
+    /// Creates a virtual machine and boots it.
+    ///
+    /// # Errors
+    /// The configuration is wrong, or the machine cannot be built.
+    pub fn create_and_boot(&mut self, config: VmConfig) -> Result<(), Refusal> {
+        self.act(Action::Create(Box::new(config)))?;
+        self.act(Action::Boot)?;
+        Ok(())
+    }
+
+    /// Serves requests until the process is to end, and returns why it is.
+    pub fn run(mut self, signals: &Signals) -> ExitReason {
+        loop {
+            if wait(signals, &self.inbox) {
+                return self.stop_guest().unwrap_or(ExitReason::Requested);
+            }
+            self.inbox.clear_event();
+            while let Some(message) = self.inbox.next() {
+                if let Some(reason) = self.take(message) {
+                    return reason;
+                }
+            }
+        }
+    }
+
+    /// Takes one message. `Some` is the end of the process.
+    fn take(&mut self, message: Message) -> Option<ExitReason> {
+        match message {
+            Message::Request(Action::Quit, reply) => {
+                self.stop_guest();
+                reply(Ok(Answer::Done));
+                Some(ExitReason::Requested)
+            }
+            Message::Request(action, reply) => {
+                reply(self.act(action));
+                None
+            }
+            Message::Ended(number) => self.guest_ended(number),
+        }
+    }
+
+    fn guest_ended(&mut self, number: u64) -> Option<ExitReason> {
+        match &self.state {
+            State::Running(vm) | State::Paused(vm) if vm.number == number => {}
+            _ => return None,
+        }
+        let reason = self.stop_guest()?;
+        let reboots = reason == ExitReason::Reboot && self.on_guest_end != OnGuestEnd::Exit;
+        if reboots {
+            let error = self.boot().err()?;
+            let reason = ExitReason::Error(crate::error_chain(&error));
+            self.events.emit(&Event::from(&reason));
+            return (self.on_guest_end != OnGuestEnd::Stay).then_some(reason);
+        }
+        (self.on_guest_end != OnGuestEnd::Stay).then_some(reason)
+    }
+
+    fn act(&mut self, action: Action) -> Result<Answer, Refusal> {
+        tracing::debug!(?action, state = self.state.name(), "request");
+        match action {
+            Action::Create(config) => self.create(config)?,
+            Action::Delete => self.delete(),
+            Action::Boot => self.boot()?,
+            Action::Shutdown => self.shutdown()?,
+            Action::Reboot => {
+                self.shutdown()?;
+                self.boot()?;
+            }
+            Action::Pause => self.pause()?,
+            Action::Resume => self.resume()?,
+            Action::Info => return self.info(),
+            Action::Counters => return Ok(Answer::Counters(self.machine()?.guest.counters())),
+            Action::PowerButton => self.running()?.guest.power_button()?,
+            Action::Nmi => self.running()?.guest.nmi()?,
+            Action::Resize(resize) => self.resize(resize)?,
+            Action::ResizeDisk { id, size } => self.machine()?.guest.resize_disk(&id, size)?,
+            Action::AddDisk(disk) => cold::add_disk(self.cold()?, disk)?,
+            Action::AddNet(net) => cold::add_net(self.cold()?, net)?,
+            Action::AddVsock(vsock) => cold::add_vsock(self.cold()?, vsock)?,
+            Action::RemoveDevice { id } => cold::remove(self.cold()?, &id)?,
+            Action::CoreDump { path } => self.paused()?.guest.core_dump(&path)?,
+            // `take` ends the process before it comes to this.
+            Action::Quit => {}
+        }
+        Ok(Answer::Done)
+    }
+
+    fn create(&mut self, mut config: Box<VmConfig>) -> Result<(), Refusal> {
+        if !matches!(self.state, State::NoVm) {
+            return Err(Refusal::VmExists);
+        }
+        cold::assign_ids(&mut config)?;
+        config.validate()?;
+        self.state = State::Created(config);
+        Ok(())
+    }
+
+    fn delete(&mut self) {
+        self.stop_guest();
+        if !matches!(mem::replace(&mut self.state, State::NoVm), State::NoVm) {
+            self.events.emit(&Event::Deleted);
+        }
+    }
+
+    fn boot(&mut self) -> Result<(), Refusal> {
+        let config = match &self.state {
+            State::Created(config) => config,
+            State::NoVm => return Err(Refusal::NoVm),
+            State::Running(_) | State::Paused(_) => return Err(self.wrong_state("created")),
+        };
+        self.machines += 1;
+        let number = self.machines;
+        let mailbox = self.mailbox.clone();
+        let ended = Box::new(move || mailbox.machine_ended(number));
+        let mut guest = self.launcher.launch(config, ended)?;
+        self.events.emit(&Event::Booting);
+        // A machine that has ended already is told of by a message like any other that ends.
+        let _ = guest.resume();
+        self.events.emit(&Event::Booted);
+        if let State::Created(config) = mem::replace(&mut self.state, State::NoVm) {
+            self.state = State::Running(Box::new(Vm {
+                config,
+                guest,
+                number,
+            }));
+        }
+        Ok(())
+    }
+
+    /// Ends the machine, if there is one, and returns why it ended.
+    fn stop_guest(&mut self) -> Option<ExitReason> {
+        match mem::replace(&mut self.state, State::NoVm) {
+            State::Running(vm) | State::Paused(vm) => {
+                self.state = State::Created(vm.config);
+                let reason = vm.guest.stop();
+                self.events.emit(&Event::from(&reason));
+                Some(reason)
+            }
+            other => {
+                self.state = other;
+                None
+            }
+        }
+    }
+
+    fn shutdown(&mut self) -> Result<(), Refusal> {
+        self.machine()?;
+        self.stop_guest();
+        Ok(())
+    }
+
+    fn pause(&mut self) -> Result<(), Refusal> {
+        self.running()?.guest.pause()?;
+        if let State::Running(vm) = mem::replace(&mut self.state, State::NoVm) {
+            self.state = State::Paused(vm);
+        }
+        self.events.emit(&Event::Paused);
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), Refusal> {
+        self.paused()?.guest.resume()?;
+        if let State::Paused(vm) = mem::replace(&mut self.state, State::NoVm) {
+            self.state = State::Running(vm);
+        }
+        self.events.emit(&Event::Resumed);
+        Ok(())
+    }
+
+    fn resize(&mut self, resize: Resize) -> Result<(), Refusal> {
+        if let State::Created(config) = &mut self.state {
+            return cold::resize(config, resize);
+        }
+        let vm = self.running()?;
+        if let Some(count) = resize.vcpus {
+            vm.guest.resize_vcpus(count)?;
+            // So that a reboot keeps it.
+            vm.config.cpus.boot_vcpus = count;
+        }
+        if let Some(size) = resize.memory {
+            vm.guest.resize_memory(size)?;
+            vm.config.memory.hotplugged_size = size.checked_sub(vm.config.memory.size);
+        }
+        if let Some(size) = resize.balloon {
+            vm.guest.resize_balloon(size)?;
+            if let Some(balloon) = &mut vm.config.balloon {
+                balloon.size = size;
+            }
+        }
+        Ok(())
+    }
+
+    fn info(&self) -> Result<Answer, Refusal> {
+        let (config, state, vm) = match &self.state {
+            State::NoVm => return Err(Refusal::NoVm),
+            State::Created(config) => (config, "Created", None),
+            State::Running(vm) => (&vm.config, "Running", Some(vm)),
+            State::Paused(vm) => (&vm.config, "Paused", Some(vm)),
+        };
+        let tree = |ids: Vec<String>| -> BTreeMap<String, DeviceNode> {
+            let node = |id: String| DeviceNode {
+                id,
+                ..DeviceNode::default()
+            };
+            ids.into_iter().map(|id| (id.clone(), node(id))).collect()
+        };
+        Ok(Answer::Info(Box::new(VmInfo {
+            config: (**config).clone(),
+            state,
+            memory_actual_size: vm.map_or(config.memory.size, |vm| vm.guest.memory_size()),
+            device_tree: vm.map(|vm| tree(vm.guest.devices())),
+        })))
+    }
+
+    /// The configuration of a virtual machine without a machine.
+    fn cold(&mut self) -> Result<&mut VmConfig, Refusal> {
+        match &mut self.state {
+            State::Created(config) => Ok(config),
+            State::NoVm => Err(Refusal::NoVm),
+            State::Running(_) | State::Paused(_) => Err(Refusal::Unsupported(
+                "devices of a machine that has been booted cannot be added or removed, since \
+                 virtio-mmio has no hotplug; do it after vm.shutdown or before vm.boot",
+            )),
+        }
+    }
+
+    fn running(&mut self) -> Result<&mut Vm, Refusal> {
+        let wrong = self.wrong_state("running");
+        match &mut self.state {
+            State::Running(vm) => Ok(vm),
+            _ => Err(wrong),
+        }
+    }
+
+    fn paused(&mut self) -> Result<&mut Vm, Refusal> {
+        let wrong = self.wrong_state("paused");
+        match &mut self.state {
+            State::Paused(vm) => Ok(vm),
+            _ => Err(wrong),
+        }
+    }
+
+    fn machine(&mut self) -> Result<&mut Vm, Refusal> {
+        let wrong = self.wrong_state("running or paused");
+        match &mut self.state {
+            State::Running(vm) | State::Paused(vm) => Ok(vm),
+            _ => Err(wrong),
+        }
+    }
+
+    fn wrong_state(&self, needed: &'static str) -> Refusal {
+        match &self.state {
+            State::NoVm => Refusal::NoVm,
+            state => Refusal::State {
+                is: state.name(),
+                needed,
+            },
+        }
+    }
+}
+
+/// Waits until there is something to do. Returns whether that is to end the process.
+fn wait(signals: &Signals, inbox: &Inbox) -> bool {
+    loop {
+        let mut polled = [
+            PollFd::new(signals, PollFlags::IN),
+            PollFd::new(inbox, PollFlags::IN),
+        ];
+        match poll(&mut polled, None) {
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => {
+                tracing::error!(%error, "poll");
+                return true;
+            }
+            Ok(_) => return !polled[0].revents().is_empty(),
+        }
+    }
+}
