@@ -7,6 +7,7 @@ use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::api::ApiTarget;
 use crate::config::{
     BalloonConfig, ConsoleConfig, ConsoleMode, CpusConfig, DiskConfig, HotplugMethod, ImageType,
     MemoryConfig, NetConfig, PayloadConfig, RngConfig, SerialConfig, VmConfig, VsockConfig,
@@ -53,21 +54,26 @@ pub enum Command {
 #[derive(Debug, Args)]
 pub struct BootArgs {
     /// Kernel: an ELF vmlinux or a bzImage.
-    #[arg(long, value_name = "PATH", required = true)]
+    #[arg(long, value_name = "PATH", required_unless_present = "api_socket")]
     pub kernel: Option<PathBuf>,
     /// Initial RAM file system.
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, requires = "kernel", value_name = "PATH")]
     pub initramfs: Option<PathBuf>,
     /// Kernel command line.
-    #[arg(long, value_name = "TEXT", default_value = "console=ttyS0 panic=1")]
+    #[arg(
+        long,
+        requires = "kernel",
+        value_name = "TEXT",
+        default_value = "console=ttyS0 panic=1"
+    )]
     pub cmdline: String,
     /// vCPUs: boot=N[,max=N], 1 to 32.
-    #[arg(long, value_name = "OPTIONS", default_value = "boot=1", value_parser = parse_cpus)]
+    #[arg(long, requires = "kernel", value_name = "OPTIONS", default_value = "boot=1", value_parser = parse_cpus)]
     pub cpus: CpusConfig,
     /// RAM: size=N[K|M|G], in steps of 1 MiB [,thp=on|off: huge pages, on by default]
     /// [,hotplug_method=virtio-mem,hotplug_size=N: what can be plugged in later, in steps of
     /// 128 MiB[,hotplugged_size=N: what of it is plugged in at once]].
-    #[arg(long, value_name = "OPTIONS", default_value = "size=512M", value_parser = parse_memory)]
+    #[arg(long, requires = "kernel", value_name = "OPTIONS", default_value = "size=512M", value_parser = parse_memory)]
     pub memory: MemoryConfig,
     /// Disk: path=PATH[,readonly=on|off][,image_type=raw|qcow2][,backing_files=on|off]
     /// [,id=NAME][,serial=TEXT][,num_queues=N][,queue_size=N][,direct=on|off][,sparse=on|off]
@@ -76,31 +82,39 @@ pub struct BootArgs {
     /// Rate limits, of disks and network cards: bw_size=BYTES,bw_refill_time=MS
     /// [,bw_one_time_burst=BYTES] for bytes, and ops_size, ops_refill_time, ops_one_time_burst for
     /// requests or frames.
-    #[arg(long = "disk", value_name = "OPTIONS", value_parser = parse_disk)]
+    #[arg(long = "disk", requires = "kernel", value_name = "OPTIONS", value_parser = parse_disk)]
     pub disks: Vec<DiskConfig>,
     /// Network card: tap=NAME|fd=N|fd=[N,N...][,mac=ADDRESS][,id=NAME][,num_queues=N][,queue_size=N]
     /// [,offload_tso=on|off][,offload_ufo=on|off][,offload_csum=on|off] and rate limits. May be
     /// given several times.
-    #[arg(long, value_name = "OPTIONS", value_parser = parse_net)]
+    #[arg(long, requires = "kernel", value_name = "OPTIONS", value_parser = parse_net)]
     pub net: Vec<NetConfig>,
     /// Socket device: cid=N,socket=PATH[,id=NAME].
-    #[arg(long, value_name = "OPTIONS", value_parser = parse_vsock)]
+    #[arg(long, requires = "kernel", value_name = "OPTIONS", value_parser = parse_vsock)]
     pub vsock: Option<VsockConfig>,
     /// Entropy source: src=PATH.
-    #[arg(long, value_name = "OPTIONS", default_value = "src=/dev/urandom", value_parser = parse_rng)]
+    #[arg(long, requires = "kernel", value_name = "OPTIONS", default_value = "src=/dev/urandom", value_parser = parse_rng)]
     pub rng: RngConfig,
     /// Memory balloon: size=N[K|M|G][,deflate_on_oom=on|off][,free_page_reporting=on|off].
-    #[arg(long, value_name = "OPTIONS", value_parser = parse_balloon)]
+    #[arg(long, requires = "kernel", value_name = "OPTIONS", value_parser = parse_balloon)]
     pub balloon: Option<BalloonConfig>,
     /// Serial port: tty, null, off or file=PATH.
-    #[arg(long, value_name = "MODE", default_value = "null", value_parser = parse_serial)]
+    #[arg(long, requires = "kernel", value_name = "MODE", default_value = "null", value_parser = parse_serial)]
     pub serial: SerialConfig,
     /// Paravirtualized console: off (this VMM has none).
-    #[arg(long, value_name = "MODE", default_value = "off", value_parser = parse_console)]
+    #[arg(long, requires = "kernel", value_name = "MODE", default_value = "off", value_parser = parse_console)]
     pub console: ConsoleConfig,
     /// Where to report events, one JSON object a line: fd=N or path=PATH.
     #[arg(long, value_name = "TARGET", value_parser = parse_event_target)]
     pub event_monitor: Option<EventTarget>,
+    /// Where to serve the REST API: path=PATH (or just PATH) or fd=N, a listening socket. Without
+    /// --kernel the VMM waits there for vm.create.
+    #[arg(long, value_name = "TARGET", value_parser = parse_api_target)]
+    pub api_socket: Option<ApiTarget>,
+    /// Keep the VMM when the guest powers off or fails. Without it, only the reboot of a guest
+    /// that was created through the API is not the end of the VMM.
+    #[arg(long, requires = "api_socket")]
+    pub no_shutdown: bool,
     /// Tell more about what the VMM does; up to three times.
     #[arg(short, action = clap::ArgAction::Count)]
     pub verbose: u8,
@@ -434,6 +448,20 @@ fn parse_console(text: &str) -> Result<ConsoleConfig, String> {
     }
 }
 
+fn parse_api_target(text: &str) -> Result<ApiTarget, String> {
+    match text.split_once('=') {
+        Some(("fd", number)) => {
+            // 0 to 2 are the terminal's.
+            let fd = number.parse().ok().filter(|fd| *fd > 2);
+            fd.map(ApiTarget::Fd)
+                .ok_or_else(|| format!("fd={number}: expected a descriptor above 2"))
+        }
+        Some(("path", path)) if !path.is_empty() => Ok(ApiTarget::Path(path.into())),
+        None if !text.is_empty() => Ok(ApiTarget::Path(text.into())),
+        _ => Err("expected path=PATH or fd=N".to_owned()),
+    }
+}
+
 fn parse_event_target(text: &str) -> Result<EventTarget, String> {
     match text.split_once('=') {
         Some(("fd", number)) => {
@@ -571,10 +599,27 @@ mod tests {
             ("--kernel k --console tty", "no virtio console"),
             ("--kernel k --event-monitor fd=1", "above 2"),
             ("--cpus boot=1", "--kernel"),
+            ("--api-socket fd=2", "above 2"),
+            ("--api-socket port=80", "path=PATH or fd=N"),
+            ("--kernel k --no-shutdown", "--api-socket"),
+            ("--api-socket /s --cpus boot=2", "--kernel"),
+            ("--api-socket /s --disk path=d", "--kernel"),
         ] {
             let error = parse(arguments).unwrap_err().to_string();
             assert!(error.contains(named), "{arguments}: {error}");
         }
+    }
+
+    #[test]
+    fn the_api_needs_no_kernel() {
+        let cli = parse("--api-socket /run/api.sock --no-shutdown").unwrap();
+        let path = ApiTarget::Path("/run/api.sock".into());
+        assert_eq!(cli.boot.api_socket, Some(path.clone()));
+        assert!(cli.boot.no_shutdown && cli.boot.vm_config().is_none());
+        let cli = parse("--api-socket path=/run/api.sock --kernel k").unwrap();
+        assert_eq!(cli.boot.api_socket, Some(path));
+        let cli = parse("--api-socket fd=7").unwrap();
+        assert_eq!(cli.boot.api_socket, Some(ApiTarget::Fd(7)));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! description into a paused [`machine`], and [`control`] owns that from there until the guest
 //! ends it or the host does.
 
+pub mod api;
 pub mod arch;
 pub mod builder;
 pub mod cli;

@@ -6,9 +6,10 @@ use std::time::Instant;
 use clap::Parser;
 use tracing_subscriber::filter::LevelFilter;
 
-use vmm::cli::{BootArgs, Cli, Command};
-use vmm::control::request::Fault;
-use vmm::control::{Control, KvmLauncher, OnGuestEnd};
+use vmm::api::{ApiServer, Listener};
+use vmm::cli::{BootArgs, Cli, Command, EventTarget};
+use vmm::control::request::{Fault, Refusal};
+use vmm::control::{Control, KvmLauncher};
 use vmm::doctor;
 use vmm::error_chain;
 use vmm::events::{Event, EventStream};
@@ -38,44 +39,56 @@ fn boot(args: &BootArgs, start: Instant) -> ExitCode {
         .with_writer(std::io::stderr)
         .init();
 
-    let Some(config) = args.vm_config() else {
-        return failure("--kernel is missing", STATUS_USAGE);
-    };
-    let sink = match args
-        .event_monitor
-        .as_ref()
-        .map(|target| target.open())
+    match run(args, start) {
+        Ok(reason) if reason.status() == 0 => ExitCode::SUCCESS,
+        Ok(reason) => failure(&reason.describe(), reason.status()),
+        Err((what, status)) => failure(&what, status),
+    }
+}
+
+/// Why the VMM has to end before it has begun, and with which status.
+type Failure = (String, u8);
+
+fn run(args: &BootArgs, start: Instant) -> Result<ExitReason, Failure> {
+    let sink = args.event_monitor.as_ref().map(EventTarget::open);
+    let sink = sink
         .transpose()
-    {
-        Ok(sink) => sink,
-        Err(error) => return failure(&format!("--event-monitor: {error}"), STATUS_USAGE),
-    };
+        .map_err(|error| (format!("--event-monitor: {error}"), STATUS_USAGE))?;
     let events = EventStream::new(start, sink);
     // Before there is any other thread.
-    let signals = match Signals::new() {
-        Ok(signals) => signals,
-        Err(error) => return failure(&format!("signals: {error}"), STATUS_FAILED),
-    };
+    let signals = Signals::new().map_err(|error| (format!("signals: {error}"), STATUS_FAILED))?;
+    let listener = args.api_socket.as_ref().map(Listener::open);
+    let listener = listener.transpose().map_err(|error| {
+        (
+            format!("--api-socket: {}", error_chain(&error)),
+            STATUS_USAGE,
+        )
+    })?;
+
     let launcher = KvmLauncher::new(events.clone());
-    let mut control = match Control::new(launcher, events.clone(), OnGuestEnd::Exit) {
-        Ok(control) => control,
-        Err(error) => return failure(&format!("eventfd: {error}"), STATUS_FAILED),
+    let mut control = Control::new(launcher, events.clone(), args.no_shutdown)
+        .map_err(|error| (format!("eventfd: {error}"), STATUS_FAILED))?;
+    if let Some(config) = args.vm_config() {
+        control
+            .create_and_boot(config)
+            .map_err(|refusal| refused(&refusal, &events))?;
+    }
+    // Clients that connect earlier wait in the queue of the socket.
+    let server = listener.map(|listener| ApiServer::start(listener, control.mailbox()));
+    let _server = server
+        .transpose()
+        .map_err(|error| (format!("the API's thread: {error}"), STATUS_FAILED))?;
+    Ok(control.run(&signals))
+}
+
+fn refused(refusal: &Refusal, events: &EventStream) -> Failure {
+    let reason = error_chain(refusal);
+    events.emit(&Event::from(&ExitReason::Error(reason.clone())));
+    let status = match refusal.fault() {
+        Fault::Failed => STATUS_FAILED,
+        Fault::Request | Fault::Conflict | Fault::NotFound => STATUS_USAGE,
     };
-    if let Err(refusal) = control.create_and_boot(config) {
-        let reason = error_chain(&refusal);
-        events.emit(&Event::from(&ExitReason::Error(reason.clone())));
-        let status = match refusal.fault() {
-            Fault::Failed => STATUS_FAILED,
-            Fault::Request | Fault::Conflict | Fault::NotFound => STATUS_USAGE,
-        };
-        return failure(&reason, status);
-    }
-    let reason = control.run(&signals);
-    if reason.status() == 0 {
-        ExitCode::SUCCESS
-    } else {
-        failure(&reason.describe(), reason.status())
-    }
+    (reason, status)
 }
 
 fn failure(what: &str, status: u8) -> ExitCode {

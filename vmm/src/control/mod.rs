@@ -28,6 +28,8 @@ pub mod guest;
 mod kvm;
 pub mod request;
 #[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
 mod tests;
 
 use std::collections::BTreeMap;
@@ -73,7 +75,7 @@ impl State {
 
 /// What is to happen when the guest ends its machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum OnGuestEnd {
+enum OnGuestEnd {
     /// The process ends.
     Exit,
     /// The process ends, unless the guest rebooted: the machine is then built anew.
@@ -94,12 +96,18 @@ pub struct Control<L> {
 }
 
 impl<L: Launcher> Control<L> {
-    /// An owner without a virtual machine.
+    /// An owner without a virtual machine. With `no_shutdown` it stays when a guest ends its
+    /// machine.
     ///
     /// # Errors
     /// The host has no eventfd left.
-    pub fn new(launcher: L, events: EventStream, on_guest_end: OnGuestEnd) -> io::Result<Self> {
+    pub fn new(launcher: L, events: EventStream, no_shutdown: bool) -> io::Result<Self> {
         let (mailbox, inbox) = request::mailbox()?;
+        let on_guest_end = if no_shutdown {
+            OnGuestEnd::Stay
+        } else {
+            OnGuestEnd::RebootOrExit
+        };
         Ok(Self {
             launcher,
             events,
@@ -116,14 +124,16 @@ impl<L: Launcher> Control<L> {
         self.mailbox.clone()
     }
 
-    /// Creates a virtual machine and boots it.
+    /// Creates the virtual machine of the command line and boots it.
     ///
     /// # Errors
     /// The configuration is wrong, or the machine cannot be built.
     pub fn create_and_boot(&mut self, config: VmConfig) -> Result<(), Refusal> {
-        self.act(Action::Create(Box::new(config)))?;
-        self.act(Action::Boot)?;
-        Ok(())
+        self.create(Box::new(config))?;
+        if self.on_guest_end == OnGuestEnd::RebootOrExit {
+            self.on_guest_end = OnGuestEnd::Exit;
+        }
+        self.boot()
     }
 
     /// Serves requests until the process is to end, and returns why it is.
@@ -217,6 +227,10 @@ impl<L: Launcher> Control<L> {
         self.stop_guest();
         if !matches!(mem::replace(&mut self.state, State::NoVm), State::NoVm) {
             self.events.emit(&Event::Deleted);
+        }
+        if self.on_guest_end == OnGuestEnd::Exit {
+            // The next one is not from the command line.
+            self.on_guest_end = OnGuestEnd::RebootOrExit;
         }
     }
 

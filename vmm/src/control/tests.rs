@@ -1,153 +1,12 @@
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
 
-use super::guest::GuestError;
 use super::request::Fault;
+use super::testing::{Ending, FakeLauncher, Journal, config};
 use super::*;
-use crate::config::{
-    ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, PayloadConfig, RngConfig, SerialConfig,
-    VsockConfig,
-};
-use crate::devices::virtio::Counters;
-use crate::kvm::vcpu::StoppedError;
-
-/// What the fake machines were told, across all of them.
-type Journal = Arc<Mutex<Vec<String>>>;
-
-struct FakeLauncher {
-    journal: Journal,
-    /// How the guests can end their machines: an end for each machine that was launched.
-    endings: Sender<Ending>,
-    fails: Arc<Mutex<bool>>,
-    /// Shared with every machine that exists.
-    alive: Arc<()>,
-}
-
-/// The guest's way to end its machine.
-struct Ending {
-    reason: Arc<Mutex<Option<ExitReason>>>,
-    ended: Box<dyn FnOnce() + Send>,
-}
-
-impl Ending {
-    fn end(self, reason: ExitReason) {
-        *self.reason.lock().unwrap() = Some(reason);
-        (self.ended)();
-    }
-}
-
-impl Launcher for FakeLauncher {
-    fn launch(
-        &mut self,
-        _config: &VmConfig,
-        ended: Box<dyn FnOnce() + Send>,
-    ) -> Result<Box<dyn Guest>, guest::LaunchError> {
-        if *self.fails.lock().unwrap() {
-            let error = io::Error::other("no more");
-            return Err(guest::LaunchError::Thread(error));
-        }
-        assert_eq!(Arc::strong_count(&self.alive), 1, "two machines at once");
-        let reason = Arc::new(Mutex::new(None));
-        let ending = Ending {
-            reason: reason.clone(),
-            ended,
-        };
-        // Nobody may be interested.
-        let _ = self.endings.send(ending);
-        Ok(Box::new(FakeGuest {
-            journal: self.journal.clone(),
-            reason,
-            runs: false,
-            _alive: self.alive.clone(),
-        }))
-    }
-}
-
-struct FakeGuest {
-    journal: Journal,
-    reason: Arc<Mutex<Option<ExitReason>>>,
-    runs: bool,
-    _alive: Arc<()>,
-}
-
-impl FakeGuest {
-    fn note(&self, what: &str) {
-        self.journal.lock().unwrap().push(what.to_owned());
-    }
-}
-
-impl Guest for FakeGuest {
-    fn pause(&mut self) -> Result<(), GuestError> {
-        if self.reason.lock().unwrap().is_some() {
-            return Err(StoppedError.into());
-        }
-        assert!(self.runs, "paused twice");
-        self.runs = false;
-        self.note("pause");
-        Ok(())
-    }
-
-    fn resume(&mut self) -> Result<(), GuestError> {
-        assert!(!self.runs, "resumed twice");
-        self.runs = true;
-        self.note("resume");
-        Ok(())
-    }
-
-    fn nmi(&mut self) -> Result<(), GuestError> {
-        self.note("nmi");
-        Ok(())
-    }
-
-    fn power_button(&mut self) -> Result<(), GuestError> {
-        Err(GuestError::Unsupported("no button"))
-    }
-
-    fn resize_vcpus(&mut self, count: u8) -> Result<(), GuestError> {
-        self.note(&format!("vcpus {count}"));
-        Ok(())
-    }
-
-    fn resize_memory(&mut self, size: u64) -> Result<(), GuestError> {
-        self.note(&format!("memory {size}"));
-        Ok(())
-    }
-
-    fn resize_balloon(&mut self, size: u64) -> Result<(), GuestError> {
-        self.note(&format!("balloon {size}"));
-        Ok(())
-    }
-
-    fn resize_disk(&mut self, id: &str, _size: u64) -> Result<(), GuestError> {
-        Err(GuestError::NoDevice { id: id.to_owned() })
-    }
-
-    fn core_dump(&mut self, _path: &std::path::Path) -> Result<(), GuestError> {
-        assert!(!self.runs, "dumped while it runs");
-        self.note("core");
-        Ok(())
-    }
-
-    fn counters(&self) -> BTreeMap<String, Counters> {
-        BTreeMap::new()
-    }
-
-    fn devices(&self) -> Vec<String> {
-        vec!["_disk0".to_owned()]
-    }
-
-    fn memory_size(&self) -> u64 {
-        1 << 30
-    }
-
-    fn stop(self: Box<Self>) -> ExitReason {
-        self.note("stop");
-        let reason = self.reason.lock().unwrap().clone();
-        reason.unwrap_or(ExitReason::Requested)
-    }
-}
+use crate::config::{DiskConfig, VsockConfig};
 
 struct Bench {
     control: Control<FakeLauncher>,
@@ -158,18 +17,12 @@ struct Bench {
 
 impl Bench {
     fn new(on_guest_end: OnGuestEnd) -> Self {
-        let journal = Journal::default();
-        let fails = Arc::<Mutex<bool>>::default();
-        let (sender, endings) = channel();
-        let launcher = FakeLauncher {
-            journal: journal.clone(),
-            endings: sender,
-            fails: fails.clone(),
-            alive: Arc::default(),
-        };
+        let (launcher, endings) = FakeLauncher::new();
+        let (journal, fails) = (launcher.journal.clone(), launcher.fails.clone());
         let events = EventStream::new(std::time::Instant::now(), None);
+        let no_shutdown = on_guest_end == OnGuestEnd::Stay;
         Self {
-            control: Control::new(launcher, events, on_guest_end).unwrap(),
+            control: Control::new(launcher, events, no_shutdown).unwrap(),
             journal,
             endings,
             fails,
@@ -198,25 +51,6 @@ impl Bench {
     fn state(&self) -> &'static str {
         self.control.state.name()
     }
-}
-
-fn config() -> Box<VmConfig> {
-    Box::new(VmConfig {
-        cpus: CpusConfig::default(),
-        memory: MemoryConfig::default(),
-        payload: PayloadConfig {
-            kernel: "/proc/self/exe".into(),
-            cmdline: None,
-            initramfs: None,
-        },
-        disks: Vec::new(),
-        net: Vec::new(),
-        rng: RngConfig::default(),
-        serial: SerialConfig::default(),
-        console: ConsoleConfig::default(),
-        vsock: None,
-        balloon: None,
-    })
 }
 
 fn disk(id: Option<&str>) -> DiskConfig {
@@ -316,7 +150,12 @@ fn a_guest_that_ends_ends_the_process_or_reboots() {
         (Stay, ExitReason::Reboot, false, "running"),
     ] {
         let mut bench = Bench::new(on_guest_end);
-        bench.control.create_and_boot(*config()).unwrap();
+        if on_guest_end == Exit {
+            bench.control.create_and_boot(*config()).unwrap();
+        } else {
+            bench.act(Action::Create(config())).unwrap();
+            bench.act(Action::Boot).unwrap();
+        }
         bench.endings.recv().unwrap().end(reason.clone());
         let end = bench.take_messages();
         let told = format!("{on_guest_end:?}, {reason:?}");
