@@ -144,8 +144,9 @@ pub fn build_for_boot(
     }
     // Disks come first, then cards, since the guest names them in the order of their slots.
     for (index, (disk, files)) in config.disks.iter().zip(host.disks).enumerate() {
-        let block = Block::with_files(disk, files)?;
-        devices.add_virtio(name(&disk.id, "disk", index), block)?;
+        let name = name(&disk.id, "disk", index);
+        let block = Block::with_files(name.clone(), disk, files, events.clone())?;
+        devices.add_virtio(name, block)?;
     }
     for (index, (card, net)) in config.net.iter().zip(host.net).enumerate() {
         devices.add_virtio(name(&card.id, "net", index), net)?;

@@ -24,7 +24,8 @@ pub enum Event {
     Resumed,
     /// The virtual machine has been removed from the VMM.
     Deleted,
-    /// The guest's driver can no longer use a device and must reset it.
+    /// The guest's driver can no longer use a device and must reset it, or the host has failed a
+    /// request for the first time.
     DeviceError {
         /// Name of the device.
         device: String,

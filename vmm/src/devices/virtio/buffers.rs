@@ -71,6 +71,75 @@ impl<'m> ChainBuffers<'m> {
     }
 }
 
+/// The buffers of one descriptor chain, without a hold on guest memory: for a chain that waits, or
+/// goes to another thread.
+#[derive(Debug, Default)]
+pub struct ChainPieces {
+    readable: Pieces,
+    writable: Pieces,
+}
+
+/// Where buffers lie, in the order in which they are to be read or filled.
+#[derive(Debug, Default)]
+struct Pieces {
+    pieces: Vec<(GuestAddress, usize)>,
+    len: usize,
+}
+
+impl ChainPieces {
+    /// Finds and checks the buffers of `chain`, which may have `limit` descriptors at most.
+    ///
+    /// # Errors
+    /// The chain is malformed. Nothing of it can be trusted then.
+    pub fn collect(memory: &GuestMemory, chain: Chain, limit: usize) -> Result<Self, ChainError> {
+        let mut found = Self::default();
+        walk(chain, limit, |descriptor| {
+            let (target, access) = if descriptor.is_write_only() {
+                (&mut found.writable, Permissions::Write)
+            } else {
+                (&mut found.readable, Permissions::Read)
+            };
+            let (addr, len) = (descriptor.addr(), descriptor.len() as usize);
+            if !memory.check_range(addr, len, access) {
+                let outside = GuestMemoryError::InvalidGuestAddress(addr);
+                return Err(ChainError::Memory(outside));
+            }
+            target.pieces.push((addr, len));
+            // Lossless: a chain holds no more than 4 GiB.
+            target.len += len;
+            Ok(())
+        })?;
+        Ok(found)
+    }
+
+    /// The bytes that the device may read.
+    pub fn readable_len(&self) -> usize {
+        self.readable.len
+    }
+
+    /// The bytes that the device may write.
+    pub fn writable_len(&self) -> usize {
+        self.writable.len
+    }
+
+    /// The buffers themselves.
+    ///
+    /// # Errors
+    /// They do not lie in `memory`, which is another than that in which they were found.
+    pub fn buffers<'m>(&self, memory: &'m GuestMemory) -> Result<ChainBuffers<'m>, ChainError> {
+        let mut buffers = ChainBuffers::default();
+        for (pieces, target, access) in [
+            (&self.readable, &mut buffers.readable, Permissions::Read),
+            (&self.writable, &mut buffers.writable, Permissions::Write),
+        ] {
+            for (addr, len) in &pieces.pieces {
+                target.append(memory, *addr, *len, access)?;
+            }
+        }
+        Ok(buffers)
+    }
+}
+
 /// Hands the descriptors of `chain` to `each`, `limit` of them at most.
 ///
 /// # Errors

@@ -48,8 +48,24 @@ impl ActiveQueue {
     pub fn from_activation<const N: usize>(
         activation: Activation,
     ) -> Result<[Self; N], DeviceError> {
+        Self::all(activation)?
+            .try_into()
+            .map_err(|queues: Vec<_>| DeviceError::Host {
+                action: "taking over the queues",
+                source: io::Error::other(format!(
+                    "the device has {N} queues, the transport {}",
+                    queues.len()
+                )),
+            })
+    }
+
+    /// The queues of an activated device.
+    ///
+    /// # Errors
+    /// The host has no descriptors left.
+    pub fn all(activation: Activation) -> Result<Vec<Self>, DeviceError> {
         let memory = Arc::new(activation.memory);
-        let queues = activation
+        activation
             .queues
             .into_iter()
             .enumerate()
@@ -67,15 +83,6 @@ impl ActiveQueue {
             .map_err(|source| DeviceError::Host {
                 action: "creating the eventfd of a queue",
                 source,
-            })?;
-        queues
-            .try_into()
-            .map_err(|queues: Vec<_>| DeviceError::Host {
-                action: "taking over the queues",
-                source: io::Error::other(format!(
-                    "the device has {N} queues, the transport {}",
-                    queues.len()
-                )),
             })
     }
 

@@ -5,79 +5,38 @@
 //! with a request that has room for a status is reported there.
 
 use std::io;
+use std::time::Instant;
 
-use tracing::{debug, warn};
+use tracing::debug;
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
     VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
-use super::{Image, REQUEST_MAX, SECTOR_SIZE};
+use super::disk::Disk;
+use super::{MAX_SEGMENTS, SECTOR_SIZE, SEGMENT_SECTORS, SEGMENT_SIZE};
 use crate::devices::virtio::buffers::{Buffers, ChainBuffers, GuestSlice};
-
-/// What requests are carried out on.
-pub struct Disk {
-    name: String,
-    image: Image,
-    serial: [u8; VIRTIO_BLK_ID_BYTES as usize],
-    /// Whether a write is durable before it is completed.
-    writethrough: bool,
-    /// Whether the host has failed a request before.
-    failed: bool,
-}
-
-impl Disk {
-    pub fn new(name: String, image: Image, serial: [u8; VIRTIO_BLK_ID_BYTES as usize]) -> Self {
-        Self {
-            name,
-            image,
-            serial,
-            writethrough: false,
-            failed: false,
-        }
-    }
-
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    pub fn readonly(&self) -> bool {
-        !self.image.writable()
-    }
-
-    /// The size. A last, partial sector is out of the driver's reach.
-    pub fn sectors(&self) -> u64 {
-        self.image.size() / SECTOR_SIZE
-    }
-
-    pub fn set_writethrough(&mut self, writethrough: bool) {
-        self.writethrough = writethrough;
-    }
-
-    /// Tells of the first failure; a guest can bring about as many as it likes.
-    fn report(&mut self, operation: &'static str, error: &io::Error) {
-        if self.failed {
-            debug!(disk = self.name, operation, %error, "the host failed a request");
-        } else {
-            self.failed = true;
-            warn!(disk = self.name, operation, %error, "the host failed a request; later failures are logged at level debug");
-        }
-    }
-}
 
 /// Why a request is completed with an error status.
 #[derive(Debug, thiserror::Error)]
 enum Failure {
     #[error("the header is incomplete")]
     Header,
-    #[error("request type {0} is unknown")]
+    #[error("request type {0} is unknown, or was not offered")]
     Unknown(u32),
+    #[error("flags {0:#x} are not supported for this request type")]
+    Flags(u32),
     #[error("the data is on the wrong side of the chain for this request type")]
     Direction,
     #[error("{0} bytes of data are not whole sectors, or more than a request may have")]
     Length(usize),
+    #[error("{0} bytes are not whole segments, or more than a request may have")]
+    Segments(usize),
     #[error("{len} bytes at sector {sector} reach beyond the end of the disk")]
-    Range { sector: u64, len: usize },
+    Range { sector: u64, len: u64 },
+    #[error("a segment of {0} sectors is more than was offered")]
+    SegmentLength(u32),
     #[error("the disk is read-only")]
     ReadOnly,
     #[error("{operation} failed")]
@@ -90,10 +49,15 @@ enum Failure {
 impl Failure {
     fn status(&self) -> u32 {
         match self {
-            Self::Unknown(_) => VIRTIO_BLK_S_UNSUPP,
+            Self::Unknown(_) | Self::Flags(_) => VIRTIO_BLK_S_UNSUPP,
             _ => VIRTIO_BLK_S_IOERR,
         }
     }
+}
+
+/// Turns the host's answer into a request's.
+fn host<T>(operation: &'static str, result: io::Result<T>) -> Result<T, Failure> {
+    result.map_err(|source| Failure::Host { operation, source })
 }
 
 /// A request that can be answered.
@@ -111,7 +75,7 @@ impl<'m> Request<'m> {
 
     /// Carries out the request and returns the number of bytes written to the front of the
     /// device-writable part of the chain.
-    pub fn execute(self, disk: &mut Disk) -> u32 {
+    pub fn execute(self, disk: &Disk) -> u32 {
         let Self { buffers, status } = self;
         let room = buffers.writable.len();
         let (code, written) = match perform(buffers, disk) {
@@ -119,7 +83,7 @@ impl<'m> Request<'m> {
             Err(failure) => {
                 match &failure {
                     Failure::Host { operation, source } => disk.report(operation, source),
-                    failure => debug!(disk = disk.name, %failure, "bad request"),
+                    failure => debug!(disk = disk.name(), %failure, "bad request"),
                 }
                 (failure.status(), 0)
             }
@@ -132,7 +96,7 @@ impl<'m> Request<'m> {
 }
 
 /// Does what the request says and returns how many bytes of data were written for the driver.
-fn perform(buffers: ChainBuffers<'_>, disk: &mut Disk) -> Result<usize, Failure> {
+fn perform(buffers: ChainBuffers<'_>, disk: &Disk) -> Result<usize, Failure> {
     let ChainBuffers {
         readable: mut output,
         writable: input,
@@ -140,46 +104,75 @@ fn perform(buffers: ChainBuffers<'_>, disk: &mut Disk) -> Result<usize, Failure>
     let header: [u8; 16] = output.read_front().ok_or(Failure::Header)?;
     let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
     let sector = u64::from_le_bytes(sector);
-    match u32::from_le_bytes([t0, t1, t2, t3]) {
+    let kind = u32::from_le_bytes([t0, t1, t2, t3]);
+    let counters = disk.counters();
+    match kind {
         VIRTIO_BLK_T_IN => {
             check_direction(&output)?;
-            let offset = check_range(sector, &input, disk)?;
-            disk.image
-                .read(&input, offset)
-                .map_err(|source| Failure::Host {
-                    operation: "read",
-                    source,
-                })?;
+            let offset = check_transfer(sector, &input, disk)?;
+            let start = Instant::now();
+            host("read", disk.image().read(&input, offset))?;
+            counters.read.count(input.len(), start.elapsed());
             Ok(input.len())
         }
         VIRTIO_BLK_T_OUT => {
             check_direction(&input)?;
-            let offset = check_range(sector, &output, disk)?;
-            if disk.readonly() {
-                return Err(Failure::ReadOnly);
-            }
-            disk.image
-                .write(&output, offset)
-                .map_err(|source| Failure::Host {
-                    operation: "write",
-                    source,
-                })?;
-            if disk.writethrough {
-                flush(disk)?;
-            }
+            let offset = check_transfer(sector, &output, disk)?;
+            check_writable(disk)?;
+            let start = Instant::now();
+            host("write", disk.image().write(&output, offset))?;
+            settle(disk)?;
+            counters.write.count(output.len(), start.elapsed());
             Ok(0)
         }
-        VIRTIO_BLK_T_FLUSH => flush(disk).map(|()| 0),
-        VIRTIO_BLK_T_GET_ID => Ok(input.copy_from(&disk.serial)),
+        VIRTIO_BLK_T_FLUSH => {
+            let start = Instant::now();
+            host("flush", disk.image().flush())?;
+            counters.flush.count(0, start.elapsed());
+            Ok(0)
+        }
+        VIRTIO_BLK_T_GET_ID => Ok(input.copy_from(disk.serial())),
+        VIRTIO_BLK_T_DISCARD if disk.discards() => {
+            check_direction(&input)?;
+            let start = Instant::now();
+            let segments = Segment::read_all(output, disk, 0)?;
+            for segment in &segments {
+                let (offset, len) = segment.bytes();
+                host("discard", disk.image().discard(offset, len))?;
+            }
+            let total: u64 = segments.iter().map(|segment| segment.bytes().1).sum();
+            counters.discard.count(total, start.elapsed());
+            Ok(0)
+        }
+        VIRTIO_BLK_T_WRITE_ZEROES if !disk.readonly() => {
+            check_direction(&input)?;
+            let start = Instant::now();
+            let segments = Segment::read_all(output, disk, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP)?;
+            for segment in &segments {
+                let (offset, len) = segment.bytes();
+                let unmap = segment.flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
+                let give_back = unmap && disk.discards();
+                host(
+                    "writing zeros",
+                    disk.image().write_zeroes(offset, len, give_back),
+                )?;
+            }
+            settle(disk)?;
+            let total: u64 = segments.iter().map(|segment| segment.bytes().1).sum();
+            counters.write_zeroes.count(total, start.elapsed());
+            Ok(0)
+        }
         unknown => Err(Failure::Unknown(unknown)),
     }
 }
 
-fn flush(disk: &Disk) -> Result<(), Failure> {
-    disk.image.flush().map_err(|source| Failure::Host {
-        operation: "flush",
-        source,
-    })
+/// Makes a write durable, if the driver relies on that.
+fn settle(disk: &Disk) -> Result<(), Failure> {
+    if disk.writethrough() {
+        host("flush", disk.image().flush())
+    } else {
+        Ok(())
+    }
 }
 
 fn check_direction(other_side: &Buffers<'_>) -> Result<(), Failure> {
@@ -190,16 +183,80 @@ fn check_direction(other_side: &Buffers<'_>) -> Result<(), Failure> {
     }
 }
 
+fn check_writable(disk: &Disk) -> Result<(), Failure> {
+    if disk.readonly() {
+        Err(Failure::ReadOnly)
+    } else {
+        Ok(())
+    }
+}
+
 /// The offset in bytes of a transfer that is known to lie within the disk.
-fn check_range(sector: u64, data: &Buffers<'_>, disk: &Disk) -> Result<u64, Failure> {
+fn check_transfer(sector: u64, data: &Buffers<'_>, disk: &Disk) -> Result<u64, Failure> {
     let len = data.len();
-    let count = len as u64 / SECTOR_SIZE;
-    if !(len as u64).is_multiple_of(SECTOR_SIZE) || len > REQUEST_MAX {
+    if !(len as u64).is_multiple_of(SECTOR_SIZE) || len > disk.request_max() {
         return Err(Failure::Length(len));
     }
+    check_range(sector, len as u64, disk)
+}
+
+/// The offset in bytes of `len` bytes, whole sectors, that are known to lie within the disk.
+fn check_range(sector: u64, len: u64, disk: &Disk) -> Result<u64, Failure> {
     sector
-        .checked_add(count)
+        .checked_add(len / SECTOR_SIZE)
         .filter(|end| *end <= disk.sectors())
         .and_then(|_| sector.checked_mul(SECTOR_SIZE))
         .ok_or(Failure::Range { sector, len })
+}
+
+/// A part of the disk to discard or to make zero. It lies within the disk.
+struct Segment {
+    offset: u64,
+    sectors: u32,
+    flags: u32,
+}
+
+impl Segment {
+    fn bytes(&self) -> (u64, u64) {
+        (self.offset, u64::from(self.sectors) * SECTOR_SIZE)
+    }
+
+    /// All segments of a request, or what is wrong with the first bad one. Before any of them is
+    /// acted on, all are known to be good.
+    fn read_all(
+        mut data: Buffers<'_>,
+        disk: &Disk,
+        known_flags: u32,
+    ) -> Result<Vec<Self>, Failure> {
+        let len = data.len();
+        if data.is_empty() || !len.is_multiple_of(SEGMENT_SIZE) {
+            return Err(Failure::Segments(len));
+        }
+        if len > MAX_SEGMENTS as usize * SEGMENT_SIZE {
+            return Err(Failure::Segments(len));
+        }
+        let mut segments = Vec::new();
+        while let Some(bytes) = data.read_front::<SEGMENT_SIZE>() {
+            let [sector @ .., s0, s1, s2, s3, f0, f1, f2, f3] = bytes;
+            let sector = u64::from_le_bytes(sector);
+            let sectors = u32::from_le_bytes([s0, s1, s2, s3]);
+            let flags = u32::from_le_bytes([f0, f1, f2, f3]);
+            if flags & !known_flags != 0 {
+                return Err(Failure::Flags(flags));
+            }
+            if sectors > SEGMENT_SECTORS {
+                return Err(Failure::SegmentLength(sectors));
+            }
+            let offset = check_range(sector, u64::from(sectors) * SECTOR_SIZE, disk)?;
+            if sectors == 0 {
+                continue;
+            }
+            segments.push(Self {
+                offset,
+                sectors,
+                flags,
+            });
+        }
+        Ok(segments)
+    }
 }

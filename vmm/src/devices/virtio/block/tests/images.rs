@@ -3,9 +3,10 @@
 use super::*;
 
 fn refusal(config: &DiskConfig) -> ImageError {
-    match Block::new(config) {
+    match build(config) {
         Ok(_) => panic!("the image was accepted"),
         Err(BlockError::Image(source)) => source,
+        Err(other) => panic!("{other}"),
     }
 }
 
@@ -169,8 +170,24 @@ fn directories_pipes_and_missing_files_are_refused() {
 /// What a guest may do to its disk.
 #[derive(Debug, Clone)]
 enum Step {
-    Write { sector: u64, count: u32, fill: u8 },
-    Read { sector: u64, count: u32 },
+    Write {
+        sector: u64,
+        count: u32,
+        fill: u8,
+    },
+    Read {
+        sector: u64,
+        count: u32,
+    },
+    Zero {
+        sector: u64,
+        count: u32,
+        unmap: bool,
+    },
+    Discard {
+        sector: u64,
+        count: u32,
+    },
     Flush,
     Reopen,
 }
@@ -189,6 +206,12 @@ fn step() -> impl Strategy<Value = Step> {
             fill,
         }),
         4 => range().prop_map(|(sector, count)| Step::Read { sector, count }),
+        2 => (range(), any::<bool>()).prop_map(|((sector, count), unmap)| Step::Zero {
+            sector,
+            count,
+            unmap,
+        }),
+        2 => range().prop_map(|(sector, count)| Step::Discard { sector, count }),
         1 => Just(Step::Flush),
         1 => Just(Step::Reopen),
     ]
@@ -197,9 +220,13 @@ fn step() -> impl Strategy<Value = Step> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(60))]
 
-    /// A disk of two overlays on a smaller base reads as what was last written.
+    /// A disk of two overlays on a smaller base, or a raw one, reads as what was last written.
     #[test]
-    fn overlays_behave_as_a_disk(steps in proptest::collection::vec(step(), 1..30)) {
+    fn images_behave_as_a_disk(
+        raw in any::<bool>(),
+        sparse in any::<bool>(),
+        steps in proptest::collection::vec(step(), 1..30),
+    ) {
         let dir = TempDir::new().unwrap();
         let size = MODEL_SECTORS * 512;
         let mut model = std::fs::read(raw_image(&dir, 200)).unwrap();
@@ -211,7 +238,13 @@ proptest! {
         model[190 * 512..192 * 512].fill(0xcc);
         drop(machine);
 
-        let top = qcow2(&overlay(&dir, "top", size, Some(("middle", "qcow2"))));
+        let top = if raw {
+            std::fs::write(dir.path().join("raw"), &model).unwrap();
+            config(&dir.path().join("raw"))
+        } else {
+            qcow2(&overlay(&dir, "top", size, Some(("middle", "qcow2"))))
+        };
+        let top = DiskConfig { sparse, ..top };
         let mut machine = Machine::new(&top);
         let bytes = |sector: u64, count: u32| {
             sector as usize * 512..(sector as usize + count as usize) * 512
@@ -226,6 +259,23 @@ proptest! {
                 Step::Read { sector, count } => {
                     let read = machine.sectors(sector, count * 512);
                     prop_assert!(read == model[bytes(sector, count)]);
+                }
+                Step::Zero { sector, count, unmap } => {
+                    let segment = (sector, count, u32::from(unmap));
+                    let result = machine.segments(VIRTIO_BLK_T_WRITE_ZEROES, &[segment]);
+                    prop_assert_eq!(result, (OK, 1));
+                    model[bytes(sector, count)].fill(0);
+                }
+                Step::Discard { sector, count } => {
+                    let result = machine.segments(VIRTIO_BLK_T_DISCARD, &[(sector, count, 0)]);
+                    prop_assert_eq!(result, (if sparse { OK } else { UNSUPP }, 1));
+                    // What was discarded is as it was or zero, and stays so.
+                    let read = machine.sectors(sector, count * 512);
+                    let model = &mut model[bytes(sector, count)];
+                    for (old, new) in model.chunks_mut(512).zip(read.chunks(512)) {
+                        prop_assert!(new == &old[..] || new == [0; 512]);
+                        old.copy_from_slice(new);
+                    }
                 }
                 Step::Flush => prop_assert_eq!(machine.flush(), (OK, 1)),
                 Step::Reopen => {
