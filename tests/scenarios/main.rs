@@ -15,3 +15,4 @@ mod devices;
 mod exits;
 mod guest;
 mod refusals;
+mod vmm_api;

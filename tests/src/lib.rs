@@ -3,6 +3,7 @@
 //! ```text
 //! scenarios/  what must hold                         src/  how it is driven and watched
 //!   boot, alone, exits, refusals, devices, console ──► vmm     one `vmm` process, its guest
+//!   vmm_api ─────────────────────────────────────────► vmm_api the REST API of `vmm`
 //!   guest ───────────────────────────────────────────► agent   the guest's agent over vsock
 //!   api ─────────────────────────────────────────────► daemon  `sandboxd`, sandboxes over REST
 //! ```
@@ -30,6 +31,7 @@ pub mod pattern;
 pub mod process;
 pub mod setup;
 pub mod vmm;
+pub mod vmm_api;
 
 use std::time::Duration;
 

@@ -1,14 +1,14 @@
 //! One `vmm` process and its guest.
 
 use std::io::{BufRead, BufReader, Read};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use agent_protocol::{READY_PORT, Ready};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::agent::Agent;
@@ -16,6 +16,7 @@ use crate::images::write_qcow2_overlay;
 use crate::log::{Log, print_tail};
 use crate::process::{Process, wait_readable};
 use crate::setup::{scratch, setup};
+use crate::vmm_api::VmmApi;
 
 /// Memory of the default machine, in MiB.
 const DEFAULT_MIB: u64 = 256;
@@ -143,6 +144,64 @@ impl Machine {
     /// # Panics
     /// It cannot be started.
     pub fn start(self) -> Vmm {
+        let mut arguments: Vec<String> = Vec::new();
+        let mut give = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
+        give("--kernel", self.kernel.display().to_string());
+        if let Some(initramfs) = &self.initramfs {
+            give("--initramfs", initramfs.display().to_string());
+        }
+        give("--cmdline", self.cmdline.clone());
+        give("--cpus", self.cpus.clone());
+        give("--memory", self.memory.clone());
+        let console = self.directory.path().join("console.log");
+        let serial = self.serial.clone();
+        give(
+            "--serial",
+            serial.unwrap_or_else(|| format!("file={}", console.display())),
+        );
+        give("--console", "off".to_owned());
+        let socket = self.directory.path().join("vsock.sock");
+        give("--vsock", format!("cid=3,socket={}", socket.display()));
+        for disk in &self.disks {
+            give("--disk", disk.clone());
+        }
+        self.spawn(arguments, &[])
+    }
+
+    /// Starts the process with nothing but its API, at [`Vmm::api`].
+    ///
+    /// # Panics
+    /// It cannot be started.
+    pub fn serve(self) -> Vmm {
+        // Inherited, so that the first client need not wait for it.
+        let socket = UnixListener::bind(self.directory.path().join("api.sock")).unwrap();
+        let argument = format!("fd={}", socket.as_raw_fd());
+        self.spawn(vec!["--api-socket".to_owned(), argument], &[socket.as_fd()])
+    }
+
+    /// The machine as a body of `vm.create`.
+    ///
+    /// # Panics
+    /// It has more than one vCPU.
+    pub fn config(&self) -> Value {
+        assert_eq!(self.cpus, "boot=1");
+        let directory = self.directory.path();
+        let disks: Vec<Value> = self.disks.iter().map(|disk| disk_config(disk)).collect();
+        json!({
+            "memory": {"size": DEFAULT_MIB << 20},
+            "payload": {
+                "kernel": self.kernel,
+                "initramfs": self.initramfs,
+                "cmdline": self.cmdline,
+            },
+            "disks": disks,
+            "serial": {"mode": "File", "file": directory.join("console.log")},
+            "console": {"mode": "Off"},
+            "vsock": {"cid": 3, "socket": directory.join("vsock.sock")},
+        })
+    }
+
+    fn spawn(self, arguments: Vec<String>, inherited: &[BorrowedFd<'_>]) -> Vmm {
         let directory = self.directory;
         let socket = directory.path().join("vsock.sock");
         let ready = directory.path().join(format!("vsock.sock_{READY_PORT}"));
@@ -151,33 +210,22 @@ impl Machine {
         rustix::io::fcntl_setfd(&events, rustix::io::FdFlags::CLOEXEC).unwrap();
         rustix::io::fcntl_setfd(&event_writer, rustix::io::FdFlags::CLOEXEC).unwrap();
         let console = directory.path().join("console.log");
-        let serial = self
-            .serial
-            .unwrap_or_else(|| format!("file={}", console.display()));
 
         let mut command = Command::new(&setup().vmm);
-        command.arg("--kernel").arg(&self.kernel);
-        if let Some(initramfs) = &self.initramfs {
-            command.arg("--initramfs").arg(initramfs);
-        }
         command
-            .args(["--cmdline", &self.cmdline])
-            .args(["--cpus", &self.cpus, "--memory", &self.memory])
-            .args(["--serial", &serial, "--console", "off"])
-            .arg("--vsock")
-            .arg(format!("cid=3,socket={}", socket.display()))
+            .args(&arguments)
             .args([
                 "--event-monitor",
                 &format!("fd={}", event_writer.as_raw_fd()),
             ])
-            .args(self.disks.iter().flat_map(|disk| ["--disk", disk]))
             .args(&self.arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::null());
         if let Some(terminal) = self.terminal {
             take_terminal(&mut command, terminal);
         }
-        let process = Process::spawn("vmm", command, &[event_writer.as_fd()]);
+        let inherited = [inherited, &[event_writer.as_fd()]].concat();
+        let process = Process::spawn("vmm", command, &inherited);
         drop(event_writer);
         Vmm {
             process,
@@ -198,6 +246,20 @@ impl Machine {
         vmm.ready();
         vmm
     }
+}
+
+/// The value of `--disk` as JSON: all that scenarios give is text or on.
+fn disk_config(disk: &str) -> Value {
+    let field = |field: &str| {
+        let (name, value) = field.split_once('=').unwrap();
+        let value = match (name, value) {
+            ("image_type", "qcow2") => json!("Qcow2"),
+            (_, "on") => json!(true),
+            (_, value) => json!(value),
+        };
+        (name.to_owned(), value)
+    };
+    disk.split(',').map(field).collect()
 }
 
 /// Gives the process the terminal as its standard streams and as the one that controls it.
@@ -254,6 +316,12 @@ impl Vmm {
     /// The guest's agent.
     pub fn agent(&self) -> &Agent {
         &self.agent
+    }
+
+    /// The API of a process that was started by [`Machine::serve`], or with the argument
+    /// `--api-socket` for `api.sock` in its directory.
+    pub fn api(&self) -> VmmApi {
+        VmmApi::new(self.directory.path().join("api.sock"))
     }
 
     /// A directory that goes away with the machine.

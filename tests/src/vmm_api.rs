@@ -1,0 +1,71 @@
+//! The REST API of a `vmm` process.
+
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+
+use serde_json::Value;
+
+use crate::PATIENCE;
+use crate::http::Request;
+
+/// A client, which makes a connection for each request.
+pub struct VmmApi {
+    socket: PathBuf,
+}
+
+impl VmmApi {
+    /// A client of the API that is served there.
+    pub fn new(socket: PathBuf) -> Self {
+        Self { socket }
+    }
+
+    /// Sends a request, and returns the status and the body of the answer.
+    ///
+    /// # Panics
+    /// There is no answer.
+    pub fn call(&self, method: &str, name: &str, body: Option<&Value>) -> (u16, Value) {
+        let stream = UnixStream::connect(&self.socket)
+            .unwrap_or_else(|error| panic!("{}: {error}", self.socket.display()));
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let body = body.map_or(String::new(), Value::to_string);
+        let response = Request::new(method, &format!("/api/v1/{name}"))
+            .send(stream, body.as_bytes(), body.len() as u64)
+            .unwrap_or_else(|error| panic!("{name}: {error}"));
+        let status = response.status;
+        let body = response.bytes();
+        let body = if body.is_empty() {
+            Value::Null
+        } else {
+            serde_json::from_slice(&body).unwrap()
+        };
+        (status, body)
+    }
+
+    /// What a GET that must succeed answers.
+    ///
+    /// # Panics
+    /// It does not succeed.
+    pub fn get(&self, name: &str) -> Value {
+        let (status, body) = self.call("GET", name, None);
+        assert_eq!(status, 200, "{name}: {body}");
+        body
+    }
+
+    /// A PUT that must succeed and has nothing to say.
+    ///
+    /// # Panics
+    /// It does not succeed.
+    pub fn put(&self, name: &str, body: Option<&Value>) {
+        let (status, answer) = self.call("PUT", name, body);
+        assert_eq!(status, 204, "{name}: {answer}");
+    }
+
+    /// The state of the virtual machine.
+    ///
+    /// # Panics
+    /// There is none.
+    pub fn state(&self) -> String {
+        let info = self.get("vm.info");
+        info["state"].as_str().expect("a state").to_owned()
+    }
+}
