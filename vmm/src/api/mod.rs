@@ -17,6 +17,8 @@
 pub mod answer;
 pub mod body;
 pub mod compat;
+#[cfg(test)]
+mod openapi_tests;
 pub mod routes;
 pub mod server;
 pub mod socket;
