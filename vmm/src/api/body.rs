@@ -1,5 +1,6 @@
 //! The JSON that endpoints take.
 
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 
 use serde::Deserialize;
@@ -50,8 +51,20 @@ pub(super) fn add_disk(body: &[u8]) -> Result<Action, BodyError> {
     parse_compatible::<DiskConfig>(Shape::Disk, body).map(Action::AddDisk)
 }
 
-pub(super) fn add_net(body: &[u8]) -> Result<Action, BodyError> {
-    parse_compatible::<NetConfig>(Shape::Net, body).map(Action::AddNet)
+/// The numbers in `fds` are those of the client, if they mean anything: the descriptors are those
+/// that came along.
+pub(super) fn add_net(body: &[u8], descriptors: Vec<OwnedFd>) -> Result<Action, BodyError> {
+    let mut fields: serde_json::Map<String, Value> = serde_json::from_slice(body)?;
+    if !descriptors.is_empty() {
+        fields.remove("fds");
+    }
+    let mut value = Value::Object(fields);
+    compat::reduce(Shape::Net, &mut value)?;
+    let mut card: NetConfig = serde_json::from_value(value)?;
+    if !descriptors.is_empty() {
+        card.fds = Some(descriptors.iter().map(AsRawFd::as_raw_fd).collect());
+    }
+    Ok(Action::AddNet(card, descriptors))
 }
 
 pub(super) fn add_vsock(body: &[u8]) -> Result<Action, BodyError> {

@@ -261,7 +261,8 @@ const NET: &[Field] = &[
 const NET_OF_CLIENTS: &[Field] = &[field(
     "fds",
     Neutral::Absent,
-    "a number would name a descriptor of the VMM, not of the client; give the name of the tap",
+    "a number would name a descriptor of the VMM, not of the client; name the tap, or send its \
+     descriptors along with vm.add-net",
 )];
 
 /// Of serial port and console.

@@ -7,7 +7,8 @@
 //!
 //! - [`routes`]: every endpoint, what it takes and what it asks of the owner of the machine.
 //! - [`body`]: the JSON that endpoints take; [`compat`]: fields of it that this VMM has no use for.
-//! - [`socket`]: the listening socket and who may have it; [`server`]: connections.
+//! - [`socket`]: the listening socket and who may have it; [`server`] and [`stream`]:
+//!   connections, and the descriptors that clients send along.
 //! - [`answer`]: statuses, headers and bodies of what is sent back.
 //!
 //! What a client can observe beside the endpoints is kept too: errors are a JSON array of
@@ -22,6 +23,7 @@ mod openapi_tests;
 pub mod routes;
 pub mod server;
 pub mod socket;
+pub mod stream;
 #[cfg(test)]
 mod tests;
 

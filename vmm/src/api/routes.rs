@@ -1,5 +1,7 @@
 //! Every endpoint of Cloud Hypervisor's API, what it takes, and what becomes of it here.
 
+use std::os::fd::OwnedFd;
+
 use hyper::Method;
 
 use super::BASE_PATH;
@@ -25,6 +27,8 @@ pub enum Handler {
     Bare(fn() -> Action),
     /// Takes a body, and asks the owner of the machine.
     Body(fn(&[u8]) -> Result<Action, BodyError>),
+    /// The same, with the descriptors that came along.
+    BodyAndDescriptors(fn(&[u8], Vec<OwnedFd>) -> Result<Action, BodyError>),
     /// Takes a body, and is refused, whatever the body: this VMM lacks what it is for.
     Lacking(&'static str),
 }
@@ -32,7 +36,7 @@ pub enum Handler {
 impl Handler {
     /// Whether the endpoint must be called with a body; if not it must be called without.
     pub fn takes_body(self) -> bool {
-        matches!(self, Self::Body(_) | Self::Lacking(_))
+        !matches!(self, Self::Ping | Self::Bare(_))
     }
 }
 
@@ -82,7 +86,7 @@ pub static ROUTES: [Route; 31] = [
     put("vm.resize", Handler::Body(body::resize)),
     put("vm.resize-disk", Handler::Body(body::resize_disk)),
     put("vm.add-disk", Handler::Body(body::add_disk)),
-    put("vm.add-net", Handler::Body(body::add_net)),
+    put("vm.add-net", Handler::BodyAndDescriptors(body::add_net)),
     put("vm.add-vsock", Handler::Body(body::add_vsock)),
     put("vm.remove-device", Handler::Body(body::remove_device)),
     put("vm.coredump", Handler::Body(body::core_dump)),

@@ -1,12 +1,11 @@
 //! The thread that serves the API's connections.
 //!
 //! One runtime of one thread: nothing here waits for the machine but the request that asked it
-//! something, so `vmm.ping` is answered whatever else goes on. Descriptors that a client sends
-//! along (`SCM_RIGHTS`) are not taken by a plain read, and the kernel closes them: no endpoint has
-//! a use for one.
+//! something, so `vmm.ping` is answered whatever else goes on.
 
 use std::convert::Infallible;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -24,6 +23,7 @@ use tokio::task::JoinSet;
 use super::answer::{self, ApiResponse};
 use super::routes::{self, Handler, Route};
 use super::socket::Listener;
+use super::stream::ClientStream;
 use super::{API_VERSION, BASE_PATH};
 use crate::control::request::{Action, Mailbox};
 
@@ -109,9 +109,13 @@ async fn serve(socket: &UnixListener, mailbox: Mailbox, mut stopped: watch::Rece
 }
 
 async fn converse(stream: UnixStream, mailbox: Mailbox, mut stopped: watch::Receiver<()>) {
+    let stream = ClientStream::new(stream);
+    let descriptors = stream.descriptors();
     let service = service_fn(move |request| {
         let mailbox = mailbox.clone();
-        async move { Ok::<_, Infallible>(handle(request, &mailbox).await) }
+        // Whatever happens to the request, those that it does not use are closed with it.
+        let descriptors = descriptors.take();
+        async move { Ok::<_, Infallible>(handle(request, descriptors, &mailbox).await) }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -132,7 +136,11 @@ async fn converse(stream: UnixStream, mailbox: Mailbox, mut stopped: watch::Rece
     }
 }
 
-async fn handle(request: Request<Incoming>, mailbox: &Mailbox) -> ApiResponse {
+async fn handle(
+    request: Request<Incoming>,
+    descriptors: Vec<OwnedFd>,
+    mailbox: &Mailbox,
+) -> ApiResponse {
     let path = request.uri().path();
     let Some(route) = routes::find(path) else {
         let what =
@@ -156,6 +164,10 @@ async fn handle(request: Request<Incoming>, mailbox: &Mailbox) -> ApiResponse {
         Handler::Ping => ping(),
         Handler::Bare(action) => ask(route, action(), mailbox).await,
         Handler::Body(parse) => match parse(&body) {
+            Ok(action) => ask(route, action, mailbox).await,
+            Err(error) => answer::bad_request(&answer::failed(route.name), &error),
+        },
+        Handler::BodyAndDescriptors(parse) => match parse(&body, descriptors) {
             Ok(action) => ask(route, action, mailbox).await,
             Err(error) => answer::bad_request(&answer::failed(route.name), &error),
         },

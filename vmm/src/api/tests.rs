@@ -257,37 +257,73 @@ fn bodies_are_refused_with_the_reason() {
     assert!(answer.chain()[1].contains("larger"), "{answer:?}");
 }
 
-/// The client of Cloud Hypervisor sends descriptors with the first bytes of a request, and the
-/// rest in later writes.
-#[test]
-fn descriptors_sent_along_are_closed() {
-    let bench = Bench::new();
-    let (mut ours, theirs) = UnixStream::pair().unwrap();
-    let mut stream = bench.connect();
-    let head = b"PUT /api/v1/vm.add-net HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n";
-    let descriptors = [theirs.as_fd()];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    assert!(ancillary.push(SendAncillaryMessage::ScmRights(&descriptors)));
-    sendmsg(
-        &stream,
-        &[IoSlice::new(head)],
-        &mut ancillary,
-        SendFlags::empty(),
-    )
-    .unwrap();
-    drop(theirs);
-    let body = b"{\"tap\": \"tap0\"}";
-    for part in [
-        format!("Content-Length: {}\r\n", body.len()).as_bytes(),
-        b"\r\n",
-        body,
-    ] {
-        stream.write_all(part).unwrap();
+impl Bench {
+    /// Sends a request as the client of Cloud Hypervisor does: descriptors with the first bytes,
+    /// and the rest in later writes.
+    fn call_with(&self, name: &str, descriptor: impl AsFd, body: &str) -> (UnixStream, Answer) {
+        let mut stream = self.connect();
+        let head = format!("PUT /api/v1/{name} HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n");
+        let descriptors = [descriptor.as_fd()];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        assert!(ancillary.push(SendAncillaryMessage::ScmRights(&descriptors)));
+        let head = IoSlice::new(head.as_bytes());
+        sendmsg(&stream, &[head], &mut ancillary, SendFlags::empty()).unwrap();
+        let length = format!("Content-Length: {}\r\n", body.len());
+        for part in [&length, "\r\n", body] {
+            stream.write_all(part.as_bytes()).unwrap();
+        }
+        let answer = read_answer(&mut stream);
+        (stream, answer)
     }
-    assert_eq!(read_answer(&mut stream).status, 404);
-    // The connection is still open, and yet nobody has the other end any more.
-    assert_eq!(ours.read(&mut [0]).unwrap(), 0);
+}
+
+fn is_open_elsewhere(ours: &UnixStream) -> bool {
+    ours.set_nonblocking(true).unwrap();
+    let mut ours = ours;
+    // Nobody ever writes to it: the end of the stream, or nothing.
+    ours.read(&mut [0]).is_err()
+}
+
+#[test]
+fn descriptors_that_are_not_used_are_closed() {
+    let bench = Bench::new();
+    for (name, body, status) in [
+        ("vm.add-net", "{\"num_queues\": 2}", 404),
+        ("vm.add-net", "{", 400),
+        ("vm.create", &config(), 204),
+        ("vm.explode", "{}", 404),
+    ] {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (_open, answer) = bench.call_with(name, theirs, body);
+        assert_eq!(answer.status, status, "{name}: {answer:?}");
+        assert!(!is_open_elsewhere(&ours), "{name}");
+    }
+}
+
+#[test]
+fn descriptors_of_a_card_are_kept_as_long_as_it_is() {
+    let bench = Bench::new();
+    assert_eq!(bench.call("PUT", "vm.create", &config()).status, 204);
+    let add = || {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        // The number is the client's, and of no meaning here.
+        let (_, answer) = bench.call_with("vm.add-net", theirs, "{\"id\": \"n\", \"fds\": [77]}");
+        (ours, answer.status)
+    };
+    let (first, status) = add();
+    assert_eq!(status, 204);
+    let (second, status) = add();
+    assert_eq!(status, 409, "two devices with one id");
+    assert!(is_open_elsewhere(&first) && !is_open_elsewhere(&second));
+    let remove = json!({"id": "n"}).to_string();
+    assert_eq!(bench.call("PUT", "vm.remove-device", &remove).status, 204);
+    assert!(!is_open_elsewhere(&first));
+
+    let (third, _) = add();
+    assert!(is_open_elsewhere(&third));
+    assert_eq!(bench.put("vm.delete").status, 204);
+    assert!(!is_open_elsewhere(&third));
 }
 
 #[test]

@@ -35,6 +35,7 @@ mod tests;
 use std::collections::BTreeMap;
 use std::io;
 use std::mem;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use rustix::event::{PollFd, PollFlags, poll};
 
@@ -93,6 +94,9 @@ pub struct Control<L> {
     inbox: Inbox,
     state: State,
     machines: u64,
+    /// Those that the configuration names by number. A machine duplicates what it uses, so that
+    /// the next one has them too.
+    descriptors: Vec<OwnedFd>,
 }
 
 impl<L: Launcher> Control<L> {
@@ -116,6 +120,7 @@ impl<L: Launcher> Control<L> {
             inbox,
             state: State::NoVm,
             machines: 0,
+            descriptors: Vec::new(),
         })
     }
 
@@ -203,9 +208,15 @@ impl<L: Launcher> Control<L> {
             Action::Resize(resize) => self.resize(resize)?,
             Action::ResizeDisk { id, size } => self.machine()?.guest.resize_disk(&id, size)?,
             Action::AddDisk(disk) => cold::add_disk(self.cold()?, disk)?,
-            Action::AddNet(net) => cold::add_net(self.cold()?, net)?,
+            Action::AddNet(net, descriptors) => {
+                cold::add_net(self.cold()?, net)?;
+                self.descriptors.extend(descriptors);
+            }
             Action::AddVsock(vsock) => cold::add_vsock(self.cold()?, vsock)?,
-            Action::RemoveDevice { id } => cold::remove(self.cold()?, &id)?,
+            Action::RemoveDevice { id } => {
+                cold::remove(self.cold()?, &id)?;
+                self.close_unused_descriptors();
+            }
             Action::CoreDump { path } => self.paused()?.guest.core_dump(&path)?,
             // `take` ends the process before it comes to this.
             Action::Quit => {}
@@ -228,10 +239,24 @@ impl<L: Launcher> Control<L> {
         if !matches!(mem::replace(&mut self.state, State::NoVm), State::NoVm) {
             self.events.emit(&Event::Deleted);
         }
+        self.close_unused_descriptors();
         if self.on_guest_end == OnGuestEnd::Exit {
             // The next one is not from the command line.
             self.on_guest_end = OnGuestEnd::RebootOrExit;
         }
+    }
+
+    fn close_unused_descriptors(&mut self) {
+        let cards = match &self.state {
+            State::NoVm => &[],
+            State::Created(config) => config.net.as_slice(),
+            State::Running(vm) | State::Paused(vm) => vm.config.net.as_slice(),
+        };
+        let is_named = |descriptor: &OwnedFd| {
+            let mut numbers = cards.iter().filter_map(|card| card.fds.as_ref()).flatten();
+            numbers.any(|number| *number == descriptor.as_raw_fd())
+        };
+        self.descriptors.retain(is_named);
     }
 
     fn boot(&mut self) -> Result<(), Refusal> {

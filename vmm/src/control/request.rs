@@ -50,8 +50,8 @@ pub enum Action {
     },
     /// Add a disk.
     AddDisk(DiskConfig),
-    /// Add a network card.
-    AddNet(NetConfig),
+    /// Add a network card, and keep the descriptors that its `fds` name.
+    AddNet(NetConfig, Vec<OwnedFd>),
     /// Add the socket device.
     AddVsock(VsockConfig),
     /// Remove a device.
