@@ -298,7 +298,7 @@ const SECTIONS: &[(&str, &[&[Field]])] = &[
 pub fn reduce(shape: Shape, value: &mut Value) -> Result<(), CompatError> {
     match shape {
         Shape::Vm => reduce_vm(value),
-        Shape::Disk => reduce_all("disk", value, &[DISK, DEVICE]),
+        Shape::Disk => reduce_disk("disk", value),
         Shape::Net => reduce_all("net", value, &[NET, NET_OF_CLIENTS, DEVICE]),
         Shape::Vsock => reduce_all("vsock", value, &[DEVICE]),
     }
@@ -316,12 +316,28 @@ fn reduce_vm(value: &mut Value) -> Result<(), CompatError> {
             }
             Some(Value::Array(elements)) => {
                 for (index, element) in elements.iter_mut().enumerate() {
-                    reduce_all(&format!("{name}[{index}]"), element, tables)?;
+                    let path = format!("{name}[{index}]");
+                    match *name {
+                        "disks" => reduce_disk(&path, element)?,
+                        _ => reduce_all(&path, element, tables)?,
+                    }
                 }
             }
             Some(section) => reduce_all(name, section, tables)?,
             None => {}
         }
+    }
+    Ok(())
+}
+
+/// What Cloud Hypervisor guesses when it is not told, this VMM takes for its default, as if the
+/// field were not there: a guest may have written what the guess would look at.
+fn reduce_disk(path: &str, value: &mut Value) -> Result<(), CompatError> {
+    reduce_all(path, value, &[DISK, DEVICE])?;
+    if let Value::Object(disk) = value
+        && disk.get("image_type").is_some_and(|kind| kind == "Unknown")
+    {
+        disk.remove("image_type");
     }
     Ok(())
 }
@@ -381,10 +397,11 @@ fn check(path: &str, value: Value, field: &Field) -> Result<(), CompatError> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
     use serde_json::json;
 
     use super::*;
-    use crate::config::VmConfig;
+    use crate::config::{ImageType, VmConfig};
 
     /// All that a client of Cloud Hypervisor writes out for a small machine.
     fn verbose() -> Value {
@@ -439,6 +456,9 @@ mod tests {
         let config = parse(verbose()).unwrap();
         assert_eq!(config.disks.len(), 1);
         assert!(config.disks[0].readonly && config.vsock.is_some());
+        let mut guess = verbose();
+        guess["disks"][0]["image_type"] = json!("Unknown");
+        assert_eq!(parse(guess).unwrap().disks[0].image_type, ImageType::Raw);
         let minimal = parse(json!({"payload": {"kernel": "/k"}, "disks": null})).unwrap();
         assert_eq!(minimal.memory.size, 512 << 20);
     }
@@ -531,6 +551,48 @@ mod tests {
             let fields = tables.iter().flat_map(|table| table.iter());
             let fields = fields.filter(|field| field.name != NET_OF_CLIENTS[0].name);
             fields.for_each(|field| check(section, field));
+        }
+    }
+
+    fn any_json() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            any::<f64>().prop_map(Value::from),
+            "[a-zA-Z0-9/]{0,8}".prop_map(Value::from),
+        ];
+        leaf.prop_recursive(3, 16, 4, |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+                prop::collection::hash_map("[a-z_]{1,8}", inner, 0..4)
+                    .prop_map(|object| object.into_iter().collect()),
+            ]
+        })
+    }
+
+    proptest! {
+        /// Whatever stands at whatever place, it is taken or refused.
+        #[test]
+        fn no_value_breaks_the_reader(place in any::<prop::sample::Index>(), value in any_json()) {
+            fn places(prefix: &str, value: &Value, into: &mut Vec<String>) {
+                into.push(prefix.to_owned());
+                match value {
+                    Value::Object(fields) => fields
+                        .iter()
+                        .for_each(|(name, value)| places(&format!("{prefix}/{name}"), value, into)),
+                    Value::Array(elements) => (0..)
+                        .zip(elements)
+                        .for_each(|(index, value)| places(&format!("{prefix}/{index}"), value, into)),
+                    _ => {}
+                }
+            }
+            let mut config = verbose();
+            let mut all = Vec::new();
+            places("", &config, &mut all);
+            let pointer = &all[place.index(all.len())];
+            *config.pointer_mut(pointer).unwrap() = value;
+            let _ = parse(config);
         }
     }
 }
