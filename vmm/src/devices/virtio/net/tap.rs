@@ -9,8 +9,8 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use libc::{
-    IFF_NO_PI, IFF_TAP, IFF_VNET_HDR, IFNAMSIZ, TUN_F_CSUM, TUN_F_TSO_ECN, TUN_F_TSO4, TUN_F_TSO6,
-    c_int, c_short, c_uint, ifreq, iovec,
+    IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_VNET_HDR, IFNAMSIZ, TUN_F_CSUM, TUN_F_TSO_ECN,
+    TUN_F_TSO4, TUN_F_TSO6, TUN_F_UFO, c_int, c_short, c_uint, ifreq, iovec,
 };
 use vm_memory::bitmap::Bitmap;
 
@@ -23,7 +23,8 @@ const TUN: &str = "/dev/net/tun";
 const MAX_PIECES: usize = 1024;
 
 /// Offloads to ask for, the best first. Kernels that do not know one refuse all of a set.
-const OFFLOADS: [c_uint; 3] = [
+const OFFLOADS: [c_uint; 4] = [
+    TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN | TUN_F_UFO,
     TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN,
     TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6,
     TUN_F_CSUM,
@@ -50,10 +51,24 @@ pub enum TapError {
     #[error("cannot open {TUN}")]
     Tun(#[source] io::Error),
     /// The interface is no tap, belongs to someone else, or is in use.
-    #[error("cannot attach to the tap {name}")]
+    #[error(
+        "cannot attach to the tap {name}; it must have been made {} multi_queue",
+        if *multi_queue { "with" } else { "without" }
+    )]
     Attach {
         /// The name.
         name: String,
+        /// Whether it is to have several queues.
+        multi_queue: bool,
+        /// What the host says.
+        #[source]
+        source: io::Error,
+    },
+    /// A descriptor that is not open.
+    #[error("descriptor {fd} cannot be used")]
+    Descriptor {
+        /// The descriptor.
+        fd: RawFd,
         /// What the host says.
         #[source]
         source: io::Error,
@@ -84,11 +99,11 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// Attaches to the existing tap `name`.
+    /// Attaches to the existing tap `name`; with `multi_queue`, to one more queue of it.
     ///
     /// # Errors
     /// There is no such tap, it is in use, or the caller may not use it.
-    pub fn open(name: &str) -> Result<Self, TapError> {
+    pub fn open(name: &str, multi_queue: bool) -> Result<Self, TapError> {
         let request = request(name)?;
         if !exists(&request) {
             return Err(TapError::Missing {
@@ -101,11 +116,26 @@ impl Tap {
             .custom_flags(libc::O_NONBLOCK)
             .open(TUN)
             .map_err(TapError::Tun)?;
-        attach(file.as_raw_fd(), request).map_err(|source| TapError::Attach {
+        attach(file.as_raw_fd(), request, multi_queue).map_err(|source| TapError::Attach {
             name: name.to_owned(),
+            multi_queue,
             source,
         })?;
         Self::from_fd(file.into())
+    }
+
+    /// Uses a tap through the open descriptor `fd`, which stays open: a machine that is built anew
+    /// needs it again.
+    ///
+    /// # Errors
+    /// It is not open, or not a tap as [`from_fd`](Self::from_fd) needs it.
+    pub fn duplicate(fd: RawFd) -> Result<Self, TapError> {
+        // SAFETY: F_DUPFD_CLOEXEC takes a number and writes to no memory; it fails on a descriptor
+        // that is not open.
+        let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
+        check(copy).map_err(|source| TapError::Descriptor { fd, source })?;
+        // SAFETY: the descriptor was just made, and belongs to nobody else.
+        Self::from_fd(unsafe { OwnedFd::from_raw_fd(copy) })
     }
 
     /// Takes over a tap that is already attached, with the flags `IFF_TAP`, `IFF_NO_PI` and
@@ -294,8 +324,9 @@ fn exists(request: &ifreq) -> bool {
     unsafe { libc::if_nametoindex(request.ifr_name.as_ptr()) != 0 }
 }
 
-pub(super) fn attach(fd: RawFd, mut request: ifreq) -> io::Result<()> {
-    request.ifr_ifru.ifru_flags = (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR) as c_short;
+pub(super) fn attach(fd: RawFd, mut request: ifreq, multi_queue: bool) -> io::Result<()> {
+    let queues = if multi_queue { IFF_MULTI_QUEUE } else { 0 };
+    request.ifr_ifru.ifru_flags = (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | queues) as c_short;
     // SAFETY: the descriptor is open, and TUNSETIFF takes an ifreq.
     check(unsafe { libc::ioctl(fd, libc::TUNSETIFF as _, &raw mut request) })
 }

@@ -8,6 +8,11 @@ use super::*;
 use crate::devices::virtio::testing::{BUFFERS, Driver, Piece, is_ready, readable, writable};
 
 mod host;
+mod pairs;
+
+const QUEUE_SIZE: u16 = 256;
+const RECEIVE_QUEUE: usize = 0;
+const TRANSMIT_QUEUE: usize = 1;
 
 const MRG_RXBUF: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
 const FRAME: [u8; 60] = [0x5a; 60];
@@ -19,17 +24,27 @@ struct Machine {
     wire: OwnedFd,
 }
 
+/// A socket in place of a tap, and its other end.
+fn fake_tap() -> (Tap, OwnedFd) {
+    let (tap, wire) = rustix::net::socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+        None,
+    )
+    .unwrap();
+    (Tap::fake(tap), wire)
+}
+
 impl Machine {
     fn new(features: u64) -> Self {
-        let (tap, wire) = rustix::net::socketpair(
-            AddressFamily::UNIX,
-            SocketType::SEQPACKET,
-            SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
-            None,
-        )
-        .unwrap();
+        Self::with_config(features, &NetConfig::default())
+    }
+
+    fn with_config(features: u64, config: &NetConfig) -> Self {
+        let (tap, wire) = fake_tap();
         let mut driver = Driver::new(false);
-        let mut net = Net::with_tap(Tap::fake(tap), None).unwrap();
+        let mut net = Net::with_taps(vec![tap], config).unwrap();
         driver.activate(&mut net, features);
         Self { driver, net, wire }
     }
@@ -53,7 +68,9 @@ impl Machine {
     }
 
     fn tap_event(&mut self) {
-        self.net.process_source(TOKEN_TAP, EventSet::IN).unwrap();
+        self.net
+            .process_source(TOKEN_FIRST_TAP, EventSet::IN)
+            .unwrap();
     }
 
     fn received(&mut self) -> Vec<(u16, u32)> {
@@ -276,15 +293,11 @@ fn nothing_is_received_after_a_reset_until_the_next_activation() {
 
 #[test]
 fn the_configuration_space_holds_the_address() {
-    let mac = "52:54:00:12:34:56".parse().unwrap();
-    let (tap, _wire) = rustix::net::socketpair(
-        AddressFamily::UNIX,
-        SocketType::SEQPACKET,
-        SocketFlags::CLOEXEC,
-        None,
-    )
-    .unwrap();
-    let net = Net::with_tap(Tap::fake(tap), Some(mac)).unwrap();
+    let config = NetConfig {
+        mac: Some("52:54:00:12:34:56".parse().unwrap()),
+        ..NetConfig::default()
+    };
+    let net = Net::with_taps(vec![fake_tap().0], &config).unwrap();
     let mut space = [0; 8];
     net.read_config(0, &mut space);
     assert_eq!(space, [0x52, 0x54, 0x00, 0x12, 0x34, 0x56, 1, 0]);
@@ -302,14 +315,21 @@ fn a_random_address_is_local_and_of_one_station() {
 #[test]
 fn names_that_no_tap_can_have_are_refused() {
     for name in ["", "sixteen-letters!", "a/b", "tap%d", "a\0b"] {
-        assert!(matches!(Tap::open(name), Err(TapError::Name { .. })));
+        assert!(matches!(Tap::open(name, false), Err(TapError::Name { .. })));
     }
     assert!(matches!(
-        Tap::open("no-such-tap"),
+        Tap::open("no-such-tap", true),
         Err(TapError::Missing { .. })
     ));
     let file = std::fs::File::open("/dev/null").unwrap();
-    assert!(matches!(Tap::from_fd(file.into()), Err(TapError::Flags)));
+    assert!(matches!(
+        Tap::duplicate(file.as_raw_fd()),
+        Err(TapError::Flags)
+    ));
+    assert!(matches!(
+        Tap::duplicate(1 << 20),
+        Err(TapError::Descriptor { fd, .. }) if fd == 1 << 20
+    ));
 }
 
 fn piece() -> impl Strategy<Value = Piece> {

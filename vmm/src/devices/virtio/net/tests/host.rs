@@ -25,6 +25,7 @@ const INSIDE: &str = "NET_TEST_IN_NAMESPACE";
 fn a_real_tap_carries_frames_both_ways() {
     if std::env::var_os(INSIDE).is_some() {
         carry_frames();
+        carry_frames_in_two_queues();
         return;
     }
     let (_, module) = module_path!().split_once("::").unwrap();
@@ -50,9 +51,12 @@ fn a_real_tap_carries_frames_both_ways() {
 }
 
 fn carry_frames() {
-    let maker = make_tap("tap0");
+    let maker = make_tap("tap0", false);
     // Attached by someone else.
-    assert!(matches!(Tap::open("tap0"), Err(TapError::Attach { .. })));
+    assert!(matches!(
+        Tap::open("tap0", false),
+        Err(TapError::Attach { .. })
+    ));
     drop(maker);
     let host = bring_up("tap0");
     let mut net = Net::new(&NetConfig {
@@ -83,16 +87,14 @@ fn carry_frames() {
     }
     net.process_queue(RECEIVE_QUEUE).unwrap();
 
-    let mut frame = vec![0xff; 12];
-    frame.extend(ETHER_TYPE.to_be_bytes());
-    frame.extend([0x77; 100]);
+    let frame = frame(0x77);
     let arrived = (0..30).any(|_| {
         // The kernel drops what is sent before it has noticed that the tap is attached.
         rustix::net::send(&host, &frame, rustix::net::SendFlags::empty()).unwrap();
-        if !wait_readable(net.tap.as_raw_fd(), 300) {
+        if !wait_readable(net.inlets[0].tap().as_raw_fd(), 300) {
             return false;
         }
-        net.process_source(TOKEN_TAP, EventSet::IN).unwrap();
+        net.process_source(TOKEN_FIRST_TAP, EventSet::IN).unwrap();
         // The host's own stack may have greeted its neighbours as well.
         driver.used(RECEIVE_QUEUE).into_iter().any(|(head, len)| {
             let bytes = driver.read((3 << 20) + u64::from(head) * 0x1000, len as usize);
@@ -127,14 +129,68 @@ fn carry_frames() {
     ));
 }
 
+/// A tap with two queues.
+fn carry_frames_in_two_queues() {
+    drop(make_tap("tap1", true));
+    let host = bring_up("tap1");
+    assert!(matches!(
+        Tap::open("tap1", false),
+        Err(TapError::Attach {
+            multi_queue: false,
+            ..
+        })
+    ));
+    let config = NetConfig {
+        tap: Some("tap1".to_owned()),
+        num_queues: 4,
+        ..NetConfig::default()
+    };
+    let mut net = Net::new(&config).unwrap();
+    let mut driver = Driver::new(true);
+    let offered = net.features();
+    driver.activate(&mut net, offered);
+    for pair in 0..2 {
+        let frame = frame(b'0' + pair as u8);
+        driver.write(BUFFERS, &[0; 12]);
+        driver.write(BUFFERS + 12, &frame);
+        let chain = [readable(BUFFERS, 12 + frame.len() as u32)];
+        driver.add(2 * pair + 1, &chain);
+        net.process_queue(2 * pair + 1).unwrap();
+        let mut bytes = [0; 2000];
+        // The host's own stack may greet its neighbours meanwhile, but not with this type.
+        assert!(wait_readable(host.as_raw_fd(), 10_000));
+        let (_, len) = rustix::net::recv(&host, &mut bytes[..], RecvFlags::DONTWAIT).unwrap();
+        assert_eq!(bytes[..len], frame);
+    }
+    assert_eq!(net.counters()["tx_frames"], 2);
+
+    // The same tap through a descriptor that somebody else has opened.
+    drop(net);
+    let open = Tap::open("tap1", true).unwrap();
+    let config = NetConfig {
+        fds: Some(vec![open.as_raw_fd()]),
+        ..NetConfig::default()
+    };
+    for _ in 0..2 {
+        Net::new(&config).unwrap();
+    }
+}
+
+fn frame(fill: u8) -> Vec<u8> {
+    let mut frame = vec![0xff; 12];
+    frame.extend(ETHER_TYPE.to_be_bytes());
+    frame.extend([fill; 100]);
+    frame
+}
+
 /// Makes a tap that stays when it is closed.
-fn make_tap(name: &str) -> OwnedFd {
+fn make_tap(name: &str, multi_queue: bool) -> OwnedFd {
     let file = std::fs::OpenOptions::new()
         .read(true)
         .write(true)
         .open("/dev/net/tun")
         .unwrap();
-    attach(file.as_raw_fd(), request(name).unwrap()).unwrap();
+    attach(file.as_raw_fd(), request(name).unwrap(), multi_queue).unwrap();
     // SAFETY: the descriptor is open, and TUNSETPERSIST takes its argument by value.
     check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETPERSIST as _, 1_u64) }).unwrap();
     file.into()
