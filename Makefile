@@ -15,6 +15,10 @@ demo: prepare ## the same, but end after the command
 test: ## all tests: native ones, then scenarios with real guests
 	scripts/test $(ARGS)
 
+soak: prepare ## the scenarios that can go on for long, for long
+	MVS_SOAK_SEEDS=$${MVS_SOAK_SEEDS:-50} MVS_SOAK_OPERATIONS=$${MVS_SOAK_OPERATIONS:-1000} \
+		tests/run hostile vmm_api $(ARGS)
+
 bench: prepare ## measure, beside peers, and print the table
 	benches/run $(ARGS)
 
@@ -28,9 +32,12 @@ images: prepare ## the same: target/images holds what guests boot
 
 fmt: ## format the code
 	cargo fmt --all
+	cargo fmt --manifest-path tests/hostile-guest/Cargo.toml
 
 lint: ## what CI checks before the tests
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
+	cargo fmt --manifest-path tests/hostile-guest/Cargo.toml --check
+	cargo clippy --manifest-path tests/hostile-guest/Cargo.toml --release --locked --target-dir target/hostile-guest -- -D warnings
 
-.PHONY: help run demo test bench doctor prepare images fmt lint
+.PHONY: help run demo test soak bench doctor prepare images fmt lint

@@ -2,28 +2,12 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::OwnedFd;
 
 use e2e_tests::agent::sh;
 use e2e_tests::log::Log;
+use e2e_tests::terminal::terminal;
 use e2e_tests::vmm::Machine;
-use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, Termios, tcgetattr};
-
-/// A new pseudo-terminal: the side of the user, and that of the programs.
-fn terminal() -> (OwnedFd, OwnedFd) {
-    let user = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
-    grantpt(&user).unwrap();
-    unlockpt(&user).unwrap();
-    let name = ptsname(&user, Vec::new()).unwrap();
-    let programs = rustix::fs::open(
-        name.as_c_str(),
-        rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NOCTTY | rustix::fs::OFlags::CLOEXEC,
-        rustix::fs::Mode::empty(),
-    )
-    .unwrap();
-    (user, programs)
-}
 
 fn modes(terminal: &Termios) -> impl PartialEq + std::fmt::Debug {
     (

@@ -14,5 +14,6 @@ mod console;
 mod devices;
 mod exits;
 mod guest;
+mod hostile;
 mod refusals;
 mod vmm_api;

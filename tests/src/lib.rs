@@ -30,6 +30,7 @@ pub mod network;
 pub mod pattern;
 pub mod process;
 pub mod setup;
+pub mod terminal;
 pub mod vmm;
 pub mod vmm_api;
 

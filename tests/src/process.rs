@@ -159,6 +159,16 @@ pub fn peak_kib(pid: u32) -> u64 {
     )
 }
 
+/// How many descriptors a process has open.
+///
+/// # Panics
+/// There is no such process.
+pub fn descriptors_of(pid: u32) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/fd"))
+        .unwrap()
+        .count()
+}
+
 /// A field in KiB of the text of a `/proc/PID/status`.
 ///
 /// # Panics

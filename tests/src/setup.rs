@@ -6,6 +6,7 @@
 //! | daemon | `MVS_SANDBOXD` | `release/sandboxd` |
 //! | guest kernel, initramfs and template | `MVS_IMAGES` | `images/` |
 //! | stock kernel and its initramfs | `MVS_STOCK_IMAGES` | `images/stock/` |
+//! | hostile guest | `MVS_HOSTILE_GUEST` | as `tests/hostile-guest/build` makes it |
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -21,6 +22,8 @@ pub struct Setup {
     pub images: PathBuf,
     /// Directory with `vmlinuz` of a distribution and an `initramfs.cpio` with its modules.
     pub stock_images: PathBuf,
+    /// The guest that attacks its machine's devices.
+    pub hostile_guest: PathBuf,
 }
 
 impl Setup {
@@ -67,6 +70,10 @@ pub fn setup() -> &'static Setup {
             sandboxd: find("MVS_SANDBOXD", "release/sandboxd"),
             images: find("MVS_IMAGES", "images"),
             stock_images: find("MVS_STOCK_IMAGES", "images/stock"),
+            hostile_guest: find(
+                "MVS_HOSTILE_GUEST",
+                "hostile-guest/x86_64-unknown-linux-gnu/release/hostile-guest",
+            ),
         };
         for needed in [
             setup.kernel(),

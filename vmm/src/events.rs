@@ -31,6 +31,8 @@ pub enum Event {
         device: String,
         /// What went wrong.
         reason: String,
+        /// How often that has happened to the device.
+        failures: u64,
     },
     /// The machine ended. The name of the event says how.
     #[serde(untagged)]

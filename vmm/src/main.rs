@@ -4,7 +4,8 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
-use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::prelude::*;
 
 use vmm::api::{ApiServer, Listener};
 use vmm::cli::{BootArgs, Cli, Command, EventTarget};
@@ -29,14 +30,20 @@ fn main() -> ExitCode {
 }
 
 fn boot(args: &BootArgs, start: Instant) -> ExitCode {
-    tracing_subscriber::fmt()
-        .with_max_level(match args.verbose {
-            0 => LevelFilter::WARN,
-            1 => LevelFilter::INFO,
-            2 => LevelFilter::DEBUG,
-            _ => LevelFilter::TRACE,
-        })
-        .with_writer(std::io::stderr)
+    let level = match args.verbose {
+        0 => LevelFilter::WARN,
+        1 => LevelFilter::INFO,
+        2 => LevelFilter::DEBUG,
+        _ => LevelFilter::TRACE,
+    };
+    // The crate that reads the rings logs an error for each that is malformed, as often as the
+    // guest likes. The device tells of it too, and not as often.
+    let filter = Targets::new()
+        .with_default(level)
+        .with_target("virtio_queue", LevelFilter::OFF);
+    tracing_subscriber::registry()
+        .with(tracing_subscriber::fmt::layer().with_writer(std::io::stderr))
+        .with(filter)
         .init();
 
     match run(args, start) {

@@ -178,6 +178,7 @@ pub fn split(
         wake,
         notifications: notifications.clone(),
         events,
+        failures: 0,
         state: State::Inactive,
     };
     Ok(Parts {
@@ -212,6 +213,8 @@ pub struct Worker {
     wake: Arc<EventFd>,
     notifications: Vec<Arc<EventFd>>,
     events: EventStream,
+    /// How often the device had to give up on its driver.
+    failures: u64,
     state: State,
 }
 
@@ -373,11 +376,15 @@ impl Worker {
 
     fn fail(&mut self, error: &DeviceError, ops: &mut EventOps) {
         self.deactivate(ops);
-        let reason = crate::error_chain(error);
-        self.events.emit(&Event::DeviceError {
-            device: self.name.clone(),
-            reason,
-        });
+        // A guest can break and reset a device as often as it likes, and somebody keeps the events.
+        self.failures += 1;
+        if self.failures.is_power_of_two() {
+            self.events.emit(&Event::DeviceError {
+                device: self.name.clone(),
+                reason: crate::error_chain(error),
+                failures: self.failures,
+            });
+        }
         self.needs_reset.store(true, Ordering::SeqCst);
         // Without the interrupt the driver finds out when it next reads the status.
         let _ = self.interrupt.signal_config_change();

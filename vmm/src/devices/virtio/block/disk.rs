@@ -126,6 +126,7 @@ impl Disk {
         self.events.emit(&Event::DeviceError {
             device: self.name.clone(),
             reason: format!("{operation} failed: {error}"),
+            failures: 1,
         });
     }
 }
