@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber};
+use kvm_ioctls::VcpuFd;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -109,6 +110,11 @@ impl RunningMachine {
     /// The machine has ended.
     pub fn pause(&self) -> Result<(), StoppedError> {
         self.parts.vcpus.iter().try_for_each(VcpuHandle::pause)?;
+        for vcpu in &self.parts.vcpus {
+            // So that the guest's watchdogs do not take the pause for a hang. KVM refuses it for
+            // a guest that does not use its clock, which has no such watchdog either.
+            let _ = vcpu.with_fd(VcpuFd::kvmclock_ctrl)?;
+        }
         for device in &self.parts.devices {
             match device.pause() {
                 Ok(()) => {}
