@@ -273,6 +273,7 @@ fn misuse_in_any_order_neither_hangs_nor_leaks() {
 
 /// How many descriptors, threads and mappings as large as a guest the process has.
 fn resources(vmm: &Vmm) -> Value {
+    let _open = vmm.api().settle();
     let proc = format!("/proc/{}", vmm.process.pid());
     let count = |what: &str| std::fs::read_dir(format!("{proc}/{what}")).unwrap().count();
     let maps = std::fs::read_to_string(format!("{proc}/maps")).unwrap();

@@ -1,12 +1,13 @@
 //! The REST API of a `vmm` process.
 
+use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use serde_json::Value;
 
 use crate::PATIENCE;
-use crate::http::Request;
+use crate::http::{Request, Response};
 
 /// A client, which makes a connection for each request.
 pub struct VmmApi {
@@ -19,7 +20,8 @@ impl VmmApi {
         Self { socket }
     }
 
-    /// Sends a request, and returns the status and the body of the answer.
+    /// Sends a request, and returns the status and the body of the answer when the VMM has closed
+    /// the connection.
     ///
     /// # Panics
     /// There is no answer.
@@ -27,18 +29,37 @@ impl VmmApi {
         let stream = UnixStream::connect(&self.socket)
             .unwrap_or_else(|error| panic!("{}: {error}", self.socket.display()));
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut connection = stream.try_clone().unwrap();
         let body = body.map_or(String::new(), Value::to_string);
         let response = Request::new(method, &format!("/api/v1/{name}"))
             .send(stream, body.as_bytes(), body.len() as u64)
             .unwrap_or_else(|error| panic!("{name}: {error}"));
         let status = response.status;
         let body = response.bytes();
+        let rest = connection.read_to_end(&mut Vec::new());
+        assert_eq!(rest.unwrap(), 0, "{name}: more than an answer");
         let body = if body.is_empty() {
             Value::Null
         } else {
             serde_json::from_slice(&body).unwrap()
         };
         (status, body)
+    }
+
+    /// Returns when the VMM has nothing left of the connections before this one, which stays
+    /// open until the answer is dropped.
+    ///
+    /// # Panics
+    /// There is no answer.
+    pub fn settle(&self) -> Response<UnixStream> {
+        // The VMM has shut the others down when their clients saw their end. Its one thread has
+        // then closed them too before it turns to this.
+        let stream = UnixStream::connect(&self.socket).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let request = Request::new("GET", "/api/v1/vmm.ping").header("Connection", "keep-alive");
+        let response = request.send(stream, &[][..], 0).unwrap();
+        assert_eq!(response.status, 200);
+        response
     }
 
     /// What a GET that must succeed answers.
