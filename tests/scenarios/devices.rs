@@ -114,13 +114,39 @@ fn the_guest_gets_entropy_from_the_host() {
 
 #[test]
 fn the_network_card_carries_packets_both_ways() {
-    const SIZE: u64 = 12 * MIB as u64;
-    let host = Ipv4Addr::new(10, 55, 0, 1);
-    let guest = Ipv4Addr::new(10, 55, 0, 2);
-    let tap = Tap::in_new_network("mvs-test0", host);
+    let tap = Tap::in_new_network("mvs-test0", HOST, false);
     let card = format!("tap={},mac=52:54:00:12:34:56", tap.name());
     let vmm = Machine::new().arguments(&["--net", &card]).boot();
+    exchange_packets(vmm.agent());
+}
+
+#[test]
+fn a_network_card_with_two_pairs_of_queues_uses_both() {
+    let tap = Tap::in_new_network("mvs-test0", HOST, true);
+    let card = format!("tap={},mac=52:54:00:12:34:56,num_queues=4", tap.name());
+    let vmm = Machine::new()
+        .cpus("boot=2")
+        .arguments(&["--net", &card])
+        .boot();
     let agent = vmm.agent();
+    assert_eq!(
+        agent.must("ls -d /sys/class/net/eth0/queues/rx-* | wc -l"),
+        "2"
+    );
+    exchange_packets(agent);
+    // Each vCPU has a queue of its own to send on.
+    for cpu in 0..2 {
+        agent.must(&format!("taskset -c {cpu} ping -c 3 -i 0.2 -W 60 {HOST}"));
+    }
+}
+
+const HOST: Ipv4Addr = Ipv4Addr::new(10, 55, 0, 1);
+
+/// Sends much in both directions between the host and a guest with one card.
+fn exchange_packets(agent: &Agent) {
+    const SIZE: u64 = 12 * MIB as u64;
+    let host = HOST;
+    let guest = Ipv4Addr::new(10, 55, 0, 2);
     assert_eq!(
         agent.must("cat /sys/class/net/eth0/address"),
         "52:54:00:12:34:56"

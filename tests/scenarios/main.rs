@@ -12,6 +12,7 @@ mod api;
 mod boot;
 mod console;
 mod devices;
+mod disks;
 mod exits;
 mod guest;
 mod hostile;

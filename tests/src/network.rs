@@ -15,11 +15,12 @@ pub struct Tap {
 
 impl Tap {
     /// Moves this thread, and the processes that it starts from now on, into a new network that
-    /// holds only a loopback interface and this tap with this address (prefix of 24 bits).
+    /// holds only a loopback interface and this tap with this address (prefix of 24 bits). With
+    /// `multi_queue` the tap can have several queues, and must be opened so.
     ///
     /// # Panics
     /// This process may not do so.
-    pub fn in_new_network(name: &str, address: Ipv4Addr) -> Self {
+    pub fn in_new_network(name: &str, address: Ipv4Addr, multi_queue: bool) -> Self {
         // SAFETY: a network namespace of its own touches no memory and no open descriptor of
         // this thread or others.
         unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }
@@ -32,8 +33,13 @@ impl Tap {
         let mut request = interface(name);
         // netdevice(7), Documentation/networking/tuntap.rst: a tap with the header that the
         // VMM's card writes.
+        let queues = if multi_queue {
+            libc::IFF_MULTI_QUEUE
+        } else {
+            0
+        };
         request.ifr_ifru.ifru_flags =
-            (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+            (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | queues) as libc::c_short;
         ioctl(&file, libc::TUNSETIFF, &mut request).expect("TUNSETIFF");
         // SAFETY: takes a number; the tap stays when its file is closed, until its namespace
         // goes away.
