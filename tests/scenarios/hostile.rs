@@ -24,7 +24,7 @@ const DESCRIPTORS: usize = 128;
 #[test]
 fn attacks_on_every_device_leave_a_vmm_that_ends_in_order() {
     let seeds = std::env::var("MVS_SOAK_SEEDS").map_or(1, |seeds| seeds.parse().unwrap());
-    let tap = Tap::in_new_network("mvs-hostile0", Ipv4Addr::new(10, 93, 0, 1));
+    let tap = Tap::in_new_network("mvs-hostile0", Ipv4Addr::new(10, 93, 0, 1), false);
     for seed in 1..=seeds {
         let machine = Machine::without_disk();
         let (one, two) = (
