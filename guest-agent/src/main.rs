@@ -140,6 +140,11 @@ fn run_as_init(entered_us: u64) -> Outcome {
     block_on(async {
         let listener = vsock::Listener::bind(AGENT_PORT)?;
         tokio::task::spawn_local(report_ready(entered_us));
+        tokio::task::spawn_local(async {
+            if let Err(error) = init::online_cpus().await {
+                warning!("CPUs that are added will not be used: {error}");
+            }
+        });
         let (reaper, reaping) = Reaper::start()?;
         let agent = Rc::new(Agent {
             reaper,

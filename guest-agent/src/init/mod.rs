@@ -9,6 +9,7 @@
 //! it, and a program cannot replace it. Without `root=` the guest stays in the initramfs.
 
 mod cmdline;
+mod hotplug;
 mod modules;
 mod uevent;
 
@@ -24,6 +25,7 @@ use std::{
 };
 
 use cmdline::BootOptions;
+pub use hotplug::online_cpus;
 use rustix::{
     io::Errno,
     mount::{MountFlags, mount, mount_move},
@@ -85,6 +87,7 @@ pub fn run() -> Result<(), InitError> {
     use_kernel_log();
     mount_new("proc", "/proc", kernel_flags, c"")?;
     mount_new("sysfs", "/sys", kernel_flags, c"")?;
+    hotplug::online_memory();
     let line = fs::read_to_string("/proc/cmdline").map_err(InitError::Cmdline)?;
     let options = BootOptions::parse(&line);
     modules::load(Path::new("/modules"));

@@ -11,6 +11,7 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
 };
+use tokio::io::{Interest, unix::AsyncFd};
 
 /// The multicast group in which the kernel itself announces.
 const KERNEL_GROUP: u32 = 1;
@@ -73,6 +74,16 @@ impl Uevents {
         Ok(true)
     }
 
+    /// Goes on to hand out what is announced from now on.
+    ///
+    /// # Errors
+    /// Of registering the socket with the runtime.
+    pub fn listen(self) -> io::Result<Announcements> {
+        // SAFETY: an OwnedFd names the same open socket as long as it lives.
+        let socket = unsafe { AsyncFd::register_with_interest(self.0, Interest::READABLE)? };
+        Ok(Announcements(socket))
+    }
+
     fn drain(&self) -> io::Result<()> {
         let mut announcement = [0u8; 2048];
         loop {
@@ -82,6 +93,39 @@ impl Uevents {
                 // The queue overflowed and announcements were lost: looking again covers them.
                 Err(Errno::NOBUFS | Errno::INTR) => {}
                 Err(e) => return Err(e.into()),
+            }
+        }
+    }
+}
+
+/// A subscription whose announcements are looked at.
+#[derive(Debug)]
+pub struct Announcements(AsyncFd<OwnedFd>);
+
+impl Announcements {
+    /// The first line of the next announcement, as `add@/devices/...`, or `None` after some were
+    /// lost.
+    ///
+    /// # Errors
+    /// Of reading.
+    pub async fn next(&mut self) -> io::Result<Option<String>> {
+        loop {
+            let mut ready = self.0.readable().await?;
+            let mut announcement = [0u8; 2048];
+            let read = |fd: &AsyncFd<OwnedFd>| {
+                rustix::io::read(fd.get_ref(), &mut announcement).map_err(io::Error::from)
+            };
+            match ready.try_io(read) {
+                Ok(Ok(length)) => {
+                    let line = announcement[..length].split(|byte| *byte == 0).next();
+                    let line = line.unwrap_or_default();
+                    return Ok(Some(String::from_utf8_lossy(line).into_owned()));
+                }
+                Ok(Err(error)) if error.raw_os_error() == Some(libc::ENOBUFS) => return Ok(None),
+                Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(Err(error)) => return Err(error),
+                // Nothing was there after all.
+                Err(_) => {}
             }
         }
     }
