@@ -11,13 +11,15 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::arch::x86_64::acpi::{self, AcpiError, VirtioMmioSlot};
 use crate::arch::x86_64::boot::{self, LoadError};
 use crate::arch::x86_64::layout::{
-    GED_GSI, I8042_COMMAND_PORT, I8042_DATA_PORT, MAX_VIRTIO_DEVICES, PVPANIC_PORT, RESET_PORT,
-    SERIAL_GSI, SERIAL_PORT, SERIAL_PORT_COUNT, SLEEP_CONTROL_PORT, VIRTIO_GSI_START,
-    VIRTIO_MMIO_SIZE, VIRTIO_MMIO_START,
+    CPU_HOTPLUG_PORT, EVENT_PORT, EVENT_PORT_COUNT, GED_GSI, I8042_COMMAND_PORT, I8042_DATA_PORT,
+    MAX_VIRTIO_DEVICES, PVPANIC_PORT, RESET_PORT, SERIAL_GSI, SERIAL_PORT, SERIAL_PORT_COUNT,
+    SLEEP_CONTROL_PORT, VIRTIO_GSI_START, VIRTIO_MMIO_SIZE, VIRTIO_MMIO_START,
 };
 use crate::arch::x86_64::{regs, reset_vector};
 use crate::config::{ConfigError, ConsoleMode, MemoryConfig, VmConfig};
 use crate::devices::bus::{BusDevice, OverlapError};
+use crate::devices::cpu_hotplug::{self, CpuHotplug, Gate};
+use crate::devices::events::PlatformEvents;
 use crate::devices::legacy::i8042::KeyboardController;
 use crate::devices::legacy::power::PowerRegisters;
 use crate::devices::legacy::pvpanic::PanicPort;
@@ -121,7 +123,7 @@ pub fn build_for_boot(
     let (owner, ram, pluggable) = allocate_memory(&config.memory)?;
     let memory = owner.memory().clone();
     let vm = Vm::new(host.kvm, memory.clone())?;
-    let vcpus = vm.create_vcpus(config.cpus.boot_vcpus)?;
+    let vcpus = vm.create_vcpus(config.cpus.max_vcpus)?;
     tracing::info!(
         vcpus = vcpus.len(),
         memory = config.memory.size,
@@ -139,6 +141,11 @@ pub fn build_for_boot(
         handles: Vec::new(),
     };
     devices.add_legacy()?;
+    let gates = vcpus
+        .iter()
+        .map(|vcpu| vcpu.gate().clone() as Arc<dyn Gate>)
+        .collect();
+    let (platform_events, cpu_hotplug) = devices.add_platform(gates, config.cpus.boot_vcpus)?;
     if let Some(output) = host.serial {
         devices.add_serial(output)?;
     }
@@ -168,14 +175,11 @@ pub fn build_for_boot(
         handles,
         ..
     } = devices;
-    let generation_irqfd = eventfd()?;
-    vm.register_irqfd(&generation_irqfd, GED_GSI)?;
-
     // The kernel is told of the RAM alone; what is plugged in, its driver finds.
     let cmdline = config.payload.cmdline.as_deref().unwrap_or_default();
     let entry = boot::load(&ram, host.kernel, host.initramfs, cmdline)?;
     let has_serial = config.serial.mode != ConsoleMode::Off;
-    acpi::write_tables(&memory, config.cpus.boot_vcpus, has_serial, &virtio)?;
+    acpi::write_tables(&memory, config.cpus, has_serial, &virtio)?;
     regs::write_boot_tables(&memory).map_err(LoadError::Memory)?;
     reset_vector::write(&memory).map_err(LoadError::Memory)?;
     vmgenid::renew(&memory)?;
@@ -198,7 +202,8 @@ pub fn build_for_boot(
             devices: handles,
             _buses: buses,
             _vm: vm,
-            _generation_irqfd: generation_irqfd,
+            platform_events,
+            cpu_hotplug,
             ram: owner,
         },
     })
@@ -269,6 +274,24 @@ impl DeviceBuilder<'_> {
             power,
         )?;
         Ok(())
+    }
+
+    /// What the guest's ACPI is told by: the events, and the vCPUs with these gates.
+    fn add_platform(
+        &mut self,
+        gates: Vec<Arc<dyn Gate>>,
+        boot_vcpus: u8,
+    ) -> Result<(PlatformEvents, CpuHotplug), BuildError> {
+        let events = PlatformEvents::new(eventfd()?);
+        self.vm.register_irqfd(events.irqfd(), GED_GSI)?;
+        self.add_ports(EVENT_PORT, EVENT_PORT_COUNT, events.register())?;
+        let cpus = CpuHotplug::new(gates, boot_vcpus, events.clone(), self.events.clone());
+        self.add_ports(
+            CPU_HOTPLUG_PORT,
+            cpu_hotplug::REGISTERS_SIZE,
+            cpus.registers(),
+        )?;
+        Ok((events, cpus))
     }
 
     fn add_serial(&mut self, output: Output) -> Result<(), BuildError> {

@@ -513,16 +513,6 @@ pub enum ConfigError {
         /// `max_vcpus`.
         max: u8,
     },
-    /// More vCPUs later than now, which this VMM cannot plug in.
-    #[error(
-        "max_vcpus ({max}) above boot_vcpus ({boot}) needs vCPU hotplug, which this version lacks"
-    )]
-    VcpuHotplug {
-        /// `boot_vcpus`.
-        boot: u8,
-        /// `max_vcpus`.
-        max: u8,
-    },
     /// Bad memory size.
     #[error(
         "{size} bytes of memory asked for; a machine has {} MiB to {} GiB, in steps of 1 MiB",
@@ -658,9 +648,6 @@ impl VmConfig {
         }
         if max < boot {
             return Err(ConfigError::MaxVcpus { boot, max });
-        }
-        if max > boot {
-            return Err(ConfigError::VcpuHotplug { boot, max });
         }
         let size = self.memory.size;
         if !(MIN_MEMORY..=MAX_MEMORY).contains(&size) || !size.is_multiple_of(1 << 20) {

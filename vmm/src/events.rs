@@ -24,6 +24,16 @@ pub enum Event {
     Resumed,
     /// The virtual machine has been removed from the VMM.
     Deleted,
+    /// The guest has taken note of new vCPUs, or given one up.
+    VcpusChanged {
+        /// How many it has now.
+        vcpus: u8,
+    },
+    /// The guest keeps a vCPU that it was asked to give up.
+    VcpuRemovalRefused {
+        /// Number of the vCPU.
+        vcpu: u8,
+    },
     /// The guest's driver can no longer use a device and must reset it, or the host has failed a
     /// request for the first time.
     DeviceError {

@@ -18,8 +18,9 @@ use std::thread::{self, JoinHandle};
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber};
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::epoll::EventSet;
-use vmm_sys_util::eventfd::EventFd;
 
+use crate::devices::cpu_hotplug::CpuHotplug;
+use crate::devices::events::{PlatformEvent, PlatformEvents};
 use crate::devices::virtio::{ControlError, Counters, DeviceHandle};
 use crate::exit::{ExitReason, ExitSignal};
 use crate::kvm::vcpu::{Buses, StoppedError, VcpuHandle};
@@ -46,7 +47,8 @@ pub(crate) struct Parts {
     pub(crate) devices: Vec<DeviceHandle>,
     pub(crate) _buses: Arc<Buses>,
     pub(crate) _vm: Vm,
-    pub(crate) _generation_irqfd: EventFd,
+    pub(crate) platform_events: PlatformEvents,
+    pub(crate) cpu_hotplug: CpuHotplug,
     pub(crate) ram: Ram,
 }
 
@@ -129,6 +131,19 @@ impl RunningMachine {
     /// The vCPUs.
     pub fn vcpus(&self) -> &[VcpuHandle] {
         &self.parts.vcpus
+    }
+
+    /// The vCPUs that the guest has, and the way to change them.
+    pub fn cpu_hotplug(&self) -> &CpuHotplug {
+        &self.parts.cpu_hotplug
+    }
+
+    /// Presses the power button: the guest's system is asked to power off.
+    ///
+    /// # Errors
+    /// The interrupt cannot be raised.
+    pub fn press_power_button(&self) -> io::Result<()> {
+        self.parts.platform_events.raise(PlatformEvent::PowerButton)
     }
 
     /// The virtio devices.

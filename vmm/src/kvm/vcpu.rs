@@ -11,12 +11,17 @@
 //!
 //! Threads are born paused. Only the owner of the [`VcpuHandle`] moves a vCPU between Paused and
 //! Running; a thread leaves Running by itself when the guest ends the machine.
+//!
+//! A vCPU that the guest does not have at the moment is parked by its [`VcpuGate`]: its thread
+//! counts as running, but does not enter the guest. KVM cannot destroy a vCPU, so all that a
+//! machine may ever have are made with it.
 
 use std::cell::Cell;
 use std::io;
 use std::ptr;
-use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvError, Sender, TryRecvError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use kvm_bindings::{CpuId, Msrs, kvm_run};
@@ -67,6 +72,7 @@ pub enum VcpuError {
 pub struct Vcpu {
     index: u8,
     fd: VcpuFd,
+    gate: Arc<VcpuGate>,
 }
 
 impl Vcpu {
@@ -90,7 +96,11 @@ impl Vcpu {
                 ioctl: "KVM_SET_CPUID2",
                 source,
             })?;
-        Ok(Self { index, fd })
+        Ok(Self {
+            index,
+            fd,
+            gate: Arc::default(),
+        })
     }
 
     /// Sets the registers with which the machine boots. vCPU 0 starts at `entry`; the others
@@ -123,6 +133,11 @@ impl Vcpu {
         Ok(())
     }
 
+    /// Lets the vCPU into the guest and keeps it out.
+    pub fn gate(&self) -> &Arc<VcpuGate> {
+        &self.gate
+    }
+
     /// Starts a thread for the vCPU, paused.
     ///
     /// # Errors
@@ -134,6 +149,7 @@ impl Vcpu {
         let (acknowledge, acknowledged) = mpsc::channel();
         let runner = Runner {
             fd: self.fd,
+            gate: self.gate.clone(),
             buses,
             exit,
             commands: received,
@@ -143,11 +159,13 @@ impl Vcpu {
             .name(format!("vcpu{index}"))
             .spawn(move || runner.run())
             .map_err(|source| VcpuError::Thread { index, source })?;
-        Ok(VcpuHandle {
-            commands: Some(commands),
-            acknowledged,
-            thread: Some(thread),
-        })
+        let link = Arc::new(Link {
+            commands,
+            thread: Mutex::new(Some(thread)),
+        });
+        // A vCPU is spawned once: it is consumed.
+        let _ = self.gate.link.set(link.clone());
+        Ok(VcpuHandle { link, acknowledged })
     }
 }
 
@@ -165,14 +183,70 @@ enum Command {
     Pause,
     /// Something to do with the vCPU between two instructions.
     Do(Box<dyn FnOnce(&VcpuFd) + Send>),
+    /// The gate has moved. Not acknowledged.
+    Look,
+    End,
+}
+
+/// The way to a vCPU's thread.
+struct Link {
+    commands: Sender<Command>,
+    /// `None` once somebody waits for its end.
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Link {
+    /// Sends a command and takes the thread out of the guest, so that it looks at it.
+    fn send(&self, command: Command) -> Result<(), StoppedError> {
+        self.commands.send(command).map_err(|_| StoppedError)?;
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(thread) = thread.as_ref().filter(|thread| !thread.is_finished()) {
+            // Fails only if the thread ends just now.
+            let _ = thread.kill(kick_signal());
+        }
+        Ok(())
+    }
+}
+
+/// Keeps a vCPU out of the guest, or lets it in. Open at first.
+///
+/// Independent of pausing: a vCPU runs if it is neither paused nor parked.
+#[derive(Default)]
+pub struct VcpuGate {
+    parked: AtomicBool,
+    link: OnceLock<Arc<Link>>,
+}
+
+impl VcpuGate {
+    /// Keeps the vCPU out of the guest from its next exit on, which this brings about but does
+    /// not wait for: so it may be called by a vCPU's own thread.
+    pub fn park(&self) {
+        self.set(true);
+    }
+
+    /// Lets the vCPU into the guest, where it goes on as it was, or starts if the guest sends it
+    /// the interrupts for that.
+    pub fn unpark(&self) {
+        self.set(false);
+    }
+
+    fn set(&self, parked: bool) {
+        self.parked.store(parked, Ordering::SeqCst);
+        if let Some(link) = self.link.get() {
+            // A thread that has ended needs to know no more.
+            let _ = link.send(Command::Look);
+        }
+    }
+
+    fn is_parked(&self) -> bool {
+        self.parked.load(Ordering::SeqCst)
+    }
 }
 
 /// The owner's hold on a vCPU thread. Dropping it ends the thread.
 pub struct VcpuHandle {
-    /// `None` only while the handle is dropped: the closed channel ends the thread.
-    commands: Option<Sender<Command>>,
+    link: Arc<Link>,
     acknowledged: Receiver<()>,
-    thread: Option<JoinHandle<()>>,
 }
 
 /// The vCPU thread has ended: the machine is over.
@@ -220,26 +294,22 @@ impl VcpuHandle {
     }
 
     fn command(&self, command: Command) -> Result<(), StoppedError> {
-        let commands = self.commands.as_ref().ok_or(StoppedError)?;
-        commands.send(command).map_err(|_| StoppedError)?;
-        self.kick();
+        self.link.send(command)?;
         self.acknowledged.recv().map_err(|_| StoppedError)
-    }
-
-    /// Takes the thread out of the guest, so that it looks at its commands.
-    fn kick(&self) {
-        if let Some(thread) = self.thread.as_ref().filter(|thread| !thread.is_finished()) {
-            // Fails only if the thread ends just now.
-            let _ = thread.kill(kick_signal());
-        }
     }
 }
 
 impl Drop for VcpuHandle {
     fn drop(&mut self) {
-        self.commands = None;
-        self.kick();
-        if let Some(thread) = self.thread.take() {
+        // Fails if the thread has ended already.
+        let _ = self.link.send(Command::End);
+        let thread = self
+            .link
+            .thread
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(thread) = thread {
             // A panic of the thread has been reported by the panic hook already.
             let _ = thread.join();
         }
@@ -269,64 +339,90 @@ extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_v
 
 struct Runner {
     fd: VcpuFd,
+    gate: Arc<VcpuGate>,
     buses: Arc<Buses>,
     exit: ExitSignal,
     commands: Receiver<Command>,
     acknowledge: Sender<()>,
 }
 
+/// How a state of the runner was left.
+enum Next {
+    Running,
+    Paused,
+    End,
+}
+
 impl Runner {
     fn run(mut self) {
         RUN.set(ptr::from_mut(self.fd.get_kvm_run()));
-        self.paused();
+        let mut next = Next::Paused;
+        loop {
+            next = match next {
+                Next::Paused => self.paused(),
+                Next::Running => self.running(),
+                Next::End => break,
+            };
+        }
         RUN.set(ptr::null_mut());
     }
 
-    /// State Paused: waits for commands. Returns when the thread is to end.
-    fn paused(&mut self) {
-        while let Ok(command) = self.commands.recv() {
-            let resume = matches!(command, Command::Resume);
-            self.obey(command);
-            if resume && !self.running() {
-                return;
+    /// State Paused: waits for commands.
+    fn paused(&mut self) -> Next {
+        loop {
+            let command = self.commands.recv();
+            match self.obey(command) {
+                None | Some(Next::Paused) => {}
+                Some(next) => return next,
             }
         }
     }
 
-    /// State Running. Returns whether the vCPU was paused; if not, the thread is to end.
-    fn running(&mut self) -> bool {
+    /// State Running.
+    fn running(&mut self) -> Next {
         loop {
-            match self.enter_guest() {
-                Ok(()) => {}
-                Err(reason) => {
-                    self.exit.end(reason);
-                    return false;
+            // Every command is looked at before the guest is entered: a kick that came between
+            // two commands is not repeated.
+            loop {
+                let command = if self.gate.is_parked() {
+                    self.commands.recv()
+                } else {
+                    match self.commands.try_recv() {
+                        Err(TryRecvError::Empty) => break,
+                        Err(TryRecvError::Disconnected) => Err(RecvError),
+                        Ok(command) => Ok(command),
+                    }
+                };
+                match self.obey(command) {
+                    None | Some(Next::Running) => {}
+                    Some(next) => return next,
                 }
+            }
+            if let Err(reason) = self.enter_guest() {
+                self.exit.end(reason);
+                return Next::End;
             }
             if self.exit.reason().is_some() {
-                return false;
-            }
-            match self.commands.try_recv() {
-                Err(TryRecvError::Empty) => {}
-                Err(TryRecvError::Disconnected) => return false,
-                Ok(command) => {
-                    let pause = matches!(command, Command::Pause);
-                    self.obey(command);
-                    if pause {
-                        return true;
-                    }
-                }
+                return Next::End;
             }
         }
     }
 
-    /// Does what a command says besides a change of state, and acknowledges it.
-    fn obey(&self, command: Command) {
-        if let Command::Do(task) = command {
-            task(&self.fd);
-        }
-        // The owner waits for this; if it has gone, so has the channel of commands.
+    /// Does what a command says, and returns the state that it asks for, if it asks for one.
+    fn obey(&self, command: Result<Command, RecvError>) -> Option<Next> {
+        let next = match command {
+            Ok(Command::Look) => return None,
+            Ok(Command::Resume) => Some(Next::Running),
+            Ok(Command::Pause) => Some(Next::Paused),
+            Ok(Command::Do(task)) => {
+                task(&self.fd);
+                None
+            }
+            Ok(Command::End) | Err(RecvError) => return Some(Next::End),
+        };
+        // The owner waits for this; if it has gone, so has the thread's purpose.
         let _ = self.acknowledge.send(());
+        next
     }
 
     /// Runs the guest until it needs something from user space or is interrupted.

@@ -39,8 +39,8 @@ pub fn discard(
         .map_err(DiscardError::NotMemory)?;
     for slice in slices {
         let guard = slice.ptr_guard_mut();
-        // SAFETY: the range lies in a mapping of guest memory, which stays as long as the
-        // process runs. It is private and anonymous, so its pages turn to zeroes; everybody in
+        // SAFETY: the range lies in a mapping of guest memory, which stays as long as `memory`
+        // refers to it. It is private and anonymous, so its pages turn to zeroes; everybody in
         // this process expects guest memory to change at any time.
         let result =
             unsafe { libc::madvise(guard.as_ptr().cast(), slice.len(), libc::MADV_DONTNEED) };

@@ -1,6 +1,9 @@
 //! ACPI tables: hardware-reduced, so that there is no SCI, no PM timer and no legacy interrupt
 //! controller, and every device is found in the DSDT (ACPI 6.5).
 
+mod cpus;
+mod events;
+
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{
@@ -9,21 +12,20 @@ use acpi_tables::madt::{
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
-use acpi_tables::{Aml, aml};
+use acpi_tables::{Aml, AmlSink, aml};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::layout::{
-    ACPI_ADDR, ACPI_END, GED_GSI, IOAPIC_ADDR, LAPIC_ADDR, PVPANIC_PORT, RESET_PORT, SERIAL_GSI,
-    SERIAL_PORT, SERIAL_PORT_COUNT, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, VMGENID_ADDR,
+    ACPI_ADDR, ACPI_END, IOAPIC_ADDR, LAPIC_ADDR, PVPANIC_PORT, RESET_PORT, SERIAL_GSI,
+    SERIAL_PORT, SERIAL_PORT_COUNT, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT,
 };
+use crate::config::CpusConfig;
 use crate::devices::legacy::power::{RESET_VALUE, SLEEP_TYPE_S5};
 use crate::memory::GuestMemory;
 
 const OEM_ID: [u8; 6] = *b"MVSBX ";
 const OEM_TABLE_ID: [u8; 8] = *b"MICROVM ";
 const OEM_REVISION: u32 = 1;
-/// The notification that the generation ID has changed.
-const VMGENID_CHANGED: u8 = 0x80;
 
 /// A virtio-mmio device as the DSDT describes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,7 +60,7 @@ pub enum AcpiError {
 /// The tables are larger than their area, or the guest has no RAM there.
 pub fn write_tables(
     memory: &GuestMemory,
-    vcpus: u8,
+    cpus: CpusConfig,
     serial: bool,
     virtio: &[VirtioMmioSlot],
 ) -> Result<(), AcpiError> {
@@ -66,9 +68,9 @@ pub fn write_tables(
         next: ACPI_ADDR.0 + Rsdp::len().next_multiple_of(16) as u64,
         tables: Vec::new(),
     };
-    let dsdt = area.add(&dsdt(serial, virtio));
+    let dsdt = area.add(&dsdt(cpus, serial, virtio));
     let fadt = area.add(&fadt(dsdt));
-    let madt = area.add(&madt(vcpus));
+    let madt = area.add(&madt(cpus));
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
@@ -132,21 +134,26 @@ fn fadt(dsdt: u64) -> impl Aml {
     fadt.finalize()
 }
 
-fn madt(vcpus: u8) -> impl Aml {
+fn madt(cpus: CpusConfig) -> impl Aml {
     let mut madt = MADT::new(
         OEM_ID,
         OEM_TABLE_ID,
         OEM_REVISION,
         LocalInterruptController::Address(LAPIC_ADDR),
     );
-    for id in 0..vcpus {
-        madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
+    for id in 0..cpus.max_vcpus {
+        let status = if id < cpus.boot_vcpus {
+            EnabledStatus::Enabled
+        } else {
+            EnabledStatus::DisabledOnlineCapable
+        };
+        madt.add_structure(ProcessorLocalApic::new(id, id, status));
     }
     madt.add_structure(IoApic::new(0, IOAPIC_ADDR, 0));
     madt
 }
 
-fn dsdt(serial: bool, virtio: &[VirtioMmioSlot]) -> impl Aml + use<> {
+fn dsdt(cpus: CpusConfig, serial: bool, virtio: &[VirtioMmioSlot]) -> impl Aml + use<> {
     let mut body = Vec::new();
     for (index, slot) in virtio.iter().enumerate() {
         virtio_device(&mut body, index, *slot);
@@ -154,7 +161,8 @@ fn dsdt(serial: bool, virtio: &[VirtioMmioSlot]) -> impl Aml + use<> {
     if serial {
         serial_device(&mut body);
     }
-    generation_id(&mut body);
+    cpus::append(&mut body, cpus);
+    events::append(&mut body);
     panic_device(&mut body);
     // What a driver writes to the sleep control register to power off.
     let zero = aml::ZERO;
@@ -167,6 +175,34 @@ fn dsdt(serial: bool, virtio: &[VirtioMmioSlot]) -> impl Aml + use<> {
     let mut table = Sdt::new(*b"DSDT", 36, 2, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     table.append_slice(&body);
     table
+}
+
+/// The bits of a value that a mask names, as a condition: true unless all of them are zero.
+struct Masked<'a> {
+    value: &'a dyn Aml,
+    mask: u32,
+}
+
+impl<'a> Masked<'a> {
+    fn new(value: &'a dyn Aml, mask: u32) -> Self {
+        Self { value, mask }
+    }
+}
+
+impl Aml for Masked<'_> {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        // Without a target: the null name (ACPI 6.5, 20.2.5.4).
+        aml::And::new(&aml::ZERO, self.value, &self.mask).to_aml_bytes(sink);
+    }
+}
+
+/// Code made before.
+struct Raw(Vec<u8>);
+
+impl Aml for Raw {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        sink.vec(&self.0);
+    }
 }
 
 /// An edge-triggered interrupt of its own, consumed by the device.
@@ -204,47 +240,6 @@ fn serial_device(sink: &mut Vec<u8>) {
             &aml::Name::new(
                 "_CRS".into(),
                 &aml::ResourceTemplate::new(vec![&ports, &interrupt(SERIAL_GSI)]),
-            ),
-        ],
-    )
-    .to_aml_bytes(sink);
-}
-
-/// The VM generation ID and the generic event device that announces its change.
-///
-/// The driver of Linux matches `_HID` VMGENCTR; other systems look for the compatible
-/// identifier VM_Gen_Counter (Virtual Machine Generation ID, Microsoft 2018).
-fn generation_id(sink: &mut Vec<u8>) {
-    // Below 1 MiB, so the upper half is zero.
-    let (low, high) = (VMGENID_ADDR.0 as u32, 0_u32);
-    aml::Device::new(
-        "\\_SB_.VGEN".into(),
-        vec![
-            &aml::Name::new("_HID".into(), &"VMGENCTR"),
-            &aml::Name::new("_CID".into(), &"VM_Gen_Counter"),
-            &aml::Name::new("_DDN".into(), &"VM_Gen_Counter"),
-            &aml::Name::new("ADDR".into(), &aml::Package::new(vec![&low, &high])),
-        ],
-    )
-    .to_aml_bytes(sink);
-
-    let changed = aml::Path::new("\\_SB_.VGEN");
-    let notify = aml::Notify::new(&changed, &VMGENID_CHANGED);
-    let is_ours = aml::Equal::new(&aml::Arg(0), &GED_GSI);
-    aml::Device::new(
-        "\\_SB_.GED_".into(),
-        vec![
-            &aml::Name::new("_HID".into(), &"ACPI0013"),
-            &aml::Name::new("_UID".into(), &aml::ZERO),
-            &aml::Name::new(
-                "_CRS".into(),
-                &aml::ResourceTemplate::new(vec![&interrupt(GED_GSI)]),
-            ),
-            &aml::Method::new(
-                "_EVT".into(),
-                1,
-                true,
-                vec![&aml::If::new(&is_ours, vec![&notify])],
             ),
         ],
     )
@@ -290,12 +285,16 @@ mod tests {
     #[test]
     fn every_table_is_reached_from_the_rsdp_and_has_a_valid_checksum() {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let cpus = CpusConfig {
+            boot_vcpus: 3,
+            max_vcpus: 32,
+        };
         let slots = std::array::from_fn::<_, MAX_VIRTIO_DEVICES, _>(|index| VirtioMmioSlot {
             address: 0xd000_0000 + 0x1000 * index as u32,
             size: 0x1000,
             gsi: 6 + index as u32,
         });
-        write_tables(&memory, 32, true, &slots).unwrap();
+        write_tables(&memory, cpus, true, &slots).unwrap();
 
         let mut rsdp = [0; 36];
         memory.read_slice(&mut rsdp, ACPI_ADDR).unwrap();
@@ -316,11 +315,19 @@ mod tests {
             .filter(|bytes| *bytes == b"LNRO0005")
             .count();
         assert_eq!(count, MAX_VIRTIO_DEVICES);
+        let processors = dsdt
+            .windows(8)
+            .filter(|bytes| *bytes == b"ACPI0007")
+            .count();
+        assert_eq!(processors, 32);
         // One local APIC structure (type 0, length 8) a vCPU behind the 44 bytes of the header.
-        let lapics = tables[1][44..]
+        let flags: Vec<_> = tables[1][44..]
             .chunks(8)
             .take_while(|entry| entry[..2] == [0, 8])
-            .count();
-        assert_eq!(lapics, 32);
+            .map(|entry| entry[4])
+            .collect();
+        assert_eq!(flags.len(), 32);
+        // Enabled, and online capable (ACPI 6.5, table 5.22).
+        assert_eq!((&flags[..3], &flags[3..]), (&[1; 3][..], &[2; 29][..]));
     }
 }

@@ -99,6 +99,12 @@ pub const SLEEP_CONTROL_PORT: u16 = 0x600;
 pub const SLEEP_STATUS_PORT: u16 = 0x601;
 /// ACPI reset register.
 pub const RESET_PORT: u16 = 0x602;
+/// Register of the pending platform events ([`crate::devices::events`]).
+pub const EVENT_PORT: u16 = 0x610;
+/// Size of that register in bytes.
+pub const EVENT_PORT_COUNT: u16 = 4;
+/// CPU hotplug registers ([`crate::devices::cpu_hotplug`]).
+pub const CPU_HOTPLUG_PORT: u16 = 0x620;
 
 const _: () = assert!(MAX_VIRTIO_DEVICES == 18);
 const _: () =
