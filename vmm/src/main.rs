@@ -92,7 +92,7 @@ fn refused(refusal: &Refusal, events: &EventStream) -> Failure {
     let reason = error_chain(refusal);
     events.emit(&Event::from(&ExitReason::Error(reason.clone())));
     let status = match refusal.fault() {
-        Fault::Failed => STATUS_FAILED,
+        Fault::Busy | Fault::Failed => STATUS_FAILED,
         Fault::Request | Fault::Conflict | Fault::NotFound => STATUS_USAGE,
     };
     (reason, status)

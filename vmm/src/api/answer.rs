@@ -69,6 +69,7 @@ pub fn from_control(endpoint: &str, result: Result<Answer, Refusal>) -> ApiRespo
                 Fault::Request => StatusCode::BAD_REQUEST,
                 Fault::NotFound => StatusCode::NOT_FOUND,
                 Fault::Conflict => StatusCode::CONFLICT,
+                Fault::Busy => StatusCode::TOO_MANY_REQUESTS,
                 Fault::Failed => StatusCode::INTERNAL_SERVER_ERROR,
             };
             failure_chain(status, &failed(endpoint), &refusal)

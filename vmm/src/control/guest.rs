@@ -7,6 +7,7 @@ use std::path::Path;
 use crate::builder::BuildError;
 use crate::config::VmConfig;
 use crate::core_dump::CoreDumpError;
+use crate::devices::cpu_hotplug::TargetError;
 use crate::devices::virtio::{ControlError, Counters};
 use crate::exit::ExitReason;
 use crate::kvm::vcpu::StoppedError;
@@ -62,13 +63,13 @@ pub trait Guest {
     /// Presses the power button.
     ///
     /// # Errors
-    /// The machine has none.
+    /// The guest cannot be told.
     fn power_button(&mut self) -> Result<(), GuestError>;
 
-    /// Changes the number of vCPUs that are online.
+    /// Asks the guest for another number of vCPUs. An event tells when it has complied.
     ///
     /// # Errors
-    /// The machine cannot have that many, or cannot change it now.
+    /// The machine cannot have that many, or the guest has not complied with the last request.
     fn resize_vcpus(&mut self, count: u8) -> Result<(), GuestError>;
 
     /// Changes the size of the guest's memory, in bytes.
@@ -141,6 +142,12 @@ pub enum GuestError {
         #[source]
         source: kvm_ioctls::Error,
     },
+    /// The number of vCPUs stays as it is.
+    #[error("cannot change the number of vCPUs")]
+    Vcpus(#[from] TargetError),
+    /// The guest cannot be told.
+    #[error("cannot press the power button")]
+    PowerButton(#[source] io::Error),
     /// No core file.
     #[error("cannot write the core file")]
     CoreDump(#[from] CoreDumpError),

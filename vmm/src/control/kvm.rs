@@ -98,19 +98,13 @@ impl Guest for KvmGuest {
     }
 
     fn power_button(&mut self) -> Result<(), GuestError> {
-        Err(GuestError::Unsupported(
-            "the machine has no power button; ask the guest's agent, or end the machine with \
-             vm.shutdown",
-        ))
+        self.machine
+            .press_power_button()
+            .map_err(GuestError::PowerButton)
     }
 
     fn resize_vcpus(&mut self, count: u8) -> Result<(), GuestError> {
-        if usize::from(count) == self.machine.vcpus().len() {
-            return Ok(());
-        }
-        Err(GuestError::Unsupported(
-            "vCPUs cannot be plugged while the machine runs; give their number before vm.boot",
-        ))
+        Ok(self.machine.cpu_hotplug().set_target(count)?)
     }
 
     fn resize_memory(&mut self, size: u64) -> Result<(), GuestError> {

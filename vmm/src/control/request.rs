@@ -12,6 +12,7 @@ use serde::Serialize;
 use super::guest::{GuestError, LaunchError};
 use crate::builder::BuildError;
 use crate::config::{ConfigError, DiskConfig, NetConfig, VmConfig, VsockConfig};
+use crate::devices::cpu_hotplug::TargetError;
 use crate::devices::virtio::Counters;
 
 /// What can be asked.
@@ -124,6 +125,8 @@ pub enum Fault {
     NotFound,
     /// It names something that is there already.
     Conflict,
+    /// The guest has still to do what was asked before.
+    Busy,
     /// The state is wrong for it, or the host or the guest failed.
     Failed,
 }
@@ -183,6 +186,8 @@ impl Refusal {
             Self::Unsupported(_)
             | Self::Config(_)
             | Self::Launch(LaunchError::Build(BuildError::Config(_))) => Fault::Request,
+            Self::Guest(GuestError::Vcpus(TargetError::RemovalPending)) => Fault::Busy,
+            Self::Guest(GuestError::Vcpus(TargetError::Range { .. })) => Fault::Request,
             Self::VmExists | Self::State { .. } | Self::Launch(_) | Self::Guest(_) => Fault::Failed,
         }
     }
