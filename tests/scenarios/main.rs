@@ -17,4 +17,5 @@ mod exits;
 mod guest;
 mod hostile;
 mod refusals;
+mod resize;
 mod vmm_api;

@@ -1,0 +1,213 @@
+//! A machine that grows and shrinks while it runs: balloon, plugged memory, vCPUs.
+
+use std::io::Read as _;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use e2e_tests::PATIENCE;
+use e2e_tests::agent::Agent;
+use e2e_tests::http::Request;
+use e2e_tests::process::status_kib;
+use e2e_tests::vmm::{Machine, Vmm};
+use serde_json::{Value, json};
+
+const MIB: u64 = 1 << 20;
+
+/// A running machine with an API.
+struct Resizable {
+    vmm: Vmm,
+}
+
+impl Resizable {
+    fn boot(machine: Machine, arguments: &[&str]) -> Self {
+        let socket = machine.directory().join("api.sock");
+        let socket = format!("path={}", socket.display());
+        let machine = machine.arguments(&["--api-socket", &socket]);
+        Self {
+            vmm: machine.arguments(arguments).boot(),
+        }
+    }
+
+    fn agent(&self) -> &Agent {
+        self.vmm.agent()
+    }
+
+    fn call(&self, method: &str, endpoint: &str, body: &str) -> (u16, String) {
+        let stream = UnixStream::connect(self.vmm.directory().join("api.sock")).unwrap();
+        let request = Request::new(method, &format!("/api/v1/{endpoint}"));
+        let mut response = request
+            .send(stream, body.as_bytes(), body.len() as u64)
+            .unwrap();
+        let mut text = String::new();
+        response.read_to_string(&mut text).unwrap();
+        (response.status, text)
+    }
+
+    fn resize(&self, body: &Value) {
+        let answer = self.call("PUT", "vm.resize", &body.to_string());
+        assert_eq!(answer.0, 204, "{body}: {}", answer.1);
+    }
+
+    fn get(&self, endpoint: &str) -> Value {
+        let (status, text) = self.call("GET", endpoint, "");
+        assert_eq!(status, 200, "{text}");
+        serde_json::from_str(&text).unwrap()
+    }
+
+    /// What a device counts, in MiB.
+    fn counter(&self, device: &str, name: &str) -> u64 {
+        self.get("vm.counters")[device][name].as_u64().unwrap() / MIB
+    }
+
+    /// Memory of the host that the VMM occupies, in MiB.
+    fn resident(&self) -> u64 {
+        let path = format!("/proc/{}/status", self.vmm.process.pid());
+        status_kib(&std::fs::read_to_string(path).unwrap(), "VmRSS:") / 1024
+    }
+
+    /// A field of the guest's /proc/meminfo, in MiB.
+    fn meminfo(&self, field: &str) -> u64 {
+        status_kib(
+            &self.agent().must("cat /proc/meminfo"),
+            &format!("{field}:"),
+        ) / 1024
+    }
+
+    /// Fills that much of the guest's memory.
+    fn fill(&self, mib: u64) {
+        let script = format!(
+            "mkdir -p /run/fill && mount -t tmpfs -o size=100% fill /run/fill && \
+             head -c {mib}M /dev/zero >/run/fill/zeroes"
+        );
+        self.agent().must(&script);
+    }
+
+    /// Frees what was filled.
+    fn free(&self) {
+        self.agent().must("umount /run/fill");
+    }
+
+    fn nproc(&self) -> u64 {
+        self.agent().must("nproc").trim().parse().unwrap()
+    }
+}
+
+/// Looks until `holds`: for what neither the guest nor the VMM tells of.
+fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !holds() {
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+#[test]
+fn the_balloon_takes_memory_from_the_guest_and_gives_it_to_the_host() {
+    let machine = Machine::new().memory("size=384M");
+    let machine = Resizable::boot(machine, &["--balloon", "size=0"]);
+    machine.fill(200);
+    machine.free();
+    let (resident, free) = (machine.resident(), machine.meminfo("MemFree"));
+    assert!(resident > 200, "{resident}");
+
+    machine.resize(&json!({"desired_balloon": 200 * MIB}));
+    until("inflated", || {
+        machine.counter("__balloon", "actual_bytes") == 200
+    });
+    let (small, left) = (machine.resident(), machine.meminfo("MemFree"));
+    assert!(
+        small + 100 < resident,
+        "resident: {resident} to {small} MiB"
+    );
+    assert!(left + 150 < free, "free in the guest: {free} to {left} MiB");
+    let info = machine.get("vm.info");
+    assert_eq!(info["memory_actual_size"], 184 * MIB);
+
+    machine.resize(&json!({"desired_balloon": 0}));
+    until("deflated", || {
+        machine.counter("__balloon", "actual_bytes") == 0
+    });
+    let again = machine.meminfo("MemFree");
+    assert!(
+        again > left + 150,
+        "free in the guest: {left} to {again} MiB"
+    );
+    machine.fill(200);
+    let too_much = json!({"desired_balloon": 385 * MIB}).to_string();
+    let (status, text) = machine.call("PUT", "vm.resize", &too_much);
+    assert!(
+        status >= 400 && text.contains("does not fit"),
+        "{status} {text}"
+    );
+}
+
+#[test]
+fn memory_that_the_guest_frees_goes_back_to_the_host() {
+    let machine = Machine::new().memory("size=384M");
+    let balloon = "size=0,free_page_reporting=on";
+    let machine = Resizable::boot(machine, &["--balloon", balloon]);
+    machine.fill(192);
+    let resident = machine.resident();
+    machine.free();
+    until("free pages are reported", || {
+        machine.resident() + 150 < resident
+    });
+    assert!(machine.counter("__balloon", "reported_bytes") >= 150);
+}
+
+#[test]
+fn memory_is_plugged_in_and_out() {
+    let machine = Machine::new()
+        .memory("size=256M,hotplug_method=virtio-mem,hotplug_size=512M,hotplugged_size=128M");
+    let machine = Resizable::boot(machine, &[]);
+    let plugged = |expected| {
+        until(&format!("{expected} MiB are plugged in"), || {
+            machine.counter("__mem", "plugged_bytes") == expected
+        });
+        let info = machine.get("vm.info");
+        assert_eq!(info["memory_actual_size"], (256 + expected) * MIB);
+    };
+    // Asked for before there was anybody to take it into use.
+    plugged(128);
+    let few = machine.meminfo("MemTotal");
+    assert!(few > 256, "{few}");
+
+    machine.resize(&json!({"desired_ram": 768 * MIB}));
+    plugged(512);
+    until("added memory is in use", || {
+        machine.meminfo("MemTotal") > few + 350
+    });
+    machine.fill(400);
+    machine.free();
+    let resident = machine.resident();
+    assert!(resident > 400, "{resident}");
+
+    machine.resize(&json!({"desired_ram": 256 * MIB}));
+    plugged(0);
+    let (total, small) = (machine.meminfo("MemTotal"), machine.resident());
+    assert!(total < 256, "MemTotal: {total} MiB");
+    assert!(
+        small + 200 < resident,
+        "resident: {resident} to {small} MiB"
+    );
+}
+
+#[test]
+fn vcpus_come_and_go() {
+    let machine = Resizable::boot(Machine::new().cpus("boot=1,max=3"), &[]);
+    assert_eq!(machine.nproc(), 1);
+    for count in [3, 1, 2] {
+        machine.resize(&json!({"desired_vcpus": count}));
+        until(&format!("{count} CPUs"), || machine.nproc() == count);
+    }
+    // Both of them work.
+    machine.agent().must(
+        "taskset -c 0 true && taskset -c 1 sh -c 'i=0; while [ $i -lt 1000 ]; do i=$((i+1)); done'",
+    );
+    let status = |count: u8| {
+        let body = json!({"desired_vcpus": count}).to_string();
+        machine.call("PUT", "vm.resize", &body).0
+    };
+    assert_eq!((status(0), status(4)), (400, 400));
+    assert_eq!(machine.nproc(), 2);
+}
