@@ -180,12 +180,12 @@ impl Shared {
             let mut state = self.state();
             state.running -= 1;
             state.done.push(completion);
-            let first = state.done.len() == 1;
-            drop(state);
-            if first {
-                // Fails only if the counter is full, and then it is readable.
+            if state.done.len() == 1 {
+                // Under the lock: whoever finds everything done finds it told as well. Fails only
+                // if the counter is full, and then it is readable.
                 let _ = self.completed.write(1);
             }
+            drop(state);
             self.rest.notify_all();
         }
     }

@@ -77,6 +77,76 @@ fn queues_share_the_disk_and_each_gets_back_its_own_requests() {
 }
 
 #[test]
+fn what_many_threads_write_to_an_overlay_at_once_does_not_get_mixed_up() {
+    const SECTORS: u64 = 4096;
+    let dir = TempDir::new().unwrap();
+    raw_image(&dir, 200);
+    let path = overlay(&dir, "top.qcow2", SECTORS * 512, Some(("base.raw", "raw")));
+    let disk = DiskConfig {
+        num_queues: 4,
+        ..qcow2(&path)
+    };
+    let mut model: Vec<u8> = (0..SECTORS).map(|sector| sector as u8).collect();
+    model[200..].fill(0);
+    let mut machine = Machine::new(&disk);
+    let mut random = 1_u64;
+    for round in 0..30 {
+        // Writes of single sectors, many of them to clusters that are still those of the base,
+        // with a flush and something that takes clusters away in between.
+        let mut sectors = std::collections::BTreeSet::new();
+        while sectors.len() < 100 {
+            random = random.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+            sectors.insert((random >> 33) % (128 * (round + 2)).min(SECTORS));
+        }
+        for (n, sector) in (0..).zip(&sectors) {
+            let fill = (random >> 40) as u8 ^ n as u8;
+            machine.driver.write(place(n).2, &[fill; 512]);
+            machine.offer(n as usize % 4, n, VIRTIO_BLK_T_OUT, *sector);
+            model[*sector as usize] = fill;
+        }
+        (0..4).for_each(|queue| machine.block.process_queue(queue).unwrap());
+        if round % 3 == 0 {
+            let last = SECTORS - 128 * (round % 8 + 1);
+            let kind = VIRTIO_BLK_T_WRITE_ZEROES;
+            machine.driver.used(0);
+            machine.header(kind, 0);
+            let mut segment = last.to_le_bytes().to_vec();
+            segment.extend(128_u32.to_le_bytes());
+            segment.extend(1_u32.to_le_bytes());
+            machine.driver.write(DATA, &segment);
+            let chain = [
+                readable(HEADER, 16),
+                readable(DATA, 16),
+                writable(STATUS, 1),
+            ];
+            machine.driver.add(3, &chain);
+            machine.settle();
+            machine.block.process_queue(3).unwrap();
+            machine.settle();
+            assert_eq!(machine.driver.read(STATUS, 1), [OK]);
+            model[last as usize..last as usize + 128].fill(0);
+        }
+        machine.settle();
+        for n in 0..100 {
+            assert_eq!(machine.status(n), OK, "request {n} of round {round}");
+        }
+        (0..4).for_each(|queue| drop(machine.driver.used(queue)));
+        if round % 10 == 9 {
+            drop(machine);
+            machine = Machine::new(&disk);
+        }
+        for sector in (0..SECTORS).step_by(64) {
+            let read = machine.sectors(sector, 64 * 512);
+            for (at, sector_bytes) in read.chunks(512).enumerate() {
+                let expected = model[sector as usize + at];
+                let right = sector_bytes.iter().all(|byte| *byte == expected);
+                assert!(right, "sector {} in round {round}", sector as usize + at);
+            }
+        }
+    }
+}
+
+#[test]
 fn a_chain_that_is_offered_over_and_over_is_under_way_no_more_than_fits() {
     let dir = TempDir::new().unwrap();
     let mut machine = Machine::new(&DiskConfig {
