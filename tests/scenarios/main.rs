@@ -16,6 +16,7 @@ mod disks;
 mod exits;
 mod guest;
 mod hostile;
+mod jail;
 mod refusals;
 mod resize;
 mod vmm_api;

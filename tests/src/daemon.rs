@@ -13,7 +13,7 @@ use tempfile::TempDir;
 use crate::PATIENCE;
 use crate::http::{Request, Response};
 use crate::log::print_tail;
-use crate::process::{Process, children_of};
+use crate::process::{Process, children_of, innermost};
 use crate::setup::{scratch, setup};
 
 /// A running daemon. Dropping it asks it to end, and fails the scenario if it does not end well.
@@ -413,11 +413,19 @@ impl Sandbox<'_> {
             .send(request, body.as_bytes(), body.len() as u64)
     }
 
-    /// The id of its `vmm` process.
+    /// The id of the process that runs its guest.
     ///
     /// # Panics
     /// There is none.
     pub fn vmm_pid(&self) -> u32 {
+        innermost(self.outer_pid())
+    }
+
+    /// The id of its process that is the daemon's child.
+    ///
+    /// # Panics
+    /// There is none.
+    pub fn outer_pid(&self) -> u32 {
         let children = children_of(self.daemon.process.pid());
         let is_ours = |pid: &u32| {
             let arguments = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();

@@ -179,6 +179,18 @@ pub fn status_kib(status: &str, field: &str) -> u64 {
     number.unwrap_or_else(|| panic!("no {field} in {status:?}"))
 }
 
+/// The process that runs the guest: `vmm` itself or, if it is jailed, its one child.
+///
+/// # Panics
+/// There is no such process.
+pub fn innermost(vmm: u32) -> u32 {
+    match children_of(vmm).as_slice() {
+        [] => vmm,
+        [jailed] => *jailed,
+        many => panic!("process {vmm} has several children: {many:?}"),
+    }
+}
+
 /// Ids of the processes whose parent is `parent`.
 pub fn children_of(parent: u32) -> Vec<u32> {
     let mut children = Vec::new();

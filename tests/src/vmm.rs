@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use crate::agent::Agent;
 use crate::images::write_qcow2_overlay;
 use crate::log::{Log, print_tail};
-use crate::process::{Process, wait_readable};
+use crate::process::{Process, innermost, wait_readable};
 use crate::setup::{scratch, setup};
 use crate::vmm_api::VmmApi;
 
@@ -34,6 +34,7 @@ pub struct Machine {
     arguments: Vec<String>,
     serial: Option<String>,
     terminal: Option<OwnedFd>,
+    jailed: bool,
 }
 
 impl Default for Machine {
@@ -72,6 +73,7 @@ impl Machine {
             arguments: Vec::new(),
             serial: None,
             terminal: None,
+            jailed: false,
         }
     }
 
@@ -128,6 +130,13 @@ impl Machine {
     pub fn arguments(mut self, arguments: &[&str]) -> Self {
         self.arguments
             .extend(arguments.iter().map(|&argument| argument.to_owned()));
+        self
+    }
+
+    /// In a jail.
+    #[must_use]
+    pub fn jailed(mut self) -> Self {
+        self.jailed = true;
         self
     }
 
@@ -206,6 +215,11 @@ impl Machine {
         let socket = directory.path().join("vsock.sock");
         let ready = directory.path().join(format!("vsock.sock_{READY_PORT}"));
         let listener = UnixListener::bind(&ready).unwrap();
+        if self.jailed {
+            // The jailed user must find the sockets of host programs.
+            set_mode(directory.path(), 0o711);
+            set_mode(&ready, 0o666);
+        }
         let (events, event_writer) = rustix::pipe::pipe().unwrap();
         rustix::io::fcntl_setfd(&events, rustix::io::FdFlags::CLOEXEC).unwrap();
         rustix::io::fcntl_setfd(&event_writer, rustix::io::FdFlags::CLOEXEC).unwrap();
@@ -218,6 +232,7 @@ impl Machine {
                 "--event-monitor",
                 &format!("fd={}", event_writer.as_raw_fd()),
             ])
+            .args(self.jailed.then_some("--jail"))
             .args(&self.arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::null());
@@ -260,6 +275,16 @@ fn disk_config(disk: &str) -> Value {
         (name.to_owned(), value)
     };
     disk.split(',').map(field).collect()
+}
+
+/// Sets the permissions of a file.
+///
+/// # Panics
+/// They cannot be set.
+pub fn set_mode(path: &Path, mode: u32) {
+    use std::os::unix::fs::PermissionsExt;
+    let permissions = std::fs::Permissions::from_mode(mode);
+    std::fs::set_permissions(path, permissions).unwrap();
 }
 
 /// Gives the process the terminal as its standard streams and as the one that controls it.
@@ -350,7 +375,7 @@ impl Vmm {
         let package = &table[at.expect("a package ADDR") + name.len()..];
         assert_eq!(package[1..3], [2, 0x0c]);
         let address = u32::from_le_bytes(package[3..7].try_into().unwrap());
-        let pid = self.process.pid();
+        let pid = innermost(self.process.pid());
         let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
         let start = maps.lines().find_map(|line| {
             let (start, end) = line.split_whitespace().next()?.split_once('-')?;

@@ -40,6 +40,7 @@ use crate::kvm::vm::{Vm, VmError};
 use crate::machine::{self, EventLoop, ExitWatch, Machine};
 use crate::memory::{self, AllocateError, GuestMemory, Ram};
 use crate::resources::HostResources;
+use crate::sandboxing::JailError;
 
 /// Register of virtio-mmio to which a driver writes the index of the queue that it notifies
 /// (virtio 1.2, 4.2.2).
@@ -99,6 +100,9 @@ pub enum BuildError {
     /// The host ran out of something.
     #[error("the host has no descriptors left")]
     Host(#[from] io::Error),
+    /// The process cannot be jailed.
+    #[error(transparent)]
+    Jail(#[from] JailError),
     /// The event loop cannot be set up.
     #[error("cannot set up the event loop: {0}")]
     EventLoop(event_manager::Error),

@@ -13,6 +13,7 @@ use crate::config::{
     MemoryConfig, NetConfig, PayloadConfig, RngConfig, SerialConfig, VmConfig, VsockConfig,
 };
 use crate::rate_limiter::{RateLimiterConfig, TokenBucketConfig};
+use crate::sandboxing::JailConfig;
 
 /// Boots Linux in a virtual machine of its own.
 ///
@@ -115,6 +116,17 @@ pub struct BootArgs {
     /// that was created through the API is not the end of the VMM.
     #[arg(long, requires = "api_socket")]
     pub no_shutdown: bool,
+    /// Jail the VMM: own namespaces, an empty root, no privileges, few system calls
+    /// [=uid=N][,gid=N][,cgroup=DIR].
+    ///
+    /// Started as root, the VMM becomes a user and group of its own: those given, which nothing
+    /// else should use, or numbers made from its process id. The host's user needs user
+    /// namespaces if it is not root, and stays who it is. DIR is a cgroup (version 2) to join.
+    /// Guest programs reach sockets of the host only if that user may search the directory of
+    /// the socket device's socket and write to theirs.
+    #[arg(long, value_name = "OPTIONS", num_args = 0..=1, default_missing_value = "",
+        value_parser = parse_jail, requires = "kernel")]
+    pub jail: Option<JailConfig>,
     /// Tell more about what the VMM does; up to three times.
     #[arg(short, action = clap::ArgAction::Count)]
     pub verbose: u8,
@@ -462,6 +474,18 @@ fn parse_api_target(text: &str) -> Result<ApiTarget, String> {
     }
 }
 
+fn parse_jail(text: &str) -> Result<JailConfig, String> {
+    if text.is_empty() {
+        return Ok(JailConfig::default());
+    }
+    let options = Options::parse(text, &["uid", "gid", "cgroup"])?;
+    Ok(JailConfig {
+        uid: options.get("uid")?,
+        gid: options.get("gid")?,
+        cgroup: options.text("cgroup").map(PathBuf::from),
+    })
+}
+
 fn parse_event_target(text: &str) -> Result<EventTarget, String> {
     match text.split_once('=') {
         Some(("fd", number)) => {
@@ -620,6 +644,24 @@ mod tests {
         assert_eq!(cli.boot.api_socket, Some(path));
         let cli = parse("--api-socket fd=7").unwrap();
         assert_eq!(cli.boot.api_socket, Some(ApiTarget::Fd(7)));
+    }
+
+    #[test]
+    fn a_jail_may_be_as_it_comes_or_given_an_identity() {
+        let jail = |arguments| parse(arguments).unwrap().boot.jail;
+        assert_eq!(jail("--kernel k"), None);
+        assert_eq!(jail("--jail --kernel k"), Some(JailConfig::default()));
+        let config = JailConfig {
+            uid: Some(7),
+            gid: Some(8),
+            cgroup: Some("/c".into()),
+        };
+        assert_eq!(
+            jail("--kernel k --jail uid=7,gid=8,cgroup=/c"),
+            Some(config)
+        );
+        let error = parse("--kernel k --jail uid=-1").unwrap_err();
+        assert!(error.to_string().contains("uid=-1"));
     }
 
     #[test]

@@ -20,6 +20,7 @@ pub mod machine;
 pub mod memory;
 pub mod rate_limiter;
 pub mod resources;
+pub mod sandboxing;
 pub mod signals;
 pub mod terminal;
 

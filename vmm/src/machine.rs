@@ -26,6 +26,12 @@ use crate::exit::{ExitReason, ExitSignal};
 use crate::kvm::vcpu::{Buses, StoppedError, VcpuHandle};
 use crate::kvm::vm::Vm;
 use crate::memory::{GuestMemory, Ram};
+use crate::sandboxing::ThreadKind;
+use crate::sandboxing::seccomp;
+
+/// Stack of a thread, in bytes. None needs more, and one of the default 2 MiB may be given a huge
+/// page where the host has them for all, all of which then counts as used.
+pub(crate) const STACK_SIZE: usize = 512 << 10;
 
 /// The event loop's participants.
 pub type EventLoop = EventManager<Box<dyn MutEventSubscriber + Send>>;
@@ -66,6 +72,9 @@ impl Machine {
         } = self;
         let watched = exit.clone();
         let serve = move || {
+            if let Err(error) = seccomp::apply(ThreadKind::EventLoop) {
+                watched.end(ExitReason::Error(crate::error_chain(&error)));
+            }
             while watched.reason().is_none() {
                 if let Err(error) = event_loop.run() {
                     watched.end(ExitReason::Error(format!("the event loop failed: {error}")));
@@ -76,6 +85,7 @@ impl Machine {
         };
         let thread = thread::Builder::new()
             .name("devices".to_owned())
+            .stack_size(STACK_SIZE)
             .spawn(serve)?;
         Ok(RunningMachine {
             thread: Some(thread),

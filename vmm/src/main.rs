@@ -72,7 +72,7 @@ fn run(args: &BootArgs, start: Instant) -> Result<ExitReason, Failure> {
         )
     })?;
 
-    let launcher = KvmLauncher::new(events.clone());
+    let launcher = KvmLauncher::new(events.clone(), args.jail.clone());
     let mut control = Control::new(launcher, events.clone(), args.no_shutdown)
         .map_err(|error| (format!("eventfd: {error}"), STATUS_FAILED))?;
     if let Some(config) = args.vm_config() {

@@ -1,11 +1,11 @@
 //! What a machine needs of the host: everything that is found by a path or a name, or takes a
 //! privilege to open. Opened first, so that the machine can be built, and run, by a process that
-//! has neither paths nor privileges any more.
+//! has neither paths nor privileges any more (see [`crate::sandboxing`]).
 //!
 //! Only what must be read to find the next file is read here: what the files hold may be hostile,
 //! and is for [`crate::builder`] to judge.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use kvm_ioctls::Kvm;
 
@@ -18,6 +18,7 @@ use crate::devices::virtio::net::Net;
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::Vsock;
 use crate::kvm::vm;
+use crate::sandboxing::{self, JailConfig, JailError};
 
 /// The open files, sockets and devices of one machine.
 pub struct HostResources {
@@ -29,6 +30,8 @@ pub struct HostResources {
     /// In the order of the configuration. Cards hold a tap and read nothing from it yet.
     pub(crate) net: Vec<Net>,
     pub(crate) vsock: Option<Vsock>,
+    /// Where the sockets of host programs are.
+    socket_directory: Option<PathBuf>,
     pub(crate) rng: Rng,
     /// `None` if the machine has no serial port.
     pub(crate) serial: Option<Output>,
@@ -57,9 +60,34 @@ impl HostResources {
                 .collect::<Result<_, _>>()?,
             net: config.net.iter().map(Net::new).collect::<Result<_, _>>()?,
             vsock: config.vsock.as_ref().map(Vsock::new).transpose()?,
+            socket_directory: config
+                .vsock
+                .as_ref()
+                .map(|vsock| directory_of(&vsock.socket)),
             rng: Rng::new(&config.rng)?,
             serial: serial_output(&config.serial)?,
         })
+    }
+
+    /// Takes all of this into the jail. The process that returns is another than the one that
+    /// called (see [`sandboxing::enter`]).
+    ///
+    /// # Errors
+    /// The jail cannot be entered.
+    pub fn jail(mut self, jail: &JailConfig) -> Result<Self, JailError> {
+        sandboxing::enter(jail, self.socket_directory.as_deref())?;
+        if let Some(vsock) = &mut self.vsock {
+            vsock.move_to(Path::new(sandboxing::SOCKET_DIRECTORY));
+        }
+        Ok(self)
+    }
+}
+
+/// The directory of a file.
+fn directory_of(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(parent) if parent != Path::new("") => parent.to_owned(),
+        _ => PathBuf::from("."),
     }
 }
 

@@ -26,6 +26,9 @@ use super::socket::Listener;
 use super::stream::ClientStream;
 use super::{API_VERSION, BASE_PATH};
 use crate::control::request::{Action, Mailbox};
+use crate::machine::STACK_SIZE;
+use crate::sandboxing::ThreadKind;
+use crate::sandboxing::seccomp;
 
 /// The largest body that is read, in bytes.
 const MAX_BODY: usize = 4 << 20;
@@ -59,7 +62,12 @@ impl ApiServer {
         let (stop, stopped) = watch::channel(());
         let thread = thread::Builder::new()
             .name("api".to_owned())
+            .stack_size(STACK_SIZE)
             .spawn(move || {
+                if let Err(error) = seccomp::apply(ThreadKind::Api) {
+                    tracing::error!(error = crate::error_chain(&error), "the API is not served");
+                    return;
+                }
                 runtime.block_on(serve(&socket, mailbox, stopped));
                 // Only now, so that its files stay as long as it is served.
                 drop(listener);

@@ -32,6 +32,12 @@ pub enum LaunchError {
     /// It cannot be built.
     #[error(transparent)]
     Build(#[from] BuildError),
+    /// The files of another machine are out of reach.
+    #[error(
+        "the VMM is jailed and can open nothing any more: it boots one machine, once; start \
+         another vmm"
+    )]
+    Jailed,
     /// Nobody could serve its devices.
     #[error("cannot start the thread of the devices")]
     Thread(#[source] io::Error),

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::guest::{Guest, GuestError, LaunchError, Launcher};
-use crate::builder;
+use crate::builder::{self, BuildError};
 use crate::config::{ConsoleMode, VmConfig};
 use crate::core_dump;
 use crate::devices::virtio::{Control, ControlError, Counters, DeviceHandle};
@@ -13,17 +13,58 @@ use crate::exit::ExitReason;
 use crate::kvm::vcpu::VcpuHandle;
 use crate::machine::RunningMachine;
 use crate::resources::HostResources;
+use crate::sandboxing::JailConfig;
 use crate::terminal::RawTerminal;
 
 /// Builds machines on this host's KVM.
 pub struct KvmLauncher {
     events: EventStream,
+    jail: Jail,
+}
+
+/// Whether the process is to be jailed.
+enum Jail {
+    No,
+    /// With the first machine.
+    Wanted(JailConfig),
+    /// It is.
+    Entered,
 }
 
 impl KvmLauncher {
     /// Machines whose devices report to `events`.
-    pub fn new(events: EventStream) -> Self {
-        Self { events }
+    ///
+    /// With `jail`, the process is jailed when it has opened what the first machine needs, and can
+    /// open nothing for a second one. It must have no other thread then, and goes on as another
+    /// process (see [`sandboxing::enter`](crate::sandboxing::enter)).
+    pub fn new(events: EventStream, jail: Option<JailConfig>) -> Self {
+        Self {
+            events,
+            jail: jail.map_or(Jail::No, Jail::Wanted),
+        }
+    }
+
+    /// Opens all that the machine needs, and leaves everything else behind if that is wanted.
+    fn open(
+        &mut self,
+        config: &VmConfig,
+    ) -> Result<(HostResources, Option<RawTerminal>), LaunchError> {
+        if matches!(self.jail, Jail::Entered) {
+            return Err(LaunchError::Jailed);
+        }
+        let host = HostResources::open(config)?;
+        // Before the jail: a process in a PID namespace cannot tell whose terminal it is.
+        let terminal = if config.serial.mode == ConsoleMode::Tty {
+            RawTerminal::enter().map_err(LaunchError::Terminal)?
+        } else {
+            None
+        };
+        let host = match &self.jail {
+            Jail::Wanted(jail) => host.jail(jail).map_err(BuildError::from)?,
+            Jail::No | Jail::Entered => return Ok((host, terminal)),
+        };
+        self.jail = Jail::Entered;
+        Ok((host, terminal))
     }
 }
 
@@ -33,14 +74,9 @@ impl Launcher for KvmLauncher {
         config: &VmConfig,
         ended: Box<dyn FnOnce() + Send>,
     ) -> Result<Box<dyn Guest>, LaunchError> {
-        let host = HostResources::open(config)?;
+        let (host, terminal) = self.open(config)?;
         let machine = builder::build_for_boot(config, host, self.events.clone())?;
         let machine = machine.start(ended).map_err(LaunchError::Thread)?;
-        let terminal = if config.serial.mode == ConsoleMode::Tty {
-            RawTerminal::enter().map_err(LaunchError::Terminal)?
-        } else {
-            None
-        };
         Ok(Box::new(KvmGuest {
             machine,
             memory_size: config.memory.size,

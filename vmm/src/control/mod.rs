@@ -44,6 +44,8 @@ pub use kvm::KvmLauncher;
 use crate::config::VmConfig;
 use crate::events::{Event, EventStream};
 use crate::exit::ExitReason;
+use crate::sandboxing::ThreadKind;
+use crate::sandboxing::seccomp;
 use crate::signals::Signals;
 use guest::{Guest, Launcher};
 use request::{Action, Answer, DeviceNode, Inbox, Mailbox, Message, Refusal, Resize, VmInfo};
@@ -143,6 +145,12 @@ impl<L: Launcher> Control<L> {
 
     /// Serves requests until the process is to end, and returns why it is.
     pub fn run(mut self, signals: &Signals) -> ExitReason {
+        if let Err(error) = seccomp::apply(ThreadKind::Control) {
+            let reason = ExitReason::Error(crate::error_chain(&error));
+            self.stop_guest();
+            self.events.emit(&Event::from(&reason));
+            return reason;
+        }
         loop {
             if wait(signals, &self.inbox) {
                 return self.stop_guest().unwrap_or(ExitReason::Requested);

@@ -32,6 +32,9 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use crate::arch::x86_64::{cpuid, msrs, regs};
 use crate::devices::bus::Bus;
 use crate::exit::{ExitReason, ExitSignal};
+use crate::machine::STACK_SIZE;
+use crate::sandboxing::ThreadKind;
+use crate::sandboxing::seccomp;
 
 /// Why a vCPU could not be made or set up.
 #[derive(Debug, thiserror::Error)]
@@ -157,6 +160,7 @@ impl Vcpu {
         };
         let thread = thread::Builder::new()
             .name(format!("vcpu{index}"))
+            .stack_size(STACK_SIZE)
             .spawn(move || runner.run())
             .map_err(|source| VcpuError::Thread { index, source })?;
         let link = Arc::new(Link {
@@ -355,6 +359,10 @@ enum Next {
 
 impl Runner {
     fn run(mut self) {
+        if let Err(error) = seccomp::apply(ThreadKind::Vcpu) {
+            self.exit.end(ExitReason::Error(crate::error_chain(&error)));
+            return;
+        }
         RUN.set(ptr::from_mut(self.fd.get_kvm_run()));
         let mut next = Next::Paused;
         loop {

@@ -25,7 +25,10 @@ use std::thread::{self, JoinHandle};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::devices::virtio::buffers::ChainPieces;
+use crate::machine::STACK_SIZE;
 use crate::memory::GuestMemory;
+use crate::sandboxing::ThreadKind;
+use crate::sandboxing::seccomp;
 
 /// A request for a thread.
 pub struct Job {
@@ -97,8 +100,18 @@ impl Pool {
         };
         for _ in 0..count {
             let shared = Arc::clone(&pool.shared);
-            let builder = thread::Builder::new().name("disk".to_owned());
-            pool.threads.push(builder.spawn(move || shared.run())?);
+            let builder = thread::Builder::new()
+                .name("disk".to_owned())
+                .stack_size(STACK_SIZE);
+            let run = move || match seccomp::apply(ThreadKind::Io) {
+                Ok(()) => shared.run(),
+                // The disk would wait forever for a thread that is not there.
+                Err(error) => {
+                    tracing::error!(error = crate::error_chain(&error), "disk thread");
+                    std::process::abort();
+                }
+            };
+            pool.threads.push(builder.spawn(run)?);
         }
         Ok(pool)
     }

@@ -1,6 +1,7 @@
 //! The device itself: its registers and its queues (virtio 1.2, 5.10.2 to 5.10.6).
 
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -58,6 +59,12 @@ impl Vsock {
     /// The path of the socket is not usable, or the host lacks resources.
     pub fn new(config: &VsockConfig) -> Result<Self, VsockError> {
         Self::with_patience(config, PATIENCE)
+    }
+
+    /// The directory of the device's socket, and so of those of host programs, is at `directory`
+    /// from now on. The file of the device's socket is then no longer removed.
+    pub fn move_to(&mut self, directory: &Path) {
+        self.muxer.move_to(directory);
     }
 
     pub(super) fn with_patience(

@@ -75,11 +75,14 @@ pub enum VsockError {
     },
 }
 
-/// The UNIX socket that host programs connect to. The file goes when this does.
+/// The UNIX socket that host programs connect to. The file goes when this does, unless it is out
+/// of reach by then.
 #[derive(Debug)]
 pub(super) struct Listener {
     socket: OwnedFd,
     path: PathBuf,
+    /// What the paths of host programs' sockets begin with; `path` unless the directory has moved.
+    base: PathBuf,
     /// Device and inode of the file, which someone may have replaced since.
     identity: Option<(u64, u64)>,
 }
@@ -110,6 +113,7 @@ impl Listener {
         let listener = Self {
             socket,
             path: owned(),
+            base: owned(),
             identity: identity(path),
         };
         rustix::net::listen(&listener.socket, BACKLOG).map_err(failed)?;
@@ -129,9 +133,16 @@ impl Listener {
         }
     }
 
+    /// The directory of the sockets is at `directory` from now on, and the file of this one no
+    /// longer this process's to remove.
+    pub(super) fn move_to(&mut self, directory: &Path) {
+        self.base = directory.join(self.path.file_name().unwrap_or_default());
+        self.identity = None;
+    }
+
     /// Connects to the host program that serves `port`. Never waits.
     pub(super) fn connect_port(&self, port: u32) -> io::Result<UnixStream> {
-        let address = SocketAddrUnix::new(port_path(&self.path, port))?;
+        let address = SocketAddrUnix::new(port_path(&self.base, port))?;
         let socket = stream_socket()?;
         rustix::net::connect(&socket, &address)?;
         Ok(socket.into())
@@ -147,7 +158,7 @@ impl AsRawFd for Listener {
 impl Drop for Listener {
     fn drop(&mut self) {
         if self.identity.is_some() && identity(&self.path) == self.identity {
-            // The file may be gone, or out of reach of a VMM that has dropped its privileges.
+            // The file may be gone.
             let _ = fs::remove_file(&self.path);
         }
     }
@@ -521,5 +532,20 @@ mod tests {
         let mut bytes = [0; 2];
         service.accept().unwrap().0.read_exact(&mut bytes).unwrap();
         assert_eq!(&bytes, b"hi");
+    }
+
+    #[test]
+    fn a_directory_that_moves_takes_its_sockets_along() {
+        let directory = tempfile::tempdir().unwrap();
+        let old = directory.path().join("old");
+        let new = directory.path().join("new");
+        fs::create_dir(&old).unwrap();
+        let mut listener = Listener::bind(&old.join("vsock")).unwrap();
+        fs::rename(&old, &new).unwrap();
+        listener.move_to(&new);
+        let _service = UnixListener::bind(new.join("vsock_7")).unwrap();
+        listener.connect_port(7).unwrap();
+        drop(listener);
+        assert!(new.join("vsock").exists());
     }
 }

@@ -10,6 +10,7 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::time::{
@@ -131,6 +132,11 @@ impl Muxer {
             deadlines: BTreeSet::new(),
             armed: None,
         })
+    }
+
+    /// The sockets of host programs are in `directory` from now on.
+    pub(super) fn move_to(&mut self, directory: &Path) {
+        self.listener.move_to(directory);
     }
 
     /// Readable when [`process_events`](Self::process_events) has something to do.
