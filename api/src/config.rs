@@ -9,6 +9,7 @@ use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
 use crate::chain;
+use crate::hypervisor::CgroupParent;
 
 /// The file that is read when none is named, if it is there.
 const DEFAULT_FILE: &str = "/etc/microvm-sandbox/sandboxd.toml";
@@ -31,6 +32,8 @@ pub struct Config {
     pub shutdown_timeout_sec: u64,
     /// What guests are made from.
     pub images: ImagesConfig,
+    /// How VMMs are jailed.
+    pub jail: JailConfig,
     /// Sizes.
     pub limits: LimitsConfig,
     /// Logs.
@@ -52,6 +55,44 @@ pub struct ImagesConfig {
     pub cmdline_extra: String,
     /// Templates beside the directory's: raw ext4 images by name.
     pub templates: BTreeMap<String, PathBuf>,
+}
+
+/// How VMMs are jailed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct JailConfig {
+    /// Whether they are.
+    pub enabled: bool,
+    /// The first of 65536 uids, and gids of the same numbers, that sandboxes get if the daemon is
+    /// root. Nothing else may use them.
+    pub first_uid: u32,
+    /// `auto`, `off`, or the directory of a cgroup (version 2) for those of sandboxes.
+    pub cgroup: String,
+}
+
+impl Default for JailConfig {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            // Unused by distributions, containers' sub-uids and systemd (its UIDS-GIDS.md).
+            first_uid: 0x7000_0000,
+            cgroup: "auto".to_owned(),
+        }
+    }
+}
+
+impl JailConfig {
+    /// The same as the host side takes it; `None` if VMMs are not jailed.
+    pub fn for_host(&self) -> Option<crate::hypervisor::JailConfig> {
+        self.enabled.then(|| crate::hypervisor::JailConfig {
+            first_uid: self.first_uid,
+            cgroup: match self.cgroup.as_str() {
+                "auto" => CgroupParent::Auto,
+                "off" => CgroupParent::None,
+                path => CgroupParent::At(path.into()),
+            },
+        })
+    }
 }
 
 /// Sizes.
@@ -97,6 +138,7 @@ impl Default for Config {
             boot_timeout_sec: 60,
             shutdown_timeout_sec: 10,
             images: ImagesConfig::default(),
+            jail: JailConfig::default(),
             limits: LimitsConfig::default(),
             log: LogConfig::default(),
         }
@@ -173,6 +215,16 @@ pub struct Flags {
     /// Seconds that requests in flight have at shutdown [default: 10]
     #[arg(long, env = "SANDBOXD_SHUTDOWN_TIMEOUT_SEC", value_name = "SECONDS")]
     shutdown_timeout_sec: Option<u64>,
+    /// Jail VMMs: `false` is for debugging, and makes a VMM's user the daemon's [default: true]
+    #[arg(long, env = "SANDBOXD_JAIL", value_name = "BOOL")]
+    jail: Option<bool>,
+    /// First of the 65536 uids and gids that sandboxes get if the daemon is root
+    /// [default: 1879048192]
+    #[arg(long, env = "SANDBOXD_JAIL_FIRST_UID", value_name = "UID")]
+    jail_first_uid: Option<u32>,
+    /// Where sandboxes have their cgroups: auto, off, or a directory [default: auto]
+    #[arg(long, env = "SANDBOXD_JAIL_CGROUP", value_name = "WHERE")]
+    jail_cgroup: Option<String>,
     /// Largest file to upload, in bytes [default: 104857600, 100 MiB]
     #[arg(long, env = "SANDBOXD_UPLOAD_BYTES", value_name = "BYTES")]
     upload_bytes: Option<u64>,
@@ -269,6 +321,9 @@ impl Config {
         self.images.templates.extend(flags.templates);
         set(&mut self.boot_timeout_sec, flags.boot_timeout_sec);
         set(&mut self.shutdown_timeout_sec, flags.shutdown_timeout_sec);
+        set(&mut self.jail.enabled, flags.jail);
+        set(&mut self.jail.first_uid, flags.jail_first_uid);
+        set(&mut self.jail.cgroup, flags.jail_cgroup);
         set(&mut self.limits.upload_bytes, flags.upload_bytes);
         set(&mut self.limits.exec_output_bytes, flags.exec_output_bytes);
         set(&mut self.limits.exec_memory_bytes, flags.exec_memory_bytes);
@@ -302,6 +357,21 @@ impl Config {
         }
         if self.limits.exec_memory_bytes > 64 << 20 {
             return invalid("limits.exec_memory_bytes must be 64 MiB at most".to_owned());
+        }
+        if self.jail.first_uid == 0 || self.jail.first_uid > u32::MAX - (1 << 16) {
+            return invalid(format!(
+                "jail.first_uid must be 1 to {}, not {}",
+                u32::MAX - (1 << 16),
+                self.jail.first_uid
+            ));
+        }
+        if !matches!(self.jail.cgroup.as_str(), "auto" | "off")
+            && (!self.jail.cgroup.starts_with('/') || self.jail.cgroup.contains(','))
+        {
+            return invalid(format!(
+                "jail.cgroup must be auto, off, or an absolute path without comma, not {:?}",
+                self.jail.cgroup
+            ));
         }
         if self.images.cmdline_extra.contains(char::is_control) {
             return invalid("images.cmdline_extra has a control character".to_owned());
@@ -445,6 +515,8 @@ mod tests {
             ["--listen=0.0.0.0:8000"],
             ["--boot-timeout-sec=0"],
             ["--exec-memory-bytes=99999999999"],
+            ["--jail-first-uid=0"],
+            ["--jail-cgroup=somewhere"],
             ["--log=a=b=c"],
             ["--config=/nowhere/sandboxd.toml"],
         ] {

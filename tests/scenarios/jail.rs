@@ -4,15 +4,18 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::Ipv4Addr;
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 
 use e2e_tests::agent::sh;
+use e2e_tests::daemon::Daemon;
 use e2e_tests::network::Tap;
-use e2e_tests::pattern::Pattern;
+use e2e_tests::pattern::{Pattern, assert_pattern};
 use e2e_tests::process::innermost;
 use e2e_tests::report;
 use e2e_tests::vmm::Machine;
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
 
 /// The most memory of a VMM beyond its guest's, in KiB.
 const OVERHEAD_KIB: u64 = 5 * 1024;
@@ -194,4 +197,86 @@ fn a_jail_that_cannot_be_is_refused() {
             assert!(said.contains(word), "no {word:?} in {said:?}");
         }
     }
+}
+
+#[test]
+fn sandboxes_are_jailed_each_as_a_user_of_its_own() {
+    let daemon = Daemon::start();
+    let before = daemon.holdings();
+    let mut held = Vec::new();
+    let small = json!({"memory_mb": 192});
+    let (one, two) = (daemon.create(&small), daemon.create(&small));
+    let users = [&one, &two].map(|sandbox| assert_jailed(sandbox.outer_pid()));
+    assert_ne!(users[0], users[1]);
+
+    for sandbox in [&one, &two] {
+        let cgroup = cgroup_of(sandbox.vmm_pid());
+        assert!(cgroup.ends_with(&sandbox.id), "{cgroup:?}");
+        assert_eq!(cgroup_of(sandbox.outer_pid()), cgroup);
+        held.push(cgroup.clone());
+        let limit = |file: &str| fs::read_to_string(cgroup.join(file)).unwrap();
+        assert_eq!(
+            limit("memory.max").trim(),
+            ((192_u64 + 128) << 20).to_string()
+        );
+        assert_eq!(limit("pids.max").trim(), "300");
+        assert!(limit("cpu.max").ends_with(" 100000\n"));
+        // Nothing of it is open to others, and only what it must reach is to its VMM.
+        let directory = daemon.runtime_directory(&sandbox.id);
+        let metadata = fs::metadata(&directory).unwrap();
+        assert_eq!((metadata.uid(), metadata.mode() & 0o777), (0, 0o710));
+
+        assert_eq!(sandbox.must("echo jailed >/root/f; cat /root/f"), "jailed");
+        let (status, _) = sandbox.upload("/root/up", Pattern::new(5), 100_000);
+        assert_eq!(status, 204);
+        assert_pattern(sandbox.download("/root/up"), 5, 100_000);
+    }
+
+    // The VMM itself, and then its waiter, die from outside.
+    for (sandbox, victim) in [(&one, one.vmm_pid()), (&two, two.outer_pid())] {
+        let (outer, inner) = (sandbox.outer_pid(), sandbox.vmm_pid());
+        let victim = Pid::from_raw(victim.cast_signed()).unwrap();
+        kill_process(victim, Signal::KILL).unwrap();
+        let record = sandbox.ended();
+        assert_eq!(record["status"], "error", "{record}");
+        let reason = record["status_reason"].as_str().unwrap();
+        assert!(reason.contains("killed by signal 9"), "{reason}");
+        for pid in [outer, inner] {
+            assert!(
+                !Path::new(&format!("/proc/{pid}")).exists(),
+                "process {pid} is left"
+            );
+        }
+    }
+    assert_eq!(daemon.holdings(), before);
+
+    // Their users are free again.
+    let again = daemon.create(&small);
+    assert!(users.contains(&assert_jailed(again.outer_pid())));
+    let (outer, inner) = (again.outer_pid(), again.vmm_pid());
+    held.push(cgroup_of(inner));
+    again.delete();
+    for pid in [outer, inner] {
+        assert!(!Path::new(&format!("/proc/{pid}")).exists());
+    }
+    assert_eq!(daemon.holdings(), before);
+    for cgroup in held {
+        assert!(!cgroup.exists(), "{cgroup:?} is left");
+    }
+}
+
+/// The directory of a process's cgroup.
+fn cgroup_of(pid: u32) -> PathBuf {
+    let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+    let path = text.lines().find_map(|line| line.strip_prefix("0::/"));
+    Path::new("/sys/fs/cgroup").join(path.unwrap())
+}
+
+#[test]
+fn the_jail_of_the_daemon_can_be_turned_off() {
+    let daemon = Daemon::start_with(&["--jail", "false"]);
+    let sandbox = daemon.create(&json!({"memory_mb": 192}));
+    assert_eq!(sandbox.outer_pid(), sandbox.vmm_pid());
+    daemon.process.stderr.wait_for("VMMs are not jailed");
+    assert_eq!(sandbox.must("echo $((6 * 7))"), "42");
 }

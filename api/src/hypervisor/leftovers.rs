@@ -9,6 +9,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tracing::warn;
 
+use super::cgroup::Cgroups;
 use super::paths::Paths;
 
 /// How long a killed process may take to disappear.
@@ -38,13 +39,19 @@ pub enum LeftoverError {
         #[source]
         source: io::Error,
     },
+    /// The place for cgroups cannot be used.
+    #[error(
+        "the cgroup that jail.cgroup names cannot be divided; it must be of version 2, have \
+         controllers and no processes of its own"
+    )]
+    Cgroups(#[source] io::Error),
     /// The task that removes it is gone.
     #[error("the clean-up was interrupted")]
     Interrupted,
 }
 
-/// Ends the processes and removes the files of all sandboxes below `paths`.
-pub fn remove(paths: &Paths) -> Result<(), LeftoverError> {
+/// Ends the processes and removes the files and cgroups of all sandboxes below `paths`.
+pub fn remove(paths: &Paths, cgroups: Option<&Cgroups>) -> Result<(), LeftoverError> {
     let prefix = paths.vsock_arg_prefix();
     for pid in processes().map_err(|source| LeftoverError::Files {
         path: "/proc".into(),
@@ -69,6 +76,10 @@ pub fn remove(paths: &Paths) -> Result<(), LeftoverError> {
         };
         for entry in fs::read_dir(parent).map_err(failed)? {
             let path = entry.map_err(failed)?.path();
+            let id = path.file_name().and_then(|name| name.to_str());
+            if let (Some(cgroups), Some(id)) = (cgroups, id.and_then(|id| id.parse().ok())) {
+                cgroups.of(&id).remove().map_err(failed)?;
+            }
             warn!(path = %path.display(), "removing files of an earlier daemon");
             fs::remove_dir_all(&path).map_err(|source| LeftoverError::Files {
                 path: path.clone(),
@@ -137,8 +148,8 @@ mod tests {
         let ours = Paths::new(&dir.path().join("run"), &dir.path().join("data")).unwrap();
         let others = Paths::new(&dir.path().join("run2"), &dir.path().join("data2")).unwrap();
         let id = SandboxId::random();
-        ours.make(&id).unwrap();
-        others.make(&id).unwrap();
+        ours.make(&id, None).unwrap();
+        others.make(&id, None).unwrap();
         fs::write(ours.disk(&id), "disk").unwrap();
         // Their standard inputs, which they wait for, are closed with this test at the latest.
         let spawn = |paths: &Paths| {
@@ -161,7 +172,7 @@ mod tests {
         };
         let (mut our_vmm, mut other_vmm) = (spawn(&ours), spawn(&others));
 
-        remove(&ours).unwrap();
+        remove(&ours, None).unwrap();
 
         assert_eq!(our_vmm.wait().unwrap().signal(), Some(9));
         assert_eq!(other_vmm.try_wait().unwrap(), None);

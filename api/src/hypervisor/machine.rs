@@ -9,6 +9,7 @@ use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use agent_protocol::Ready;
+use rustix::process::{Pid, Signal, kill_process};
 use tokio::fs::File;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncSeekExt, BufReader};
 use tokio::net::UnixListener;
@@ -20,6 +21,7 @@ use tracing::{debug, info, warn};
 
 use super::HostConfig;
 use super::monitor::{self, Seen};
+use super::paths;
 use crate::domain::{CreateRequest, Created, End, SandboxId, Timings};
 use crate::images::{OverlayError, create_overlay};
 
@@ -45,12 +47,27 @@ mod exit {
     pub const TRIPLE_FAULT: i32 = 12;
 }
 
+/// The signal that ends a process for a system call that its filter forbids.
+const SIGSYS: i32 = Signal::SYS.as_raw();
+
 /// What to start.
 pub struct Launch<'a> {
     pub config: &'a HostConfig,
     pub request: &'a CreateRequest,
     pub template: &'a Path,
+    pub jail: Option<Jail<'a>>,
 }
+
+/// Where a VMM is jailed.
+#[derive(Debug, Clone, Copy)]
+pub struct Jail<'a> {
+    /// Its user and group; its daemon's without root.
+    pub user: Option<u32>,
+    pub cgroup: Option<&'a Path>,
+}
+
+/// How long a VMM may take to end when it is told to end at once.
+const QUIT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Why there is no process.
 #[derive(Debug, thiserror::Error)]
@@ -98,6 +115,7 @@ pub enum NotReady {
 pub struct Machine {
     id: SandboxId,
     child: Child,
+    is_jailed: bool,
     listener: Option<UnixListener>,
     ready_path: PathBuf,
     console: PathBuf,
@@ -117,19 +135,24 @@ impl Machine {
             config,
             request,
             template,
+            jail,
         } = launch;
         let id = request.id.clone();
         let paths = &config.paths;
         let channel = |what| move |source| SpawnError::Channel { what, source };
 
-        paths.make(&id).map_err(SpawnError::Directories)?;
+        let user = jail.and_then(|jail| jail.user);
+        paths.make(&id, user).map_err(SpawnError::Directories)?;
         create_overlay(template.to_owned(), paths.disk(&id)).await?;
         // Before the guest exists, so that its agent cannot come too early.
         let ready_path = paths.ready(&id);
         let listener = UnixListener::bind(&ready_path).map_err(channel("agent's ready socket"))?;
+        if let Some(user) = user {
+            paths::share(&ready_path, user, 0o660).map_err(channel("agent's ready socket"))?;
+        }
         let (events, event_writer) = event_pipe().map_err(channel("event pipe"))?;
 
-        let mut command = vmm_command(config, request, event_writer.as_raw_fd());
+        let mut command = vmm_command(config, request, jail, event_writer.as_raw_fd());
         let spawned = Instant::now();
         let mut child = command.spawn().map_err(|source| SpawnError::Execute {
             vmm: config.vmm.clone(),
@@ -155,6 +178,7 @@ impl Machine {
                 }
             }),
             child,
+            is_jailed: jail.is_some(),
             id,
             created,
             spawned,
@@ -201,6 +225,21 @@ impl Machine {
 
     /// Ends the process, whatever it does, and waits until it is gone.
     pub async fn kill(&mut self) {
+        // A jailed VMM is two processes. Of this signal, the one that is our child ends the other,
+        // and itself only when that is gone.
+        let pid = self
+            .child
+            .id()
+            .and_then(|id| Pid::from_raw(id.cast_signed()));
+        if let Some(pid) = pid.filter(|_| self.is_jailed) {
+            let _ = kill_process(pid, Signal::QUIT);
+            if tokio::time::timeout(QUIT_TIMEOUT, self.child.wait())
+                .await
+                .is_ok()
+            {
+                return;
+            }
+        }
         if let Err(error) = self.child.kill().await {
             debug!(sandbox = %self.id, %error, "vmm not killed");
         }
@@ -280,7 +319,24 @@ fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
-fn vmm_command(config: &HostConfig, request: &CreateRequest, events: i32) -> Command {
+/// The value of the flag that jails a VMM.
+fn jail_options(jail: Jail<'_>) -> String {
+    let mut options = Vec::new();
+    if let Some(user) = jail.user {
+        options.push(format!("uid={user},gid={user}"));
+    }
+    if let Some(cgroup) = jail.cgroup {
+        options.push(format!("cgroup={}", cgroup.display()));
+    }
+    options.join(",")
+}
+
+fn vmm_command(
+    config: &HostConfig,
+    request: &CreateRequest,
+    jail: Option<Jail<'_>>,
+    events: i32,
+) -> Command {
     let id = &request.id;
     let paths = &config.paths;
     let mut cmdline = CMDLINE.to_owned();
@@ -307,6 +363,10 @@ fn vmm_command(config: &HostConfig, request: &CreateRequest, events: i32) -> Com
         .arg(format!("file={}", paths.console(id).display()))
         .args(["--console", "off", "--rng", "src=/dev/urandom"])
         .args(["--event-monitor", &format!("fd={events}")])
+        .args(
+            jail.into_iter()
+                .flat_map(|jail| ["--jail".to_owned(), jail_options(jail)]),
+        )
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
@@ -386,6 +446,10 @@ fn describe_end(status: &io::Result<ExitStatus>, told: Option<String>, stderr: &
         (Some(exit::ERROR), _) => "the vmm failed",
         (Some(exit::USAGE), _) => "the vmm refused its configuration",
         (Some(code), _) => &format!("the vmm exited with status {code}"),
+        (None, Some(signal @ SIGSYS)) => &format!(
+            "the vmm was killed by signal {signal} (SIGSYS): it made a system call that its jail \
+             forbids"
+        ),
         (None, Some(signal)) => &format!("the vmm was killed by signal {signal}"),
         (None, None) => "the vmm ended",
     };
@@ -436,6 +500,14 @@ mod tests {
             ),
             (exit(3), None, "", false, "the vmm exited with status 3"),
             (9, None, "", false, "the vmm was killed by signal 9"),
+            (
+                31,
+                None,
+                "",
+                false,
+                "the vmm was killed by signal 31 (SIGSYS): it made a system call that its jail \
+                 forbids",
+            ),
         ] {
             assert_eq!(end(raw, told, stderr), (orderly, reason.to_owned()));
         }

@@ -13,6 +13,8 @@
 //! `release` ends the process if it still lives and removes directories, sockets and the disk.
 //! Only then is the end told: to the creator, to the destroyer, or as an event.
 
+mod cgroup;
+mod jail;
 mod leftovers;
 mod machine;
 mod monitor;
@@ -30,7 +32,7 @@ use futures_util::future::join_all;
 use futures_util::stream::{self, BoxStream};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, error};
+use tracing::{debug, error, warn};
 
 use crate::agent::AgentClient;
 use crate::domain::{
@@ -38,6 +40,9 @@ use crate::domain::{
     HostInfo, ReadFileRequest, SandboxId, WriteFileRequest,
 };
 use crate::images::Images;
+use cgroup::{Cgroup, Cgroups};
+pub use jail::{CgroupParent, JailConfig};
+use jail::{User, Users};
 pub use leftovers::LeftoverError;
 use machine::{Launch, Machine, NotReady};
 pub use paths::{Paths, PathsError};
@@ -55,6 +60,8 @@ pub struct HostConfig {
     pub boot_timeout: Duration,
     /// Words to add to the guest kernel's command line.
     pub cmdline_extra: String,
+    /// How VMMs are jailed, if they are.
+    pub jail: Option<JailConfig>,
 }
 
 /// This machine as a [`Host`].
@@ -64,6 +71,9 @@ pub struct LocalHost {
 
 struct Inner {
     config: HostConfig,
+    cgroups: Option<Cgroups>,
+    /// `None` if VMMs do not get users of their own.
+    users: Option<Arc<Users>>,
     state: Mutex<State>,
 }
 
@@ -87,6 +97,22 @@ struct Entry {
     leftover: OnceLock<String>,
 }
 
+/// What a sandbox has of the host for its jail.
+struct Held {
+    user: Option<User>,
+    cgroup: Option<Cgroup>,
+}
+
+/// Removes a sandbox's cgroup, whose processes have been ended. The error is a sentence.
+async fn remove_cgroup(cgroup: Option<Cgroup>) -> Result<(), String> {
+    let Some(cgroup) = cgroup else { return Ok(()) };
+    let path = cgroup.path.clone();
+    let removed = tokio::task::spawn_blocking(move || cgroup.remove()).await;
+    removed
+        .unwrap_or_else(|error| Err(std::io::Error::other(error)))
+        .map_err(|error| format!("{} cannot be removed: {error}", path.display()))
+}
+
 /// How the task of a sandbox came to its end.
 enum Outcome {
     NotStarted(HostError),
@@ -102,11 +128,37 @@ impl LocalHost {
     /// Something cannot be ended or removed.
     pub async fn start(config: HostConfig) -> Result<Self, LeftoverError> {
         let paths = config.paths.clone();
-        tokio::task::spawn_blocking(move || leftovers::remove(&paths))
-            .await
-            .map_err(|_| LeftoverError::Interrupted)??;
+        let cgroups = match &config.jail {
+            Some(jail) => Cgroups::prepare(&jail.cgroup).map_err(LeftoverError::Cgroups)?,
+            None => {
+                warn!(
+                    "VMMs are not jailed: a guest that takes over its own is one of this \
+                       daemon's user"
+                );
+                None
+            }
+        };
+        let cgroups = tokio::task::spawn_blocking(move || {
+            leftovers::remove(&paths, cgroups.as_ref()).map(|()| cgroups)
+        })
+        .await
+        .map_err(|_| LeftoverError::Interrupted)??;
+        let is_root = rustix::process::geteuid().is_root();
+        let users = match &config.jail {
+            Some(jail) if is_root => Some(Users::new(jail.first_uid)),
+            Some(_) => {
+                warn!(
+                    "VMMs are jailed, but as this daemon's own user: only root can give each a \
+                     user of its own"
+                );
+                None
+            }
+            None => None,
+        };
         let inner = Arc::new(Inner {
             config,
+            cgroups,
+            users,
             state: Mutex::default(),
         });
         Ok(Self { inner })
@@ -136,13 +188,29 @@ impl Inner {
     ) {
         let id = request.id.clone();
         let mut started = Some(started);
-        let outcome = self
-            .start_and_follow(entry, request, template, &mut started)
-            .await;
+        // The user stays this sandbox's until its last file is gone.
+        let mut user = None;
+        let outcome = match self.prepare_jail(&request) {
+            Ok(jail) => {
+                let outcome = self
+                    .start_and_follow(entry, request, template, jail.as_ref(), &mut started)
+                    .await;
+                let (held, cgroup) = jail.map(|jail| (jail.user, jail.cgroup)).unzip();
+                user = held.flatten();
+                let cgroup = cgroup.flatten();
+                if let Err(reason) = remove_cgroup(cgroup).await {
+                    error!(sandbox = %id, reason, "the cgroup of the sandbox is left");
+                    let _ = entry.leftover.set(reason);
+                }
+                outcome
+            }
+            Err(reason) => Outcome::NotStarted(HostError::Start { reason }),
+        };
         if let Err(reason) = self.config.paths.remove(&id).await {
             error!(sandbox = %id, reason, "files of the sandbox are left");
             let _ = entry.leftover.set(reason);
         }
+        drop(user);
         let listeners = {
             let mut state = self.state();
             state.sandboxes.remove(&id);
@@ -166,17 +234,42 @@ impl Inner {
         }
     }
 
+    /// What the jail of a sandbox needs. The error is a sentence.
+    fn prepare_jail(&self, request: &CreateRequest) -> Result<Option<Held>, String> {
+        if self.config.jail.is_none() {
+            return Ok(None);
+        }
+        let user = match &self.users {
+            Some(users) => Some(users.take().ok_or("no user is free for another sandbox")?),
+            None => None,
+        };
+        let cgroup = match &self.cgroups {
+            Some(cgroups) => Some(
+                cgroups
+                    .create(&request.id, request.vcpus, request.memory_mb)
+                    .map_err(|error| format!("the sandbox's cgroup cannot be made: {error}"))?,
+            ),
+            None => None,
+        };
+        Ok(Some(Held { user, cgroup }))
+    }
+
     async fn start_and_follow(
         &self,
         entry: &Entry,
         request: CreateRequest,
         template: PathBuf,
+        jail: Option<&Held>,
         started: &mut Option<oneshot::Sender<Result<Created, HostError>>>,
     ) -> Outcome {
         let launch = Launch {
             config: &self.config,
             request: &request,
             template: &template,
+            jail: jail.map(|held| machine::Jail {
+                user: held.user.as_ref().map(User::id),
+                cgroup: held.cgroup.as_ref().map(|cgroup| cgroup.path.as_path()),
+            }),
         };
         let mut machine = match Machine::spawn(launch).await {
             Ok(machine) => machine,

@@ -7,10 +7,10 @@
 //! | `<runtime_dir>/sandboxes/<id>/console.log` | what the guest writes to its serial console |
 //! | `<data_dir>/sandboxes/<id>/disk.qcow2` | its own disk |
 
-use std::fs::DirBuilder;
+use std::fs::{DirBuilder, Permissions};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use agent_protocol::READY_PORT;
@@ -109,14 +109,18 @@ impl Paths {
         Ok(paths)
     }
 
-    /// Makes the directories of a new sandbox, for its owner alone.
-    pub(super) fn make(&self, id: &SandboxId) -> io::Result<()> {
+    /// Makes the directories of a new sandbox, for its owner alone. The group `jailed`, if there
+    /// is one, may reach what it knows the name of in the runtime directory, and no more.
+    pub(super) fn make(&self, id: &SandboxId, jailed: Option<u32>) -> io::Result<()> {
         for parent in [&self.runtime, &self.data] {
             DirBuilder::new()
                 .mode(0o700)
                 .create(parent.join(id.as_str()))?;
         }
-        Ok(())
+        match jailed {
+            Some(group) => share(&self.runtime.join(id.as_str()), group, 0o710),
+            None => Ok(()),
+        }
     }
 
     /// Removes all files of a sandbox. The error is a sentence.
@@ -175,13 +179,18 @@ impl Paths {
     }
 }
 
+/// Gives a file to a group, with these permissions.
+pub(super) fn share(path: &Path, group: u32, mode: u32) -> io::Result<()> {
+    // The owner first: who can do anything to it then has no more than before.
+    std::os::unix::fs::chown(path, None, Some(group))?;
+    std::fs::set_permissions(path, Permissions::from_mode(mode))
+}
+
 /// The address is the same in every guest: each has a VMM, and so a vsock, of its own.
 const VSOCK_ARG: &str = "cid=3,socket=";
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
-
     use super::*;
 
     #[test]
@@ -189,7 +198,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let paths = Paths::new(&dir.path().join("run"), &dir.path().join("data")).unwrap();
         let id = SandboxId::random();
-        paths.make(&id).unwrap();
+        paths.make(&id, None).unwrap();
         for path in [paths.vsock(&id), paths.disk(&id)] {
             let mode = std::fs::metadata(path.parent().unwrap())
                 .unwrap()
@@ -198,7 +207,7 @@ mod tests {
             assert_eq!(mode & 0o777, 0o700);
         }
         assert!(
-            paths.make(&id).is_err(),
+            paths.make(&id, None).is_err(),
             "a directory that is there belongs to someone"
         );
     }
