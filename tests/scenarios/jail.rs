@@ -118,7 +118,7 @@ fn assert_small(waiter: u32, limit: u64) {
 #[test]
 fn a_machine_with_every_device_works_in_the_jail() {
     let host = Ipv4Addr::new(10, 213, 0, 1);
-    let tap = Tap::in_new_network("mvs-jail0", host);
+    let tap = Tap::in_new_network("mvs-jail0", host, false);
     let machine = Machine::new();
     let directory = machine.directory().to_owned();
     let raw = directory.join("raw");
