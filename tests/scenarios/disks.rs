@@ -1,5 +1,5 @@
 //! Disks beyond reading and writing: several queues, space given back, new sizes, limits, and a
-//! host that has run full.
+//! host that has run full. In the jail, whose filters of system calls have to know all of it.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use agent_protocol::ShutdownAction;
+use e2e_tests::setup::scratch;
 use e2e_tests::vmm::Machine;
 use rustix::mount::{MountFlags, UnmountFlags};
 use serde_json::json;
@@ -32,6 +33,7 @@ fn a_disk_with_two_queues_gives_space_back_and_changes_its_size() {
     sparse_image(&image, 16 * MIB);
     let mut vmm = machine
         .cpus("boot=2")
+        .jailed()
         .disk(format!(
             "path={},id=data,num_queues=2,queue_size=64",
             image.display()
@@ -127,10 +129,12 @@ fn limits_hold_and_a_full_host_is_an_error_in_the_guest() {
     let directory = machine.directory().to_owned();
     let limited = directory.join("limited");
     sparse_image(&limited, 16 * MIB);
-    let host = SmallHost::mount(directory.join("small"), 4 * MIB);
+    let elsewhere = scratch();
+    let host = SmallHost::mount(elsewhere.path().join("small"), 4 * MIB);
     let full = host.0.join("full");
     sparse_image(&full, 16 * MIB);
     let mut vmm = machine
+        .jailed()
         .disk(format!(
             "path={},bw_size={MIB},bw_refill_time=1000",
             limited.display()
@@ -171,5 +175,5 @@ fn limits_hold_and_a_full_host_is_an_error_in_the_guest() {
     assert_eq!(failure["device"], "full");
     let reason = failure["reason"].as_str().unwrap();
     assert!(reason.contains("No space left"), "{reason}");
-    drop((vmm, host));
+    drop((vmm, host, elsewhere));
 }
