@@ -14,6 +14,12 @@ use crate::kvm::vcpu::StoppedError;
 
 /// Makes machines.
 pub trait Launcher {
+    /// Whether another machine can be made at all, asked before one is ended to make room for it.
+    ///
+    /// # Errors
+    /// It cannot.
+    fn check(&self) -> Result<(), LaunchError>;
+
     /// Builds the machine that `config` describes and starts to serve its devices. Its vCPUs are
     /// paused. `ended` is called once, on another thread, when the machine has ended.
     ///

@@ -49,9 +49,7 @@ impl KvmLauncher {
         &mut self,
         config: &VmConfig,
     ) -> Result<(HostResources, Option<RawTerminal>), LaunchError> {
-        if matches!(self.jail, Jail::Entered) {
-            return Err(LaunchError::Jailed);
-        }
+        self.check()?;
         let host = HostResources::open(config)?;
         // Before the jail: a process in a PID namespace cannot tell whose terminal it is.
         let terminal = if config.serial.mode == ConsoleMode::Tty {
@@ -69,6 +67,13 @@ impl KvmLauncher {
 }
 
 impl Launcher for KvmLauncher {
+    fn check(&self) -> Result<(), LaunchError> {
+        match self.jail {
+            Jail::Entered => Err(LaunchError::Jailed),
+            Jail::No | Jail::Wanted(_) => Ok(()),
+        }
+    }
+
     fn launch(
         &mut self,
         config: &VmConfig,

@@ -204,7 +204,9 @@ impl<L: Launcher> Control<L> {
             Action::Boot => self.boot()?,
             Action::Shutdown => self.shutdown()?,
             Action::Reboot => {
-                self.shutdown()?;
+                self.machine()?;
+                self.launcher.check()?;
+                self.stop_guest();
                 self.boot()?;
             }
             Action::Pause => self.pause()?,

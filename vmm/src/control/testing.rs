@@ -54,15 +54,19 @@ impl FakeLauncher {
 }
 
 impl Launcher for FakeLauncher {
+    fn check(&self) -> Result<(), LaunchError> {
+        match *self.fails.lock().unwrap() {
+            true => Err(LaunchError::Thread(io::Error::other("no more"))),
+            false => Ok(()),
+        }
+    }
+
     fn launch(
         &mut self,
         _config: &VmConfig,
         ended: Box<dyn FnOnce() + Send>,
     ) -> Result<Box<dyn Guest>, LaunchError> {
-        if *self.fails.lock().unwrap() {
-            let error = io::Error::other("no more");
-            return Err(LaunchError::Thread(error));
-        }
+        self.check()?;
         assert_eq!(Arc::strong_count(&self.alive), 1, "two machines at once");
         let reason = Arc::new(Mutex::new(None));
         let ending = Ending {

@@ -195,8 +195,12 @@ fn a_machine_that_cannot_be_built_leaves_the_configuration() {
     *bench.fails.lock().unwrap() = false;
     bench.act(Action::Boot).unwrap();
 
-    // A guest's reboot that fails is the end, and says so.
+    // A reboot that cannot be carried through leaves the machine as it is.
     *bench.fails.lock().unwrap() = true;
+    bench.act(Action::Reboot).unwrap_err();
+    assert_eq!(bench.state(), "running");
+
+    // A guest's reboot that fails is the end, and says so.
     bench.endings.recv().unwrap().end(ExitReason::Reboot);
     assert!(matches!(bench.take_messages(), Some(ExitReason::Error(_))));
 }
