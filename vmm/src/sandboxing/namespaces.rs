@@ -103,7 +103,8 @@ pub(super) fn enter(identity: &Identity, sockets: Option<&Path>) -> Result<(), J
         "/",
         MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
     )
-    .map_err(step("keep mounts to the new namespace"))?;
+    // A host may give the namespace and none of its powers.
+    .map_err(|error| JailError::Namespaces(error.into()))?;
     let sockets = sockets.map(|_| clone_working_directory()).transpose()?;
     // A user who is not mapped can create no file. Capabilities are not lost by this: it is not
     // root of the new namespace that goes.
