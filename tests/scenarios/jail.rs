@@ -215,10 +215,8 @@ fn sandboxes_are_jailed_each_as_a_user_of_its_own() {
         assert_eq!(cgroup_of(sandbox.outer_pid()), cgroup);
         held.push(cgroup.clone());
         let limit = |file: &str| fs::read_to_string(cgroup.join(file)).unwrap();
-        assert_eq!(
-            limit("memory.max").trim(),
-            ((192_u64 + 128) << 20).to_string()
-        );
+        // The disks of the scenarios are in a tmpfs, whose pages would count as memory.
+        assert_eq!(limit("memory.max"), "max\n");
         assert_eq!(limit("pids.max").trim(), "300");
         assert!(limit("cpu.max").ends_with(" 100000\n"));
         // Nothing of it is open to others, and only what it must reach is to its VMM.

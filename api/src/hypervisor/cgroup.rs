@@ -21,6 +21,12 @@ const NAME: &str = "microvm-sandbox";
 /// page tables of the kernel.
 const MEMORY_OVERHEAD: u64 = 128 << 20;
 
+/// The file with the limit of memory.
+const MEMORY_MAX: &str = "memory.max";
+
+/// The type of a tmpfs (linux/magic.h).
+const TMPFS_MAGIC: rustix::fs::FsWord = 0x0102_1994;
+
 /// Processes and threads of one VMM.
 const MAX_TASKS: u32 = 300;
 
@@ -34,6 +40,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub(super) struct Cgroups {
     parent: PathBuf,
+    /// Disks lie in a file system that is memory. What guests write to them would count as their
+    /// VMMs' memory, which could then have no useful limit.
+    disks_in_memory: bool,
 }
 
 /// The cgroup of a sandbox.
@@ -43,11 +52,12 @@ pub(super) struct Cgroup {
 }
 
 impl Cgroups {
-    /// Arranges a place for cgroups. `None`, and a sentence in the log, if there is none.
+    /// Arranges a place for cgroups of sandboxes whose disks lie in `disks`. `None`, and a sentence
+    /// in the log, if there is none.
     ///
     /// # Errors
     /// The place that was asked for cannot be used.
-    pub(super) fn prepare(parent: &CgroupParent) -> io::Result<Option<Self>> {
+    pub(super) fn prepare(parent: &CgroupParent, disks: &Path) -> io::Result<Option<Self>> {
         let parent = match parent {
             CgroupParent::None => {
                 info!("sandboxes have no cgroups: they were turned off");
@@ -70,8 +80,18 @@ impl Cgroups {
                 }
             },
         };
+        let disks_in_memory = rustix::fs::statfs(disks)?.f_type == TMPFS_MAGIC;
+        if disks_in_memory {
+            warn!(
+                data_dir = %disks.display(),
+                "sandboxes have no limit of memory: their disks are in a tmpfs, and count as memory"
+            );
+        }
         info!(parent = %parent.display(), "sandboxes have cgroups");
-        Ok(Some(Self { parent }))
+        Ok(Some(Self {
+            parent,
+            disks_in_memory,
+        }))
     }
 
     /// Makes a sandbox's cgroup with its limits, those that the host can keep.
@@ -79,6 +99,9 @@ impl Cgroups {
         let cgroup = self.of(id);
         fs::create_dir(&cgroup.path)?;
         for (file, limit) in limits(vcpus, memory_mb) {
+            if file == MEMORY_MAX && self.disks_in_memory {
+                continue;
+            }
             match write(&cgroup.path.join(file), &limit) {
                 // The controller is not there, or not for this cgroup.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -106,7 +129,7 @@ fn limits(vcpus: u8, memory_mb: u32) -> [(&'static str, String); 5] {
     // One more than vCPUs, for the devices.
     let quota = (u32::from(vcpus) + 1) * PERIOD_US;
     [
-        ("memory.max", memory.to_string()),
+        (MEMORY_MAX, memory.to_string()),
         // A VMM without its waiter, or the reverse, is of no use.
         ("memory.oom.group", "1".to_owned()),
         ("cpu.max", format!("{quota} {PERIOD_US}")),
@@ -256,6 +279,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let cgroups = Cgroups {
             parent: dir.path().to_owned(),
+            disks_in_memory: false,
         };
         cgroups.of(&SandboxId::random()).remove().unwrap();
     }
@@ -273,6 +297,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let cgroups = Cgroups {
             parent: dir.path().to_owned(),
+            disks_in_memory: false,
         };
         let id = SandboxId::random();
         cgroups.create(&id, 2, 256).unwrap();

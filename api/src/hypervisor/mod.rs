@@ -129,7 +129,8 @@ impl LocalHost {
     pub async fn start(config: HostConfig) -> Result<Self, LeftoverError> {
         let paths = config.paths.clone();
         let cgroups = match &config.jail {
-            Some(jail) => Cgroups::prepare(&jail.cgroup).map_err(LeftoverError::Cgroups)?,
+            Some(jail) => Cgroups::prepare(&jail.cgroup, paths.parents()[1])
+                .map_err(LeftoverError::Cgroups)?,
             None => {
                 warn!(
                     "VMMs are not jailed: a guest that takes over its own is one of this \
