@@ -211,3 +211,12 @@ fn vcpus_come_and_go() {
     assert_eq!((status(0), status(4)), (400, 400));
     assert_eq!(machine.nproc(), 2);
 }
+
+#[test]
+fn the_power_button_takes_the_guest_down() {
+    let mut machine = Resizable::boot(Machine::new(), &[]);
+    let stream = UnixStream::connect(machine.vmm.directory().join("api.sock")).unwrap();
+    let request = Request::new("PUT", "/api/v1/vm.power-button");
+    assert_eq!(request.send(stream, &[][..], 0).unwrap().status, 204);
+    machine.vmm.expect_end(0, "shutdown");
+}
