@@ -4,7 +4,7 @@ use e2e_tests::vmm::Machine;
 
 use crate::boot::assert_vcpus;
 
-/// The kernel starts one vCPU, and the guest then the others, one after the other: while they start
+/// The kernel starts one vCPU, and the agent then the others, one after the other: while they start
 /// they spin and tick, and thirty-two of them at a time leave one emulated CPU no time for anything
 /// else, sometimes for minutes.
 #[test]
@@ -16,7 +16,7 @@ fn thirty_two_vcpus_come_online() {
         .boot();
     let agent = vmm.agent();
     assert_eq!(agent.must("cat /sys/devices/system/cpu/present"), "0-31");
-    assert_eq!(agent.must("nproc"), "1");
+    // Does nothing for those that are online, and waits for whoever is bringing one up.
     agent.must("for cpu in $(seq 31); do echo 1 >/sys/devices/system/cpu/cpu$cpu/online; done");
     assert_vcpus(agent, 32);
 }

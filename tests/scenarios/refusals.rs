@@ -24,6 +24,8 @@ fn assert_refused(machine: Machine, status: i32, words: &[&str]) {
 #[test]
 fn machines_that_cannot_be() {
     let machine = Machine::without_disk;
+    let disk = format!("path={},readonly=on", setup().template().display());
+    let many_disks = (0..18).fold(machine(), |machine, _| machine.disk(disk.clone()));
     for (machine, words) in [
         (machine().cpus("boot=0"), ["0 vCPUs", "1 to 32"]),
         (machine().cpus("boot=33"), ["33 vCPUs", "1 to 32"]),
@@ -32,12 +34,17 @@ fn machines_that_cannot_be() {
             machine().memory("size=1000001K"),
             ["memory", "steps of 1 MiB"],
         ),
+        (
+            machine().memory("size=1048577M"),
+            ["1099512676352 bytes", "1024 GiB"],
+        ),
         (machine().memory("size=lots"), ["lots", "512M"]),
         (
             machine().kernel("/no/such/kernel"),
             ["/no/such/kernel", "No such file"],
         ),
         (machine().kernel("/"), ["kernel", "directory"]),
+        (many_disks, ["virtio devices", "at most 18"]),
         (
             machine().initramfs(Some("/no/such/initramfs".into())),
             ["/no/such/initramfs", "No such file"],
