@@ -1,9 +1,10 @@
 //! The command line: flags named as in Cloud Hypervisor, turned into a [`VmConfig`].
 
+mod options;
+
 use std::fs::File;
 use std::os::fd::{FromRawFd, RawFd};
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand};
 
@@ -12,8 +13,8 @@ use crate::config::{
     BalloonConfig, ConsoleConfig, ConsoleMode, CpusConfig, DiskConfig, HotplugMethod, ImageType,
     MemoryConfig, NetConfig, PayloadConfig, RngConfig, SerialConfig, VmConfig, VsockConfig,
 };
-use crate::rate_limiter::{RateLimiterConfig, TokenBucketConfig};
 use crate::sandboxing::JailConfig;
+use options::Options;
 
 /// Boots Linux in a virtual machine of its own.
 ///
@@ -181,97 +182,6 @@ impl EventTarget {
                 Ok(unsafe { File::from_raw_fd(*fd) })
             }
             Self::Path(path) => File::options().create(true).append(true).open(path),
-        }
-    }
-}
-
-const BANDWIDTH_KEYS: [&str; 3] = ["bw_size", "bw_one_time_burst", "bw_refill_time"];
-const OPS_KEYS: [&str; 3] = ["ops_size", "ops_one_time_burst", "ops_refill_time"];
-
-/// `key=value` pairs separated by commas, of which each key may come once. The commas of a list in
-/// brackets belong to the value.
-struct Options<'a> {
-    pairs: Vec<(&'a str, &'a str)>,
-}
-
-impl<'a> Options<'a> {
-    fn parse(text: &'a str, known: &[&str]) -> Result<Self, String> {
-        let mut pairs: Vec<(&str, &str)> = Vec::new();
-        let mut in_list = false;
-        let separator = |character| {
-            in_list = (in_list || character == '[') && character != ']';
-            character == ',' && !in_list
-        };
-        for part in text.split(separator) {
-            let (key, value) = part
-                .split_once('=')
-                .ok_or_else(|| format!("expected key=value, found {part:?}"))?;
-            if !known.contains(&key) {
-                return Err(format!(
-                    "unknown key {key:?}; known are {}",
-                    known.join(", ")
-                ));
-            }
-            if pairs.iter().any(|(other, _)| *other == key) {
-                return Err(format!("{key} is given twice"));
-            }
-            pairs.push((key, value));
-        }
-        Ok(Self { pairs })
-    }
-
-    /// As [`parse`](Self::parse), with the keys of rate limits besides.
-    fn parse_limited(text: &'a str, known: &[&str]) -> Result<Self, String> {
-        Self::parse(text, &[known, &BANDWIDTH_KEYS, &OPS_KEYS].concat())
-    }
-
-    fn rate_limits(&self) -> Result<Option<RateLimiterConfig>, String> {
-        let bandwidth = self.token_bucket(BANDWIDTH_KEYS)?;
-        let ops = self.token_bucket(OPS_KEYS)?;
-        Ok((bandwidth.is_some() || ops.is_some()).then_some(RateLimiterConfig { bandwidth, ops }))
-    }
-
-    fn token_bucket(&self, keys: [&str; 3]) -> Result<Option<TokenBucketConfig>, String> {
-        let [size, burst, refill_time] = keys;
-        let one_time_burst = self.get(burst)?;
-        match (self.get(size)?, self.get(refill_time)?) {
-            (Some(size), Some(refill_time)) => Ok(Some(TokenBucketConfig {
-                size,
-                one_time_burst,
-                refill_time,
-            })),
-            (None, None) if one_time_burst.is_none() => Ok(None),
-            _ => Err(format!("a limit needs both {size} and {refill_time}")),
-        }
-    }
-
-    fn text(&self, key: &str) -> Option<&'a str> {
-        self.pairs
-            .iter()
-            .find(|(other, _)| *other == key)
-            .map(|(_, value)| *value)
-    }
-
-    fn required(&self, key: &str) -> Result<&'a str, String> {
-        self.text(key).ok_or_else(|| format!("{key} is missing"))
-    }
-
-    fn get<T: FromStr<Err: std::fmt::Display>>(&self, key: &str) -> Result<Option<T>, String> {
-        self.text(key)
-            .map(|value| {
-                value
-                    .parse()
-                    .map_err(|error| format!("{key}={value}: {error}"))
-            })
-            .transpose()
-    }
-
-    fn switch(&self, key: &str, default: bool) -> Result<bool, String> {
-        match self.text(key) {
-            None => Ok(default),
-            Some("off" | "false") => Ok(false),
-            Some("on" | "true") => Ok(true),
-            Some(other) => Err(format!("{key}={other}: expected on or off")),
         }
     }
 }
@@ -502,6 +412,7 @@ fn parse_event_target(text: &str) -> Result<EventTarget, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rate_limiter::{RateLimiterConfig, TokenBucketConfig};
 
     fn parse(arguments: &str) -> Result<Cli, clap::Error> {
         Cli::try_parse_from(std::iter::once("vmm").chain(arguments.split(' ')))
