@@ -204,7 +204,7 @@ pub fn build_for_boot(
         parts: machine::Parts {
             vcpus,
             devices: handles,
-            _buses: buses,
+            buses,
             _vm: vm,
             platform_events,
             cpu_hotplug,

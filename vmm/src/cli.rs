@@ -128,7 +128,11 @@ pub struct BootArgs {
     #[arg(long, value_name = "OPTIONS", num_args = 0..=1, default_missing_value = "",
         value_parser = parse_jail, requires = "kernel")]
     pub jail: Option<JailConfig>,
-    /// Tell more about what the VMM does; up to three times.
+    /// File that the VMM logs into instead of standard error. It is appended to, and starts over
+    /// at 4 MiB. On SIGUSR1 the VMM logs the registers of all vCPUs and the state of all devices.
+    #[arg(long, value_name = "PATH")]
+    pub log_file: Option<PathBuf>,
+    /// Log more about what the VMM does; up to three times.
     #[arg(short, action = clap::ArgAction::Count)]
     pub verbose: u8,
 }
@@ -555,6 +559,14 @@ mod tests {
         assert_eq!(cli.boot.api_socket, Some(path));
         let cli = parse("--api-socket fd=7").unwrap();
         assert_eq!(cli.boot.api_socket, Some(ApiTarget::Fd(7)));
+    }
+
+    #[test]
+    fn the_log_is_told_where_to_go() {
+        let arguments = "--kernel k --log-file l -vv";
+        let args = parse(arguments).unwrap().boot;
+        assert_eq!(args.log_file, Some("l".into()));
+        assert_eq!(args.verbose, 2);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 
 pub mod api;
 pub mod arch;
+pub mod bounded_log;
 pub mod builder;
 pub mod cli;
 pub mod config;
@@ -15,7 +16,9 @@ pub mod devices;
 pub mod doctor;
 pub mod events;
 pub mod exit;
+pub mod inspect;
 pub mod kvm;
+pub mod log;
 pub mod machine;
 pub mod memory;
 pub mod rate_limiter;

@@ -51,7 +51,7 @@ pub struct Machine {
 pub(crate) struct Parts {
     pub(crate) vcpus: Vec<VcpuHandle>,
     pub(crate) devices: Vec<DeviceHandle>,
-    pub(crate) _buses: Arc<Buses>,
+    pub(crate) buses: Arc<Buses>,
     pub(crate) _vm: Vm,
     pub(crate) platform_events: PlatformEvents,
     pub(crate) cpu_hotplug: CpuHotplug,
@@ -167,6 +167,11 @@ impl RunningMachine {
         devices
             .filter_map(|device| Some((device.name().to_owned(), device.counters().ok()?)))
             .collect()
+    }
+
+    /// The registers of all devices.
+    pub fn buses(&self) -> &Buses {
+        &self.parts.buses
     }
 
     /// The guest's memory.

@@ -10,6 +10,7 @@ use crate::core_dump;
 use crate::devices::virtio::{Control, ControlError, Counters, DeviceHandle};
 use crate::events::EventStream;
 use crate::exit::ExitReason;
+use crate::inspect;
 use crate::kvm::vcpu::VcpuHandle;
 use crate::machine::RunningMachine;
 use crate::resources::HostResources;
@@ -210,6 +211,10 @@ impl Guest for KvmGuest {
         };
         // Of the memory device and of the balloon.
         (self.memory_size + sum("plugged_bytes")).saturating_sub(sum("actual_bytes"))
+    }
+
+    fn describe(&self) -> Vec<String> {
+        inspect::describe(&self.machine)
     }
 
     fn stop(self: Box<Self>) -> ExitReason {
