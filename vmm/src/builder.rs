@@ -11,12 +11,14 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::arch::x86_64::acpi::{self, AcpiError, VirtioMmioSlot};
 use crate::arch::x86_64::boot::{self, LoadError};
 use crate::arch::x86_64::layout::{
-    CPU_HOTPLUG_PORT, EVENT_PORT, EVENT_PORT_COUNT, GED_GSI, I8042_COMMAND_PORT, I8042_DATA_PORT,
-    MAX_VIRTIO_DEVICES, PVPANIC_PORT, RESET_PORT, SERIAL_GSI, SERIAL_PORT, SERIAL_PORT_COUNT,
-    SLEEP_CONTROL_PORT, VIRTIO_GSI_START, VIRTIO_MMIO_SIZE, VIRTIO_MMIO_START,
+    BOOT_TIMER_PORT, CPU_HOTPLUG_PORT, EVENT_PORT, EVENT_PORT_COUNT, GED_GSI, I8042_COMMAND_PORT,
+    I8042_DATA_PORT, MAX_VIRTIO_DEVICES, PVPANIC_PORT, RESET_PORT, SERIAL_GSI, SERIAL_PORT,
+    SERIAL_PORT_COUNT, SLEEP_CONTROL_PORT, VIRTIO_GSI_START, VIRTIO_MMIO_SIZE, VIRTIO_MMIO_START,
 };
 use crate::arch::x86_64::{regs, reset_vector};
+use crate::boot_timer::{BootTimer, Phase};
 use crate::config::{ConfigError, ConsoleMode, MemoryConfig, VmConfig};
+use crate::debugging::DebuggingAids;
 use crate::devices::bus::{BusDevice, OverlapError};
 use crate::devices::cpu_hotplug::{self, CpuHotplug, Gate};
 use crate::devices::events::PlatformEvents;
@@ -35,7 +37,7 @@ use crate::devices::virtio::{DeviceHandle, Interrupt, VirtioDevice};
 use crate::devices::vmgenid::{self, GenerationIdError};
 use crate::events::EventStream;
 use crate::exit::ExitSignal;
-use crate::kvm::vcpu::{Buses, VcpuError};
+use crate::kvm::vcpu::{Buses, Vcpu, VcpuError};
 use crate::kvm::vm::{Vm, VmError};
 use crate::machine::{self, EventLoop, ExitWatch, Machine};
 use crate::memory::{self, AllocateError, GuestMemory, Ram};
@@ -118,7 +120,9 @@ pub fn build_for_boot(
     config: &VmConfig,
     host: HostResources,
     events: EventStream,
+    aids: &DebuggingAids,
 ) -> Result<Machine, BuildError> {
+    let timer = &aids.boot_timer;
     let exit = ExitSignal::new()?;
     let mut event_loop = EventLoop::new().map_err(BuildError::EventLoop)?;
     event_loop.add_subscriber(Box::new(ExitWatch(exit.clone())));
@@ -127,7 +131,8 @@ pub fn build_for_boot(
     let (owner, ram, pluggable) = allocate_memory(&config.memory)?;
     let memory = owner.memory().clone();
     let vm = Vm::new(host.kvm, memory.clone())?;
-    let vcpus = vm.create_vcpus(config.cpus.max_vcpus)?;
+    let mut vcpus = vm.create_vcpus(config.cpus.max_vcpus)?;
+    timer.reached(Phase::MachineCreated);
     tracing::info!(
         vcpus = vcpus.len(),
         memory = config.memory.size,
@@ -152,6 +157,9 @@ pub fn build_for_boot(
     let (platform_events, cpu_hotplug) = devices.add_platform(gates, config.cpus.boot_vcpus)?;
     if let Some(output) = host.serial {
         devices.add_serial(output)?;
+    }
+    if timer.is_on() {
+        devices.add_ports(BOOT_TIMER_PORT, 1, timer.register())?;
     }
     // Disks come first, then cards, since the guest names them in the order of their slots.
     for (index, (disk, files)) in config.disks.iter().zip(host.disks).enumerate() {
@@ -179,17 +187,26 @@ pub fn build_for_boot(
         handles,
         ..
     } = devices;
+    timer.reached(Phase::DevicesBuilt);
     // The kernel is told of the RAM alone; what is plugged in, its driver finds.
     let cmdline = config.payload.cmdline.as_deref().unwrap_or_default();
     let entry = boot::load(&ram, host.kernel, host.initramfs, cmdline)?;
-    let has_serial = config.serial.mode != ConsoleMode::Off;
-    acpi::write_tables(&memory, config.cpus, has_serial, &virtio)?;
+    let described = acpi::Devices {
+        serial: config.serial.mode != ConsoleMode::Off,
+        boot_timer: timer.is_on(),
+        virtio: &virtio,
+    };
+    acpi::write_tables(&memory, config.cpus, described)?;
     regs::write_boot_tables(&memory).map_err(LoadError::Memory)?;
     reset_vector::write(&memory).map_err(LoadError::Memory)?;
     vmgenid::renew(&memory)?;
+    timer.reached(Phase::KernelLoaded);
     tracing::info!(entry = format_args!("{:#x}", entry.0), "loaded the guest");
 
     let buses = Arc::new(buses);
+    if let Some(first) = vcpus.first_mut() {
+        time_first_entry(first, timer);
+    }
     let vcpus = vcpus
         .into_iter()
         .map(|vcpu| {
@@ -228,6 +245,13 @@ fn allocate_memory(
         }
     };
     Ok((Ram::new(memory), ram, pluggable))
+}
+
+fn time_first_entry(vcpu: &mut Vcpu, timer: &BootTimer) {
+    if timer.is_on() {
+        let timer = timer.clone();
+        vcpu.on_first_entry(Box::new(move || timer.reached(Phase::FirstEntry)));
+    }
 }
 
 fn eventfd() -> io::Result<EventFd> {

@@ -128,6 +128,10 @@ pub struct BootArgs {
     #[arg(long, value_name = "OPTIONS", num_args = 0..=1, default_missing_value = "",
         value_parser = parse_jail, requires = "kernel")]
     pub jail: Option<JailConfig>,
+    /// Where to report how long the first boot took until when, as one line of JSON: fd=N or
+    /// path=PATH. It is written when the guest's agent begins, or else when the VMM ends.
+    #[arg(long, value_name = "TARGET", value_parser = parse_event_target)]
+    pub boot_timer: Option<EventTarget>,
     /// File that the VMM logs into instead of standard error. It is appended to, and starts over
     /// at 4 MiB. On SIGUSR1 the VMM logs the registers of all vCPUs and the state of all devices.
     #[arg(long, value_name = "PATH")]
@@ -159,7 +163,7 @@ impl BootArgs {
     }
 }
 
-/// Where events are reported.
+/// Where lines of JSON go: events, and the times of a boot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum EventTarget {
     /// A descriptor that the VMM inherited.
@@ -537,6 +541,7 @@ mod tests {
             ("--kernel k --serial printer", "expected tty"),
             ("--kernel k --console tty", "no virtio console"),
             ("--kernel k --event-monitor fd=1", "above 2"),
+            ("--kernel k --boot-timer 5", "fd=N or path=PATH"),
             ("--cpus boot=1", "--kernel"),
             ("--api-socket fd=2", "above 2"),
             ("--api-socket port=80", "path=PATH or fd=N"),
@@ -562,9 +567,10 @@ mod tests {
     }
 
     #[test]
-    fn the_log_is_told_where_to_go() {
-        let arguments = "--kernel k --log-file l -vv";
+    fn debugging_aids_are_told_where_to_go() {
+        let arguments = "--kernel k --boot-timer path=t --log-file l -vv";
         let args = parse(arguments).unwrap().boot;
+        assert_eq!(args.boot_timer, Some(EventTarget::Path("t".into())));
         assert_eq!(args.log_file, Some("l".into()));
         assert_eq!(args.verbose, 2);
     }

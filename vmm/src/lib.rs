@@ -6,12 +6,14 @@
 
 pub mod api;
 pub mod arch;
+pub mod boot_timer;
 pub mod bounded_log;
 pub mod builder;
 pub mod cli;
 pub mod config;
 pub mod control;
 pub mod core_dump;
+pub mod debugging;
 pub mod devices;
 pub mod doctor;
 pub mod events;

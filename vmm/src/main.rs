@@ -6,9 +6,11 @@ use std::time::Instant;
 use clap::Parser;
 
 use vmm::api::{ApiServer, ApiTarget, Listener};
+use vmm::boot_timer::{BootTimer, Phase};
 use vmm::cli::{BootArgs, Cli, Command, EventTarget};
 use vmm::control::request::{Fault, Refusal};
 use vmm::control::{Control, KvmLauncher};
+use vmm::debugging::DebuggingAids;
 use vmm::doctor;
 use vmm::error_chain;
 use vmm::events::{Event, EventStream};
@@ -55,10 +57,18 @@ fn run(args: &BootArgs, start: Instant) -> Result<ExitReason, Failure> {
         .transpose()
         .map_err(|error| (format!("--event-monitor: {error}"), STATUS_USAGE))?;
     let events = EventStream::new(start, sink);
+    let boot_timer = args.boot_timer.as_ref().map(EventTarget::open);
+    let boot_timer = boot_timer
+        .transpose()
+        .map_err(|error| (format!("--boot-timer: {error}"), STATUS_USAGE))?
+        .map_or_else(BootTimer::default, |sink| BootTimer::new(start, sink));
+    boot_timer.reached(Phase::ArgumentsParsed);
     // Before there is any other thread.
     let signals = Signals::new().map_err(|error| (format!("signals: {error}"), STATUS_FAILED))?;
     let listener = listen(args.api_socket.as_ref(), "--api-socket")?;
-    let launcher = KvmLauncher::new(events.clone(), args.jail.clone());
+    let aids = DebuggingAids { boot_timer };
+
+    let launcher = KvmLauncher::new(events.clone(), args.jail.clone(), aids);
     let mut control = Control::new(launcher, events.clone(), args.no_shutdown)
         .map_err(|error| (format!("eventfd: {error}"), STATUS_FAILED))?;
     if let Some(config) = args.vm_config() {

@@ -76,6 +76,7 @@ pub struct Vcpu {
     index: u8,
     fd: VcpuFd,
     gate: Arc<VcpuGate>,
+    on_first_entry: Option<Box<dyn FnOnce() + Send>>,
 }
 
 impl Vcpu {
@@ -103,6 +104,7 @@ impl Vcpu {
             index,
             fd,
             gate: Arc::default(),
+            on_first_entry: None,
         })
     }
 
@@ -141,6 +143,12 @@ impl Vcpu {
         &self.gate
     }
 
+    /// Has `tell` called right before the vCPU enters the guest for the first time, unless its gate
+    /// keeps it waiting then.
+    pub fn on_first_entry(&mut self, tell: Box<dyn FnOnce() + Send>) {
+        self.on_first_entry = Some(tell);
+    }
+
     /// Starts a thread for the vCPU, paused.
     ///
     /// # Errors
@@ -153,6 +161,7 @@ impl Vcpu {
         let runner = Runner {
             fd: self.fd,
             gate: self.gate.clone(),
+            on_first_entry: self.on_first_entry,
             buses,
             exit,
             commands: received,
@@ -344,6 +353,7 @@ extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_v
 struct Runner {
     fd: VcpuFd,
     gate: Arc<VcpuGate>,
+    on_first_entry: Option<Box<dyn FnOnce() + Send>>,
     buses: Arc<Buses>,
     exit: ExitSignal,
     commands: Receiver<Command>,
@@ -388,6 +398,9 @@ impl Runner {
 
     /// State Running.
     fn running(&mut self) -> Next {
+        if let Some(tell) = self.on_first_entry.take() {
+            tell();
+        }
         loop {
             // Every command is looked at before the guest is entered: a kick that came between
             // two commands is not repeated.
