@@ -207,6 +207,7 @@ pub fn build_for_boot(
     if let Some(first) = vcpus.first_mut() {
         time_first_entry(first, timer);
     }
+    let debugger = aids.debugger(&mut vcpus)?;
     let vcpus = vcpus
         .into_iter()
         .map(|vcpu| {
@@ -215,10 +216,15 @@ pub fn build_for_boot(
         })
         .collect::<Result<Vec<_>, VcpuError>>()?;
 
+    let debugger = debugger
+        .map(|debugger| debugger.start(memory, exit.clone()))
+        .transpose()?;
+
     Ok(Machine {
         event_loop,
         exit,
         parts: machine::Parts {
+            _debugger: debugger,
             vcpus,
             devices: handles,
             buses,

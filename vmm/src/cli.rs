@@ -132,6 +132,15 @@ pub struct BootArgs {
     /// path=PATH. It is written when the guest's agent begins, or else when the VMM ends.
     #[arg(long, value_name = "TARGET", value_parser = parse_event_target)]
     pub boot_timer: Option<EventTarget>,
+    /// Where a debugger of the guest (gdb) connects, a UNIX socket: path=PATH (or just PATH) or
+    /// fd=N, a listening socket.
+    ///
+    /// The guest does not run its first instruction before a debugger has connected and lets it
+    /// go on. When a debugger leaves, the guest goes on without one, and another may connect.
+    /// Whoever can connect owns the guest. Not with --jail: what debuggers send is read outside of
+    /// it.
+    #[arg(long, value_name = "TARGET", value_parser = parse_api_target, conflicts_with = "jail")]
+    pub gdb: Option<ApiTarget>,
     /// File that the VMM logs into instead of standard error. It is appended to, and starts over
     /// at 4 MiB. On SIGUSR1 the VMM logs the registers of all vCPUs and the state of all devices.
     #[arg(long, value_name = "PATH")]
@@ -542,6 +551,8 @@ mod tests {
             ("--kernel k --console tty", "no virtio console"),
             ("--kernel k --event-monitor fd=1", "above 2"),
             ("--kernel k --boot-timer 5", "fd=N or path=PATH"),
+            ("--kernel k --gdb /s --jail", "cannot be used with"),
+            ("--kernel k --gdb fd=0", "above 2"),
             ("--cpus boot=1", "--kernel"),
             ("--api-socket fd=2", "above 2"),
             ("--api-socket port=80", "path=PATH or fd=N"),
@@ -568,10 +579,11 @@ mod tests {
 
     #[test]
     fn debugging_aids_are_told_where_to_go() {
-        let arguments = "--kernel k --boot-timer path=t --log-file l -vv";
+        let arguments = "--kernel k --boot-timer path=t --log-file l --gdb path=s -vv";
         let args = parse(arguments).unwrap().boot;
         assert_eq!(args.boot_timer, Some(EventTarget::Path("t".into())));
         assert_eq!(args.log_file, Some("l".into()));
+        assert_eq!(args.gdb, Some(ApiTarget::Path("s".into())));
         assert_eq!(args.verbose, 2);
     }
 

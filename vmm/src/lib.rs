@@ -18,6 +18,7 @@ pub mod devices;
 pub mod doctor;
 pub mod events;
 pub mod exit;
+pub mod gdb;
 pub mod inspect;
 pub mod kvm;
 pub mod log;

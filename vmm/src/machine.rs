@@ -23,6 +23,7 @@ use crate::devices::cpu_hotplug::CpuHotplug;
 use crate::devices::events::{PlatformEvent, PlatformEvents};
 use crate::devices::virtio::{ControlError, Counters, DeviceHandle};
 use crate::exit::{ExitReason, ExitSignal};
+use crate::gdb::Debugger;
 use crate::kvm::vcpu::{Buses, StoppedError, VcpuHandle};
 use crate::kvm::vm::Vm;
 use crate::memory::{GuestMemory, Ram};
@@ -46,9 +47,10 @@ pub struct Machine {
 }
 
 /// What a machine consists of besides its event loop, in the order in which it is dropped: first
-/// the vCPUs, whose threads end; then the devices, which remove what they made on the host; then
+/// the debugger, who waits for vCPUs; the vCPUs, whose threads end; then the devices, which remove what they made on the host; then
 /// the virtual machine; and its memory last.
 pub(crate) struct Parts {
+    pub(crate) _debugger: Option<Debugger>,
     pub(crate) vcpus: Vec<VcpuHandle>,
     pub(crate) devices: Vec<DeviceHandle>,
     pub(crate) buses: Arc<Buses>,

@@ -1,6 +1,7 @@
 //! The `vmm` program.
 
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Parser;
@@ -66,7 +67,10 @@ fn run(args: &BootArgs, start: Instant) -> Result<ExitReason, Failure> {
     // Before there is any other thread.
     let signals = Signals::new().map_err(|error| (format!("signals: {error}"), STATUS_FAILED))?;
     let listener = listen(args.api_socket.as_ref(), "--api-socket")?;
-    let aids = DebuggingAids { boot_timer };
+    let aids = DebuggingAids {
+        boot_timer,
+        gdb: listen(args.gdb.as_ref(), "--gdb")?.map(Arc::new),
+    };
 
     let launcher = KvmLauncher::new(events.clone(), args.jail.clone(), aids);
     let mut control = Control::new(launcher, events.clone(), args.no_shutdown)
