@@ -144,7 +144,24 @@ pub struct BootArgs {
     #[arg(long, value_name = "OPTIONS", num_args = 0..=1, default_missing_value = "",
         value_parser = parse_jail, requires = "origin")]
     pub jail: Option<JailConfig>,
-    /// Tell more about what the VMM does; up to three times.
+    /// Where to report how long the first boot took until when, as one line of JSON: fd=N or
+    /// path=PATH. It is written when the guest's agent begins, or else when the VMM ends.
+    #[arg(long, value_name = "TARGET", value_parser = parse_event_target)]
+    pub boot_timer: Option<EventTarget>,
+    /// Where a debugger of the guest (gdb) connects, a UNIX socket: path=PATH (or just PATH) or
+    /// fd=N, a listening socket.
+    ///
+    /// The guest does not run its first instruction before a debugger has connected and lets it
+    /// go on. When a debugger leaves, the guest goes on without one, and another may connect.
+    /// Whoever can connect owns the guest. Not with --jail: what debuggers send is read outside of
+    /// it.
+    #[arg(long, value_name = "TARGET", value_parser = parse_api_target, conflicts_with = "jail")]
+    pub gdb: Option<ApiTarget>,
+    /// File that the VMM logs into instead of standard error. It is appended to, and starts over
+    /// at 4 MiB. On SIGUSR1 the VMM logs the registers of all vCPUs and the state of all devices.
+    #[arg(long, value_name = "PATH")]
+    pub log_file: Option<PathBuf>,
+    /// Log more about what the VMM does; up to three times.
     #[arg(short, action = clap::ArgAction::Count)]
     pub verbose: u8,
 }
@@ -236,7 +253,7 @@ impl BootArgs {
     }
 }
 
-/// Where events are reported.
+/// Where lines of JSON go: events, and the times of a boot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum EventTarget {
     /// A descriptor that the VMM inherited.
@@ -662,6 +679,9 @@ mod tests {
             ("--kernel k --serial printer", "expected tty"),
             ("--kernel k --console tty", "no virtio console"),
             ("--kernel k --event-monitor fd=1", "above 2"),
+            ("--kernel k --boot-timer 5", "fd=N or path=PATH"),
+            ("--kernel k --gdb /s --jail", "cannot be used with"),
+            ("--kernel k --gdb fd=0", "above 2"),
             ("--cpus boot=1", "--kernel"),
             ("--api-socket fd=2", "above 2"),
             ("--api-socket port=80", "path=PATH or fd=N"),
@@ -728,6 +748,16 @@ mod tests {
         assert_eq!(cli.boot.api_socket, Some(path));
         let cli = parse("--api-socket fd=7").unwrap();
         assert_eq!(cli.boot.api_socket, Some(ApiTarget::Fd(7)));
+    }
+
+    #[test]
+    fn debugging_aids_are_told_where_to_go() {
+        let arguments = "--kernel k --boot-timer path=t --log-file l --gdb path=s -vv";
+        let args = parse(arguments).unwrap().boot;
+        assert_eq!(args.boot_timer, Some(EventTarget::Path("t".into())));
+        assert_eq!(args.log_file, Some("l".into()));
+        assert_eq!(args.gdb, Some(ApiTarget::Path("s".into())));
+        assert_eq!(args.verbose, 2);
     }
 
     #[test]

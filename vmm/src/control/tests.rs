@@ -382,3 +382,18 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn the_state_is_described_whatever_it_is() {
+    let mut bench = Bench::new(OnGuestEnd::Stay);
+    let describe = |bench: &Bench| bench.control.describe();
+    assert_eq!(describe(&bench), ["the virtual machine is absent"]);
+    bench.act(Action::Create(config())).unwrap();
+    assert_eq!(describe(&bench), ["the virtual machine is created"]);
+    bench.act(Action::Boot).unwrap();
+    let running = ["the virtual machine is running", "runs: true"];
+    assert_eq!(describe(&bench), running);
+    bench.act(Action::Pause).unwrap();
+    let paused = ["the virtual machine is paused", "runs: false"];
+    assert_eq!(describe(&bench), paused);
+}
