@@ -14,6 +14,7 @@ mod console;
 mod devices;
 mod disks;
 mod exits;
+mod floods;
 mod guest;
 mod hostile;
 mod jail;

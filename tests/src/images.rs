@@ -57,11 +57,20 @@ pub fn write_qcow2_overlay(path: &Path, backing: &Path) {
     File::create_new(path).unwrap().write_all(&image).unwrap();
 }
 
-/// An ELF kernel of one instruction: UD2, which with no interrupt table is a triple fault.
+/// A kernel of one instruction: UD2, which with no interrupt table is a triple fault.
 pub fn faulting_kernel() -> Vec<u8> {
+    kernel_of(&[0x0f, 0x0b])
+}
+
+/// A kernel that turns interrupts off and jumps to itself: CLI, JMP.
+pub fn looping_kernel() -> Vec<u8> {
+    kernel_of(&[0xfa, 0xeb, 0xfe])
+}
+
+/// An ELF kernel of these instructions.
+fn kernel_of(code: &[u8]) -> Vec<u8> {
     const LOAD_ADDRESS: u64 = 0x10_0000;
     const HEADERS: u16 = 64 + 56;
-    let code = [0x0f, 0x0b];
     let mut elf = Vec::new();
     // The file header (System V ABI, chapter 4): 64 bits, little-endian, executable, x86-64.
     elf.extend_from_slice(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
@@ -90,6 +99,6 @@ pub fn faulting_kernel() -> Vec<u8> {
         elf.extend_from_slice(&word.to_le_bytes());
     }
     assert_eq!(elf.len(), usize::from(HEADERS));
-    elf.extend_from_slice(&code);
+    elf.extend_from_slice(code);
     elf
 }
