@@ -9,7 +9,7 @@ use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
 use crate::chain;
-use crate::hypervisor::CgroupParent;
+use crate::hypervisor::{CgroupParent, DiskLimits};
 
 /// The file that is read when none is named, if it is there.
 const DEFAULT_FILE: &str = "/etc/microvm-sandbox/sandboxd.toml";
@@ -68,6 +68,10 @@ pub struct JailConfig {
     pub first_uid: u32,
     /// `auto`, `off`, or the directory of a cgroup (version 2) for those of sandboxes.
     pub cgroup: String,
+    /// Bytes a second that a sandbox may read from the host's disk, and write to it; 0 is no limit.
+    pub disk_bytes_per_sec: u64,
+    /// Operations a second of the same; 0 is no limit.
+    pub disk_ops_per_sec: u64,
 }
 
 impl Default for JailConfig {
@@ -77,6 +81,8 @@ impl Default for JailConfig {
             // Unused by distributions, containers' sub-uids and systemd (its UIDS-GIDS.md).
             first_uid: 0x7000_0000,
             cgroup: "auto".to_owned(),
+            disk_bytes_per_sec: 0,
+            disk_ops_per_sec: 0,
         }
     }
 }
@@ -90,6 +96,10 @@ impl JailConfig {
                 "auto" => CgroupParent::Auto,
                 "off" => CgroupParent::None,
                 path => CgroupParent::At(path.into()),
+            },
+            disk_limits: DiskLimits {
+                bytes_per_sec: self.disk_bytes_per_sec,
+                ops_per_sec: self.disk_ops_per_sec,
             },
         })
     }
@@ -225,6 +235,13 @@ pub struct Flags {
     /// Where sandboxes have their cgroups: auto, off, or a directory [default: auto]
     #[arg(long, env = "SANDBOXD_JAIL_CGROUP", value_name = "WHERE")]
     jail_cgroup: Option<String>,
+    /// Bytes a second that a sandbox may read from the disk that data_dir is on, and as many that
+    /// it may write [default: 0, no limit]
+    #[arg(long, env = "SANDBOXD_JAIL_DISK_BYTES_PER_SEC", value_name = "BYTES")]
+    jail_disk_bytes_per_sec: Option<u64>,
+    /// Operations a second of the same [default: 0, no limit]
+    #[arg(long, env = "SANDBOXD_JAIL_DISK_OPS_PER_SEC", value_name = "COUNT")]
+    jail_disk_ops_per_sec: Option<u64>,
     /// Largest file to upload, in bytes [default: 104857600, 100 MiB]
     #[arg(long, env = "SANDBOXD_UPLOAD_BYTES", value_name = "BYTES")]
     upload_bytes: Option<u64>,
@@ -324,6 +341,9 @@ impl Config {
         set(&mut self.jail.enabled, flags.jail);
         set(&mut self.jail.first_uid, flags.jail_first_uid);
         set(&mut self.jail.cgroup, flags.jail_cgroup);
+        let (bytes, ops) = (flags.jail_disk_bytes_per_sec, flags.jail_disk_ops_per_sec);
+        set(&mut self.jail.disk_bytes_per_sec, bytes);
+        set(&mut self.jail.disk_ops_per_sec, ops);
         set(&mut self.limits.upload_bytes, flags.upload_bytes);
         set(&mut self.limits.exec_output_bytes, flags.exec_output_bytes);
         set(&mut self.limits.exec_memory_bytes, flags.exec_memory_bytes);

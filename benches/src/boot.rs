@@ -15,69 +15,36 @@
 //! arrived lies between the first instruction and the start of the kernel's clock. The line's own
 //! way to the host is in there too.
 
-use std::{
-    io::{self, Read, Write},
-    os::{fd::AsFd, unix::net::UnixStream},
-    time::Duration,
-};
+use std::{io, os::fd::AsFd, time::Duration};
 
 use agent_protocol::{AGENT_PORT, Health, PATH_HEALTH, READY_PORT, Ready};
 use serde::Serialize;
 
 use crate::{
+    agent::get,
     channel::{self, Channel, Listener},
     clock::{self, Moment, millis_between},
-    error_chain, interrupt,
     memory::{self, Overhead, OverheadError},
     peer::{Guest, Peer},
     process::{Process, StartError, WaitError},
-    random::Random,
+    rounds::{self, Metric, Rounds, Sample},
     stage::Stage,
     trace::{TraceError, Tracer},
 };
 
-/// The longest `Ready` and the longest answer to a request that make sense, in bytes.
+/// The longest `Ready` that makes sense, in bytes.
 const MAX_MESSAGE: usize = 64 * 1024;
 
 /// How often and with what guests are booted.
 #[derive(Debug, Clone, Serialize)]
 pub struct Plan {
     /// Rounds; each boots every peer once.
-    pub rounds: usize,
-    /// Rounds before these, whose samples are kept but not counted: they fill the caches.
-    pub warmup_rounds: usize,
-    /// What the order of the peers within each round comes from.
-    pub seed: u64,
+    #[serde(flatten)]
+    pub rounds: Rounds,
     /// How long a boot may take, in seconds.
     pub time_limit_s: u64,
     /// What is booted.
     pub guest: Guest,
-}
-
-/// One boot of one peer.
-#[derive(Debug, Clone, Serialize)]
-pub struct Sample {
-    /// Which round, from 0; within the warm-up, if it is one.
-    pub round: usize,
-    /// Whether it is a warm-up.
-    pub warmup: bool,
-    /// Which place in the round, from 0.
-    pub position: usize,
-    /// Which peer.
-    pub peer: &'static str,
-    /// What happened.
-    #[serde(flatten)]
-    pub outcome: Outcome,
-}
-
-/// What happened in a boot.
-#[derive(Debug, Clone, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Outcome {
-    /// The agent answered.
-    Booted(Boot),
-    /// It did not; why.
-    Error(String),
 }
 
 /// What was seen of a boot. Times of the host's clock count from the start of the process.
@@ -99,21 +66,8 @@ pub struct Boot {
     pub overhead: Overhead,
 }
 
-/// Something that a boot says, as one number.
-#[derive(Debug, Clone, Copy)]
-pub struct Metric {
-    /// Its name in the results.
-    pub name: &'static str,
-    /// Its name for people.
-    pub title: &'static str,
-    /// Its unit.
-    pub unit: &'static str,
-    /// How a boot gives it.
-    pub of: fn(&Boot) -> Option<f64>,
-}
-
 /// All that a boot says: the phases in order, their sum, the VMM's own word, and memory.
-pub const METRICS: [Metric; 9] = [
+pub const METRICS: [Metric<Boot>; 9] = [
     Metric {
         name: "first_instruction",
         title: "process start → first guest instruction",
@@ -210,41 +164,15 @@ pub fn measure(
     plan: &Plan,
     stage: &Stage,
     tracer: Option<&Tracer>,
-    mut progress: impl FnMut(&Sample),
-) -> Option<Vec<Sample>> {
-    let mut random = Random::new(plan.seed);
-    let mut samples = Vec::new();
-    let warmups = (0..plan.warmup_rounds).map(|round| (round, true));
-    let counted = (0..plan.rounds).map(|round| (round, false));
-    for (round, warmup) in warmups.chain(counted) {
-        let mut order: Vec<&Peer> = peers.iter().collect();
-        random.shuffle(&mut order);
-        for (position, peer) in order.into_iter().enumerate() {
-            let cid = context_id(samples.len());
-            let outcome = match boot(peer, plan, cid, stage, tracer) {
-                Ok(boot) => Outcome::Booted(boot),
-                Err(error) => Outcome::Error(error_chain(&error)),
-            };
-            if interrupt::interrupted() {
-                return None;
-            }
-            let sample = Sample {
-                round,
-                warmup,
-                position,
-                peer: peer.name(),
-                outcome,
-            };
-            progress(&sample);
-            samples.push(sample);
-        }
-    }
-    Some(samples)
+    progress: impl FnMut(&Sample<Boot>),
+) -> Option<Vec<Sample<Boot>>> {
+    let take = |peer: &Peer, number| boot(peer, plan, context_id(number), stage, tracer);
+    rounds::measure(peers, plan.rounds, take, progress)
 }
 
 /// A context id that no other guest of this host has: vhost takes each once, and a guest that
 /// has just ended may still hold its own.
-fn context_id(boots: usize) -> u32 {
+pub(crate) fn context_id(boots: usize) -> u32 {
     // 0 to 2 are taken by the standard (virtio 1.2, 5.10.4), and small ones by whoever counts up.
     let first = 0x4000_0000 + (std::process::id() % 0x1_0000) * 0x1000;
     first + (boots % 0x1000) as u32
@@ -289,14 +217,15 @@ fn boot(
     })
 }
 
-struct Arrival {
+/// The agent's line.
+pub(crate) struct Arrival {
     at: Moment,
     ready: Ready,
     booting_event: Option<Moment>,
 }
 
 /// Waits for the agent's line, and notes when the VMM's first event comes.
-fn await_ready(
+pub(crate) fn await_ready(
     process: &mut Process,
     peer: &Peer,
     listener: &Listener,
@@ -341,62 +270,21 @@ fn ask_for_health(channel: &Channel, limit: Duration) -> io::Result<Moment> {
     Ok(answered)
 }
 
-/// The body of the answer to a request of HTTP/1.1. The agent closes after each answer.
-fn get(stream: &mut UnixStream, path: &str) -> io::Result<Vec<u8>> {
-    let request = format!("GET {path} HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n");
-    stream.write_all(request.as_bytes())?;
-    let mut answer = Vec::new();
-    stream.take(MAX_MESSAGE as u64).read_to_end(&mut answer)?;
-    let invalid = |what: &str| {
-        let answer = String::from_utf8_lossy(&answer[..answer.len().min(200)]).into_owned();
-        io::Error::new(io::ErrorKind::InvalidData, format!("{what}: {answer:?}"))
-    };
-    if !answer.starts_with(b"HTTP/1.1 200 ") {
-        return Err(invalid("the answer is no 200"));
-    }
-    let body = answer
-        .windows(4)
-        .position(|window| window == b"\r\n\r\n")
-        .ok_or_else(|| invalid("the answer has no end of its header"))?
-        + 4;
-    Ok(answer[body..].to_vec())
-}
-
 #[cfg(test)]
 mod tests {
-    use std::{collections::HashSet, fs, os::unix::fs::PermissionsExt, thread};
+    use std::{
+        collections::HashSet,
+        fs,
+        io::Write,
+        os::unix::{fs::PermissionsExt, net::UnixStream},
+        thread,
+    };
 
     use super::*;
+    use crate::rounds::Outcome;
 
     const READY: &str =
         r#"{"version":"0","kernel":"6.12","entered_us":700000,"serving_us":712500}"#;
-
-    fn answer_to_get(answer: &'static [u8]) -> io::Result<Vec<u8>> {
-        let (mut ours, mut agent) = UnixStream::pair().unwrap();
-        let agent = thread::spawn(move || {
-            let mut request = vec![0; 64];
-            let len = agent.read(&mut request).unwrap();
-            assert!(request[..len].starts_with(b"GET /v1/health HTTP/1.1\r\n"));
-            agent.write_all(answer).unwrap();
-        });
-        let body = get(&mut ours, PATH_HEALTH);
-        agent.join().unwrap();
-        body
-    }
-
-    #[test]
-    fn an_answer_is_its_body_or_an_error_that_shows_it() {
-        let body = answer_to_get(b"HTTP/1.1 200 OK\r\nx: y\r\n\r\n{}").unwrap();
-        assert_eq!(body, b"{}");
-        for answer in [
-            b"HTTP/1.1 500 Oh\r\n\r\n".as_slice(),
-            b"HTTP/1.1 200 OK\r\n",
-            b"",
-        ] {
-            let error = answer_to_get(answer).unwrap_err();
-            assert_eq!(error.kind(), io::ErrorKind::InvalidData);
-        }
-    }
 
     #[test]
     fn the_phases_add_up_to_the_whole() {
@@ -412,7 +300,7 @@ mod tests {
                 pss_kib: 1024,
             },
         };
-        let value = |metric: &Metric| (metric.of)(&boot).unwrap();
+        let value = |metric: &Metric<Boot>| (metric.of)(&boot).unwrap();
         let phases: Vec<f64> = METRICS[..5].iter().map(value).collect();
         assert_eq!(phases, [10.0, 25.0, 60.0, 5.0, 4.0]);
         assert_eq!(METRICS[5].name, "answered");
@@ -444,14 +332,18 @@ mod tests {
 
     fn plan(rounds: usize) -> Plan {
         Plan {
-            rounds,
-            warmup_rounds: 1,
-            seed: 1,
+            rounds: Rounds {
+                rounds,
+                warmup_rounds: 1,
+                seed: 1,
+            },
             time_limit_s: 60,
             guest: Guest {
                 kernel: "/kernel".into(),
                 initramfs: "/initramfs".into(),
                 rootfs: None,
+                data: None,
+                api: false,
                 cmdline: String::new(),
                 memory_mib: 256,
             },

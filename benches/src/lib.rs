@@ -1,9 +1,11 @@
 //! Measures of this project's virtual machine monitor beside others, under equal conditions.
 //!
 //! A measure starts each [`peer`] in turn, in random order within each round, and times what
-//! happens ([`boot`]). Every sample is kept, the failed ones too; [`stats`] condenses them, and
+//! happens: a cold [`boot`], and what a [`running`] guest does. Every sample is kept, the failed ones too; [`stats`] condenses them, and
 //! [`report`] writes them down and prints a table.
 
+pub mod agent;
+pub mod api;
 pub mod boot;
 pub mod channel;
 pub mod clock;
@@ -14,6 +16,8 @@ pub mod peer;
 pub mod process;
 pub mod random;
 pub mod report;
+pub mod rounds;
+pub mod running;
 pub mod stage;
 pub mod stats;
 pub mod trace;

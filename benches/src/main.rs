@@ -9,11 +9,12 @@ use std::{
 };
 
 use benches::{
-    boot::{self, Outcome, Plan, Sample},
-    error_chain, interrupt,
+    boot, error_chain, interrupt,
     machine::{Machine, Virtualization},
     peer::{Guest, Peer, QEMU_MICROVM, VMM},
-    report::{ColdBoot, PeerRecord, PeerState, Results},
+    report::{FORMAT, Measure, PeerRecord, PeerState, Results},
+    rounds::{Outcome, Rounds, Sample},
+    running::{self, Run},
     stage::Stage,
     trace::Tracer,
 };
@@ -21,10 +22,16 @@ use clap::Parser;
 
 /// Rounds of a short run: enough to see that everything works, too few to compare.
 const QUICK_ROUNDS: usize = 3;
+/// Data in large pieces, in MiB, and number of small ones; the same of a short run.
+const WORK: (u64, u64) = (64, 2000);
+const QUICK_WORK: (u64, u64) = (8, 100);
 const STATUS_INTERRUPTED: u8 = 130;
 
-/// Measures cold boots of this project's VMM beside QEMU's machine type microvm, with the same
-/// kernel, initramfs and guest.
+/// Measures this project's VMM beside QEMU's machine type microvm, with the same kernel, initramfs
+/// and guest: cold boots, then the API, disk and sockets of running guests.
+///
+/// Nothing else should use the machine meanwhile. The numbers that docs/specification.md names are
+/// those of 20 rounds, the default: `benches/run`.
 ///
 /// Prints a table, and writes every sample to a file. Progress goes to standard error.
 ///
@@ -36,9 +43,14 @@ struct Cli {
     /// Rounds to measure; each boots every peer once, in random order.
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u16).range(1..))]
     samples: u16,
-    /// Measure 3 rounds only: a test that the bench works, not a comparison.
+    /// Measure 3 boots and one running guest of each peer only, with little work: a test that the
+    /// bench works, not a comparison.
     #[arg(long, conflicts_with = "samples")]
     quick: bool,
+    /// Measure nothing but N answers of our VMM's API when it has no machine. This needs no KVM, and
+    /// writes no file.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    idle_api: Option<u32>,
     /// Rounds before those that count, to fill caches.
     #[arg(long, value_name = "N", default_value_t = 1)]
     warmup: u16,
@@ -65,6 +77,9 @@ struct Cli {
     /// Raw ext4 image to boot from, read-only; without it the guest stays in the initramfs.
     #[arg(long, value_name = "PATH")]
     rootfs: Option<PathBuf>,
+    /// busybox, a static program, which works in running guests; without it only boots are measured.
+    #[arg(long, value_name = "PATH")]
+    busybox: Option<PathBuf>,
     /// Memory of the guest, in MiB.
     #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u64).range(64..=1_048_576))]
     memory: u64,
@@ -94,10 +109,15 @@ fn run(cli: &Cli) -> Result<ExitCode, Box<dyn Error>> {
     interrupt::catch_signals()?;
     let machine = Machine::describe();
     let stage = Stage::new()?;
+    let ours = Peer::vmm(&cli.vmm, &stage)?;
+    if let Some(count) = cli.idle_api {
+        let took = running::idle_api(&ours, count as usize, &stage)?;
+        println!("{}", idle_api(&took));
+        return Ok(ExitCode::SUCCESS);
+    }
     let guest = stage_guest(cli, &stage)?;
 
     let (mut peers, mut records) = (Vec::new(), Vec::new());
-    let ours = Peer::vmm(&cli.vmm, &stage)?;
     let unpacked = (machine.virtualization == Virtualization::Emulated)
         .then(kvm_host_cache)
         .flatten();
@@ -125,7 +145,7 @@ fn run(cli: &Cli) -> Result<ExitCode, Box<dyn Error>> {
         }
         Err(error) => (None, format!("not timed: {}", error_chain(&error))),
     };
-    let plan = Plan {
+    let rounds = Rounds {
         rounds: if cli.quick {
             QUICK_ROUNDS
         } else {
@@ -133,37 +153,101 @@ fn run(cli: &Cli) -> Result<ExitCode, Box<dyn Error>> {
         },
         warmup_rounds: usize::from(cli.warmup),
         seed: cli.seed.unwrap_or_else(new_seed),
+    };
+    let plan = boot::Plan {
+        rounds,
         time_limit_s: cli.time_limit,
         guest,
     };
-    let Some(samples) = boot::measure(&peers, &plan, &stage, tracer.as_ref(), tell) else {
+    let interrupted = || {
         eprintln!("bench: ended by a signal; nothing was written");
-        return Ok(ExitCode::from(STATUS_INTERRUPTED));
+        Ok(ExitCode::from(STATUS_INTERRUPTED))
     };
+    let boots = boot::measure(&peers, &plan, &stage, tracer.as_ref(), |sample| {
+        tell(sample, "boot", |boot| format!("{:.1} ms", boot.answered_ms));
+    });
+    let Some(boots) = boots else {
+        return interrupted();
+    };
+    let mut running = None;
+    if let Some(busybox) = &cli.busybox {
+        let plan = work_plan(cli, &plan, busybox);
+        let runs = running::measure(&peers, &plan, &stage, |sample| {
+            tell(sample, "run", describe);
+        });
+        let Some(runs) = runs else {
+            return interrupted();
+        };
+        let plan = running::Plan {
+            guest: origins(cli, &plan.guest),
+            ..plan
+        };
+        let seed = plan.rounds.seed;
+        running = Some(Measure::new(plan, seed, &running::METRICS, &records, runs));
+    }
 
-    // The copies are gone after this: what they were made from is worth recording.
-    let plan = Plan {
-        guest: Guest {
-            kernel: cli.kernel.clone(),
-            initramfs: cli.initramfs.clone(),
-            rootfs: cli.rootfs.clone(),
-            ..plan.guest
-        },
+    let plan = boot::Plan {
+        guest: origins(cli, &plan.guest),
         ..plan
     };
-    let cold_boot = ColdBoot::new(plan, first_instruction, records, samples);
-    let failed = cold_boot.failed(VMM);
-    let results = Results::new(cli.commit.clone(), machine, cold_boot);
+    let cold_boot = Measure::new(plan, rounds.seed, &boot::METRICS, &records, boots);
+    let results = Results {
+        format: FORMAT,
+        commit: cli.commit.clone(),
+        machine,
+        peers: records,
+        first_instruction,
+        cold_boot,
+        running,
+    };
+    let failed = results.failed(VMM);
     print!("{}", results.table());
     results
         .write(&cli.output)
         .map_err(|error| format!("cannot write {}: {error}", cli.output.display()))?;
     println!("\nAll samples: {}", cli.output.display());
     if failed > 0 {
-        eprintln!("bench: {failed} boots of {VMM} failed; the table tells why");
+        eprintln!("bench: {failed} samples of {VMM} failed; the tables tell why");
         return Ok(ExitCode::FAILURE);
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What the answers of an idle VMM say.
+fn idle_api(took: &[f64]) -> String {
+    let at = |q| running::percentile(took, q).unwrap_or(f64::NAN);
+    let [median, p99, max] = [0.5, 0.99, 1.0].map(at);
+    format!(
+        "API without a machine, {} answers [µs]: median {median:.0}, p99 {p99:.0}, max {max:.0}",
+        took.len()
+    )
+}
+
+/// What running guests are to do.
+fn work_plan(cli: &Cli, boots: &boot::Plan, busybox: &Path) -> running::Plan {
+    let (mib, small_requests) = if cli.quick { QUICK_WORK } else { WORK };
+    let mut rounds = boots.rounds;
+    if cli.quick {
+        (rounds.rounds, rounds.warmup_rounds) = (1, 0);
+    }
+    running::Plan {
+        rounds,
+        time_limit_s: boots.time_limit_s,
+        guest: boots.guest.clone(),
+        busybox: busybox.to_owned(),
+        mib,
+        small_requests,
+    }
+}
+
+/// What the copies in `guest` were made from: they are gone when the results are read.
+fn origins(cli: &Cli, guest: &Guest) -> Guest {
+    Guest {
+        kernel: cli.kernel.clone(),
+        initramfs: cli.initramfs.clone(),
+        rootfs: guest.rootfs.as_ref().and(cli.rootfs.clone()),
+        ..guest.clone()
+    }
 }
 
 /// Copies what the guest is made of, and says what it is told: to be quiet, to end soon after a
@@ -181,6 +265,8 @@ fn stage_guest(cli: &Cli, stage: &Stage) -> Result<Guest, Box<dyn Error>> {
         kernel: stage.copy(&cli.kernel, "kernel")?,
         initramfs: stage.copy(&cli.initramfs, "initramfs")?,
         rootfs,
+        data: None,
+        api: false,
         cmdline,
         memory_mib: cli.memory,
     })
@@ -201,15 +287,26 @@ fn new_seed() -> u64 {
     since_epoch.map_or(0, |time| time.as_micros() as u64)
 }
 
-fn tell(sample: &Sample) {
+fn tell<T>(sample: &Sample<T>, what: &str, describe: impl Fn(&T) -> String) {
     let phase = if sample.warmup { "warm-up" } else { "round" };
     let outcome = match &sample.outcome {
-        Outcome::Booted(boot) => format!("{:.1} ms", boot.answered_ms),
+        Outcome::Measured(measured) => describe(measured),
         Outcome::Error(error) => format!("failed: {error}"),
     };
     eprintln!(
-        "bench: {phase} {}: {}: {outcome}",
+        "bench: {what}, {phase} {}: {}: {outcome}",
         sample.round + 1,
         sample.peer
     );
+}
+
+fn describe(run: &Run) -> String {
+    let Run {
+        disk_write,
+        disk_read,
+        to_guest,
+        from_guest,
+        ..
+    } = run;
+    format!("disk {disk_write:.0}/{disk_read:.0} MiB/s, vsock {to_guest:.0}/{from_guest:.0} MiB/s")
 }

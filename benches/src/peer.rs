@@ -10,6 +10,7 @@ use std::{
 use serde::Serialize;
 
 use crate::{
+    api::Api,
     channel::Channel,
     stage::{Stage, StageError},
 };
@@ -24,6 +25,10 @@ pub struct Guest {
     /// Root file system, a raw image that is only read; without it the guest stays in the
     /// initramfs.
     pub rootfs: Option<PathBuf>,
+    /// A raw image that the guest may write.
+    pub data: Option<PathBuf>,
+    /// Whether the VMM serves its API.
+    pub api: bool,
     /// Kernel command line.
     pub cmdline: String,
     /// Memory, in MiB.
@@ -190,14 +195,31 @@ impl Peer {
         }
     }
 
+    /// Where it serves its API, for a guest that is started with files in `directory`.
+    pub fn api(&self, directory: &Path) -> Api {
+        match self.kind {
+            Kind::Vmm => Api::Http(api_socket(directory)),
+            Kind::QemuMicrovm => Api::Qmp(api_socket(directory)),
+        }
+    }
+
     /// The command that boots `guest`: one vCPU, no console, a vsock device, a source of
-    /// entropy, and a disk if the guest has one.
+    /// entropy, and the disks that the guest has.
     pub fn boot(&self, guest: &Guest, directory: &Path, cid: u32) -> Command {
         let mut command = self.command();
         command.args(match self.kind {
             Kind::Vmm => vmm_arguments(guest, directory, cid),
-            Kind::QemuMicrovm => self.qemu_arguments(guest, cid),
+            Kind::QemuMicrovm => self.qemu_arguments(guest, directory, cid),
         });
+        command
+    }
+
+    /// The command that starts our VMM with nothing but its API.
+    pub fn without_machine(&self, directory: &Path) -> Command {
+        let mut command = self.command();
+        command
+            .arg("--api-socket")
+            .arg(prefixed("path=", &api_socket(directory)));
         command
     }
 
@@ -209,7 +231,7 @@ impl Peer {
         command
     }
 
-    fn qemu_arguments(&self, guest: &Guest, cid: u32) -> Vec<OsString> {
+    fn qemu_arguments(&self, guest: &Guest, directory: &Path, cid: u32) -> Vec<OsString> {
         let mut arguments = Arguments::default();
         for directory in &self.firmware {
             arguments.option("-L", directory);
@@ -246,6 +268,17 @@ impl Peer {
                 .option("-drive", drive)
                 .option("-device", "virtio-blk-device,drive=root");
         }
+        if let Some(data) = &guest.data {
+            let drive = prefixed("id=data,if=none,format=raw,file=", data);
+            arguments
+                .option("-drive", drive)
+                .option("-device", "virtio-blk-device,drive=data");
+        }
+        if guest.api {
+            let mut socket = prefixed("unix:", &api_socket(directory));
+            socket.push(",server=on,wait=off");
+            arguments.option("-qmp", socket);
+        }
         arguments.0
     }
 }
@@ -270,7 +303,19 @@ fn vmm_arguments(guest: &Guest, directory: &Path, cid: u32) -> Vec<OsString> {
         disk.push(",image_type=raw,readonly=on");
         arguments.option("--disk", disk);
     }
+    if let Some(data) = &guest.data {
+        let mut disk = prefixed("path=", data);
+        disk.push(",image_type=raw");
+        arguments.option("--disk", disk);
+    }
+    if guest.api {
+        arguments.option("--api-socket", prefixed("path=", &api_socket(directory)));
+    }
     arguments.0
+}
+
+fn api_socket(directory: &Path) -> PathBuf {
+    directory.join("api")
 }
 
 #[derive(Default)]
@@ -335,6 +380,8 @@ mod tests {
             kernel: "/k/vmlinux".into(),
             initramfs: "/k/initramfs".into(),
             rootfs: rootfs.map(PathBuf::from),
+            data: Some("/d/disk".into()),
+            api: true,
             cmdline: "quiet panic=1".to_owned(),
             memory_mib: 256,
         }
@@ -372,6 +419,10 @@ mod tests {
         assert_eq!(value_of(&ours, "--vsock"), ["cid=7,socket=/d/vsock"]);
         assert!(value_of(&ours, "--disk")[0].starts_with("path=/k/root,"));
         assert!(value_of(&theirs, "-drive")[0].ends_with("file=/k/root"));
+        assert_eq!(value_of(&ours, "--disk")[1], "path=/d/disk,image_type=raw");
+        assert!(value_of(&theirs, "-drive")[1].ends_with("file=/d/disk"));
+        assert_eq!(value_of(&ours, "--api-socket"), ["path=/d/api"]);
+        assert!(value_of(&theirs, "-qmp")[0].starts_with("unix:/d/api,"));
     }
 
     #[test]
@@ -381,9 +432,12 @@ mod tests {
             let command = peer(Kind::Vmm).boot(&guest(rootfs), Path::new("/d"), 7);
             let words = std::iter::once(command.get_program()).chain(command.get_args());
             let cli = vmm::cli::Cli::try_parse_from(words).unwrap();
-            let config = cli.boot.vm_config().unwrap();
+            let vmm::cli::Start::Boot(config) = cli.boot.start().unwrap() else {
+                panic!("no machine to boot");
+            };
             assert_eq!(config.memory.size, 256 << 20);
-            assert_eq!(config.disks.len(), usize::from(rootfs.is_some()));
+            assert_eq!(config.disks.len(), 1 + usize::from(rootfs.is_some()));
+            assert!(cli.boot.api_socket.is_some());
             assert!(config.vsock.is_some() && cli.boot.event_monitor.is_some());
         }
     }

@@ -5,42 +5,48 @@ use std::{collections::BTreeMap, fmt::Write, fs, io, path::Path};
 use serde::Serialize;
 
 use crate::{
-    boot::{METRICS, Metric, Outcome, Plan, Sample},
+    boot::{self, Boot},
     machine::Machine,
     peer::VMM,
     random::Random,
+    rounds::{Metric, Outcome, Rounds, Sample},
+    running::{self, Run},
     stats::{MIN_ROUNDS, Ratio, Summary, Verdict},
 };
 
 /// Version of the JSON's shape.
-const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 /// All that was measured in one run.
 #[derive(Debug, Serialize)]
 pub struct Results {
-    /// Version of this shape.
+    /// Version of this shape, [`FORMAT`].
     pub format: u32,
     /// What was built, as git names it; `None` if nobody said.
     pub commit: Option<String>,
     /// What it ran on.
     pub machine: Machine,
-    /// From start to answer.
-    pub cold_boot: ColdBoot,
-}
-
-/// The measure of cold boots.
-#[derive(Debug, Serialize)]
-pub struct ColdBoot {
-    /// How it was done.
-    pub plan: Plan,
-    /// How first instructions were timed, or why they were not.
-    pub first_instruction: String,
     /// Who took part, or why not.
     pub peers: Vec<PeerRecord>,
-    /// Every boot, in the order in which they were done.
-    pub samples: Vec<Sample>,
+    /// How first instructions were timed, or why they were not.
+    pub first_instruction: String,
+    /// From start to answer.
+    pub cold_boot: Measure<boot::Plan, Boot>,
+    /// What a running guest and its VMM do; `None` if it was not measured.
+    pub running: Option<Measure<running::Plan, Run>>,
+}
+
+/// One measure.
+#[derive(Debug, Serialize)]
+pub struct Measure<P, T: 'static> {
+    /// How it was done.
+    pub plan: P,
+    /// Every sample, in the order in which they were taken.
+    pub samples: Vec<Sample<T>>,
     /// What they say together; the warm-up does not count.
     pub metrics: Vec<MetricRecord>,
+    #[serde(skip)]
+    titles: &'static [Metric<T>],
 }
 
 /// A peer that took part, or was to.
@@ -77,16 +83,6 @@ pub struct MetricRecord {
 }
 
 impl Results {
-    /// Puts together what was measured on `machine`.
-    pub fn new(commit: Option<String>, machine: Machine, cold_boot: ColdBoot) -> Self {
-        Self {
-            format: FORMAT,
-            commit,
-            machine,
-            cold_boot,
-        }
-    }
-
     /// Writes everything to `path`, whose directories are made.
     ///
     /// # Errors
@@ -100,30 +96,51 @@ impl Results {
         fs::write(path, json)
     }
 
-    /// The table, and what it says in words.
+    /// The tables, and what they say in words.
     pub fn table(&self) -> String {
         let mut text = self.heading();
-        text.push_str(&self.cold_boot.summaries());
-        text.push_str(&self.cold_boot.comparisons());
-        text.push_str(&self.cold_boot.failures());
+        let memory = self.cold_boot.plan.guest.memory_mib;
+        let root = match self.cold_boot.plan.guest.rootfs {
+            Some(_) => "root disk",
+            None => "initramfs only",
+        };
+        line(
+            &mut text,
+            format_args!(
+                "\nCold boot: {}; 1 vCPU, {memory} MiB, {root}\nfirst instruction: {}",
+                describe(self.cold_boot.plan.rounds),
+                self.first_instruction
+            ),
+        );
+        text.push_str(&self.cold_boot.table(&self.peers));
+        if let Some(running) = &self.running {
+            let plan = &running.plan;
+            line(
+                &mut text,
+                format_args!(
+                    "\nRunning: {}; 1 vCPU, {memory} MiB; {} MiB in large pieces, {} small ones",
+                    describe(plan.rounds),
+                    plan.mib,
+                    plan.small_requests
+                ),
+            );
+            text.push_str(&running.table(&self.peers));
+        }
         text
     }
 
+    /// How many samples of `peer` failed, those of warm-ups included.
+    pub fn failed(&self, peer: &str) -> usize {
+        let running = self.running.as_ref().map(|running| running.failed(peer));
+        self.cold_boot.failed(peer) + running.unwrap_or(0)
+    }
+
     fn heading(&self) -> String {
-        let (machine, plan) = (&self.machine, &self.cold_boot.plan);
+        let machine = &self.machine;
         let mut text = format!(
-            "Cold boot: {} rounds after {} of warm-up, seed {}; 1 vCPU, {} MiB, {}\n\
-             machine: {}, {} CPUs, {} MiB, Linux {}, load {:.1}\n\
+            "machine: {}, {} CPUs, {} MiB, Linux {}, load {:.1}\n\
              KVM here: {}\n\
              commit: {}\n",
-            plan.rounds,
-            plan.warmup_rounds,
-            plan.seed,
-            plan.guest.memory_mib,
-            match plan.guest.rootfs {
-                Some(_) => "root disk",
-                None => "initramfs only",
-            },
             machine.cpu,
             machine.cores,
             machine.memory_mib,
@@ -132,68 +149,80 @@ impl Results {
             machine.virtualization.describe(),
             self.commit.as_deref().unwrap_or("unknown"),
         );
-        for peer in &self.cold_boot.peers {
+        for peer in &self.peers {
             let (what, value) = match &peer.state {
                 PeerState::Version(version) => ("", version),
                 PeerState::NotAvailable(why) => ("peer not available: ", why),
             };
             line(&mut text, format_args!("{}: {what}{value}", peer.name));
         }
-        line(
-            &mut text,
-            format_args!("first instruction: {}", self.cold_boot.first_instruction),
-        );
         text
     }
 }
 
-impl ColdBoot {
-    /// Condenses `samples`.
+fn describe(rounds: Rounds) -> String {
+    let Rounds {
+        rounds,
+        warmup_rounds,
+        seed,
+    } = rounds;
+    format!("{rounds} rounds after {warmup_rounds} of warm-up, seed {seed}")
+}
+
+impl<P, T> Measure<P, T> {
+    /// Condenses `samples`, taken with the seed `seed`.
     pub fn new(
-        plan: Plan,
-        first_instruction: String,
-        peers: Vec<PeerRecord>,
-        samples: Vec<Sample>,
+        plan: P,
+        seed: u64,
+        titles: &'static [Metric<T>],
+        peers: &[PeerRecord],
+        samples: Vec<Sample<T>>,
     ) -> Self {
         // Not the generator of the order, which a change of the statistics must not touch.
-        let mut random = Random::new(plan.seed);
-        let metrics = METRICS
+        let mut random = Random::new(seed);
+        let metrics = titles
             .iter()
-            .map(|metric| record(metric, &peers, &samples, &mut random))
+            .map(|metric| record(metric, peers, &samples, &mut random))
             .collect();
         Self {
             plan,
-            first_instruction,
-            peers,
             samples,
             metrics,
+            titles,
         }
     }
 
+    fn table(&self, peers: &[PeerRecord]) -> String {
+        let mut text = self.summaries(peers);
+        text.push_str(&self.comparisons());
+        text.push_str(&self.failures());
+        text
+    }
+
     /// How many samples of `peer` failed, the warm-up included.
-    pub fn failed(&self, peer: &str) -> usize {
+    fn failed(&self, peer: &str) -> usize {
         self.errors()
             .filter(|(sample, _)| sample.peer == peer)
             .count()
     }
 
-    fn errors(&self) -> impl Iterator<Item = (&Sample, &str)> {
+    fn errors(&self) -> impl Iterator<Item = (&Sample<T>, &str)> {
         self.samples
             .iter()
             .filter_map(|sample| match &sample.outcome {
                 Outcome::Error(error) => Some((sample, error.as_str())),
-                Outcome::Booted(_) => None,
+                Outcome::Measured(_) => None,
             })
     }
 
-    fn summaries(&self) -> String {
+    fn summaries(&self, peers: &[PeerRecord]) -> String {
         let mut text = format!(
             "\n{:<46} {:<13} {:>3} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9}\n",
             "", "peer", "n", "median", "p95", "min", "max", "IQR", "MAD"
         );
-        for (metric, record) in METRICS.iter().zip(&self.metrics) {
+        for (metric, record) in self.titles.iter().zip(&self.metrics) {
             let mut title = format!("{} [{}]", metric.title, metric.unit);
-            for peer in &self.peers {
+            for peer in peers {
                 let Some(s) = record.peers.get(peer.name) else {
                     continue;
                 };
@@ -212,7 +241,7 @@ impl ColdBoot {
 
     fn comparisons(&self) -> String {
         let mut text = String::new();
-        for (metric, record) in METRICS.iter().zip(&self.metrics) {
+        for (metric, record) in self.titles.iter().zip(&self.metrics) {
             for (peer, ratio) in &record.ratios {
                 if text.is_empty() {
                     text.push_str("\nRatio of medians, with its bootstrap interval\n");
@@ -246,10 +275,10 @@ impl ColdBoot {
     }
 }
 
-fn record(
-    metric: &Metric,
+fn record<T>(
+    metric: &Metric<T>,
     peers: &[PeerRecord],
-    samples: &[Sample],
+    samples: &[Sample<T>],
     random: &mut Random,
 ) -> MetricRecord {
     let of_peer = |peer: &str| -> BTreeMap<usize, f64> {
@@ -257,7 +286,7 @@ fn record(
             .iter()
             .filter(|sample| sample.peer == peer && !sample.warmup)
             .filter_map(|sample| match &sample.outcome {
-                Outcome::Booted(boot) => Some((sample.round, (metric.of)(boot)?)),
+                Outcome::Measured(measured) => Some((sample.round, (metric.of)(measured)?)),
                 Outcome::Error(_) => None,
             })
             .collect()
@@ -315,19 +344,18 @@ fn line(text: &mut String, content: std::fmt::Arguments<'_>) {
 mod tests {
     use super::*;
     use crate::{
-        boot::Boot,
         machine::Virtualization,
         memory::Overhead,
         peer::{Guest, QEMU_MICROVM},
     };
 
-    fn sample(round: usize, warmup: bool, peer: &'static str, answered_ms: f64) -> Sample {
+    fn sample(round: usize, warmup: bool, peer: &'static str, answered_ms: f64) -> Sample<Boot> {
         Sample {
             round,
             warmup,
             position: 0,
             peer,
-            outcome: Outcome::Booted(Boot {
+            outcome: Outcome::Measured(Boot {
                 first_entry_ms: None,
                 booting_event_ms: None,
                 ready_ms: answered_ms - 5.0,
@@ -342,16 +370,20 @@ mod tests {
         }
     }
 
-    fn results(samples: Vec<Sample>, qemu: PeerState) -> Results {
-        let plan = Plan {
-            rounds: 20,
-            warmup_rounds: 1,
-            seed: 42,
+    fn results(samples: Vec<Sample<Boot>>, qemu: PeerState) -> Results {
+        let plan = boot::Plan {
+            rounds: Rounds {
+                rounds: 20,
+                warmup_rounds: 1,
+                seed: 42,
+            },
             time_limit_s: 60,
             guest: Guest {
                 kernel: "/k".into(),
                 initramfs: "/i".into(),
                 rootfs: None,
+                data: None,
+                api: false,
                 cmdline: "quiet".to_owned(),
                 memory_mib: 256,
             },
@@ -374,8 +406,16 @@ mod tests {
                 state: qemu,
             },
         ];
-        let cold_boot = ColdBoot::new(plan, "not timed".to_owned(), peers, samples);
-        Results::new(Some("abc".to_owned()), machine, cold_boot)
+        let cold_boot = Measure::new(plan, 42, &boot::METRICS, &peers, samples);
+        Results {
+            format: FORMAT,
+            commit: Some("abc".to_owned()),
+            machine,
+            peers,
+            first_instruction: "not timed".to_owned(),
+            cold_boot,
+            running: None,
+        }
     }
 
     fn version() -> PeerState {
@@ -431,8 +471,8 @@ mod tests {
         failed.outcome = Outcome::Error("triple fault".to_owned());
         let missing = PeerState::NotAvailable("qemu-system-x86_64 is not installed".to_owned());
         let results = results(vec![sample(0, false, VMM, 100.0), failed], missing);
-        assert_eq!(results.cold_boot.failed(VMM), 1);
-        assert_eq!(results.cold_boot.failed(QEMU_MICROVM), 0);
+        assert_eq!(results.failed(VMM), 1);
+        assert_eq!(results.failed(QEMU_MICROVM), 0);
         let table = results.table();
         assert!(table.contains("round 4, vmm: triple fault"), "{table}");
         assert!(
@@ -473,9 +513,9 @@ mod tests {
         let json: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
         let samples = &json["cold_boot"]["samples"];
         assert_eq!(samples.as_array().unwrap().len(), 3);
-        assert_eq!(samples[1]["booted"]["answered_ms"], 2.0);
+        assert_eq!(samples[1]["measured"]["answered_ms"], 2.0);
         assert_eq!(samples[2]["error"], "no answer");
-        assert_eq!(json["cold_boot"]["peers"][1]["version"], "QEMU 10");
+        assert_eq!(json["peers"][1]["version"], "QEMU 10");
         assert_eq!(json["cold_boot"]["plan"]["seed"], 42);
         assert_eq!(json["machine"]["virtualization"], "direct");
         assert_eq!(json["commit"], "abc");

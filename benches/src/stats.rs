@@ -146,7 +146,7 @@ fn sorted(samples: &[f64]) -> Vec<f64> {
 /// The quantile `q` (0 to 1) of sorted samples, with a straight line between neighbours
 /// (definition 7 of Hyndman and Fan, "Sample Quantiles in Statistical Packages", 1996). NaN if
 /// there are none.
-fn quantile(sorted: &[f64], q: f64) -> f64 {
+pub fn quantile(sorted: &[f64], q: f64) -> f64 {
     let Some(last) = sorted.len().checked_sub(1) else {
         return f64::NAN;
     };

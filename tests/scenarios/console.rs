@@ -20,6 +20,15 @@ fn modes(terminal: &Termios) -> impl PartialEq + std::fmt::Debug {
 
 #[test]
 fn keys_go_to_the_guest_until_ctrl_a_x() {
+    type_and_leave(Machine::new());
+}
+
+#[test]
+fn keys_go_to_the_guest_of_a_jailed_vmm_too() {
+    type_and_leave(Machine::new().jailed());
+}
+
+fn type_and_leave(machine: Machine) {
     let (user, programs) = terminal();
     let before = tcgetattr(&programs).unwrap();
     assert!(
@@ -28,9 +37,7 @@ fn keys_go_to_the_guest_until_ctrl_a_x() {
             .contains(LocalModes::ICANON | LocalModes::ECHO)
     );
 
-    let mut vmm = Machine::new()
-        .terminal(programs.try_clone().unwrap())
-        .start();
+    let mut vmm = machine.terminal(programs.try_clone().unwrap()).start();
     let screen = Log::follow("the terminal", File::from(user.try_clone().unwrap()));
     let mut keys = File::from(user);
     vmm.ready();

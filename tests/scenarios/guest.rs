@@ -1,4 +1,5 @@
-//! The agent as the first program of a real guest: what needs a guest of its own to be seen.
+//! The agent as the first program of a real guest: what needs a guest of its own to be seen. Its
+//! VMM is in the jail, as that of every sandbox is.
 
 use std::io;
 use std::time::Instant;
@@ -52,7 +53,7 @@ fn assert_no_process_left(agent: &Agent, after: &str) {
 
 #[test]
 fn programs_get_what_they_were_given_and_end_as_they_did() {
-    let vmm = Machine::new().boot();
+    let vmm = Machine::new().jailed().boot();
     let agent = vmm.agent();
 
     let given = ExecRequest {
@@ -99,7 +100,7 @@ fn programs_get_what_they_were_given_and_end_as_they_did() {
 
 #[test]
 fn nothing_of_a_program_outlives_its_time_and_orphans_are_reaped() {
-    let vmm = Machine::new().boot();
+    let vmm = Machine::new().jailed().boot();
     let agent = vmm.agent();
     assert_no_process_left(agent, "the boot");
 
@@ -134,7 +135,7 @@ fn nothing_of_a_program_outlives_its_time_and_orphans_are_reaped() {
 #[test]
 fn output_of_any_size_passes_through_a_small_agent() {
     const SIZE: u64 = 100_000_000;
-    let vmm = Machine::new().boot();
+    let vmm = Machine::new().jailed().boot();
     let agent = vmm.agent();
     let mut counted = Counted::default();
     let output = agent
@@ -178,7 +179,7 @@ impl io::Write for Counted {
 #[test]
 fn files_are_written_whole_with_mode_and_owner() {
     const SIZE: u64 = 20 << 20;
-    let vmm = Machine::new().boot();
+    let vmm = Machine::new().jailed().boot();
     let agent = vmm.agent();
 
     let query = FileQuery {

@@ -1,7 +1,6 @@
 //! A real guest's VMM in its jail: what it is, what it sees, what it costs, and that it still
 //! does its work.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::Ipv4Addr;
@@ -12,9 +11,10 @@ use std::path::{Path, PathBuf};
 
 use e2e_tests::agent::sh;
 use e2e_tests::daemon::Daemon;
+use e2e_tests::disk::BlockFileSystem;
 use e2e_tests::network::Tap;
 use e2e_tests::pattern::{Pattern, assert_pattern};
-use e2e_tests::process::innermost;
+use e2e_tests::process::{innermost, overhead_kib};
 use e2e_tests::report;
 use e2e_tests::until;
 use e2e_tests::vmm::{ApiSocket, Machine};
@@ -75,39 +75,6 @@ fn names_in(directory: impl AsRef<Path>) -> Vec<String> {
         .collect();
     names.sort();
     names
-}
-
-/// Proportional memory of a process in KiB by what is mapped, without mappings as large as a
-/// guest's memory.
-fn overhead_kib(pid: u32) -> BTreeMap<String, u64> {
-    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
-    let kib = |line: &str| {
-        line.split_whitespace()
-            .nth(1)
-            .unwrap()
-            .parse::<u64>()
-            .unwrap()
-    };
-    let mut total = BTreeMap::new();
-    let (mut name, mut is_guest) = (String::new(), false);
-    for line in smaps.lines() {
-        if line.starts_with("Size:") {
-            is_guest = kib(line) >= 64 * 1024;
-            if name == "anonymous" {
-                name = format!("anonymous of {}", kib(line));
-            }
-        } else if line.starts_with("Pss:") && !is_guest {
-            *total.entry(name.clone()).or_default() += kib(line);
-        } else if line.as_bytes()[0].is_ascii_hexdigit() && line.contains('-') {
-            let path = line.split_whitespace().nth(5).unwrap_or("anonymous");
-            path.rsplit('/')
-                .next()
-                .unwrap_or(path)
-                .clone_into(&mut name);
-        }
-    }
-    total.retain(|_, kib| *kib > 0);
-    total
 }
 
 /// Waiter and VMM together take no more than this, in KiB.
@@ -340,6 +307,40 @@ fn sandboxes_are_jailed_each_as_a_user_of_its_own() {
     for cgroup in held {
         assert!(!cgroup.exists(), "{cgroup:?} is left");
     }
+}
+
+#[test]
+fn a_sandbox_takes_no_more_of_the_hosts_disk_than_it_may() {
+    let disk = BlockFileSystem::mount(256 << 20);
+    let limits = ["--jail-disk-bytes-per-sec", "8388608"];
+    let daemon = Daemon::start_on(disk.path(), &limits);
+    let sandbox = daemon.create(&json!({"memory_mb": 192}));
+    let cgroup = cgroup_of(sandbox.vmm_pid());
+    let read = |file: &str| fs::read_to_string(cgroup.join(file)).unwrap();
+    let device = disk.device();
+    assert_eq!(
+        read("io.max"),
+        format!("{device} rbps=8388608 wbps=8388608 riops=max wiops=max\n")
+    );
+    // These disks are no memory.
+    assert_eq!(read("memory.max"), format!("{}\n", (192 + 128) << 20));
+
+    // What the guest writes counts there, once the kernel has seen that it is this cgroup that
+    // writes the disk's file, which the daemon made.
+    let written = || {
+        sandbox.must("head -c 4M /dev/urandom >/root/file; sync");
+        let counted = read("io.stat");
+        let line = counted.lines().find(|line| line.starts_with(&device));
+        let bytes = line.and_then(|line| line.split("wbytes=").nth(1)?.split(' ').next());
+        bytes.map_or(0, |bytes| bytes.parse().unwrap())
+    };
+    until("writes are counted", || written() >= 4 << 20);
+    sandbox.delete();
+    drop((daemon, disk));
+
+    // The disks of the other scenarios are in a tmpfs.
+    let daemon = Daemon::start_with(&["--jail-disk-ops-per-sec", "100"]);
+    daemon.process.stderr.wait_for("no limit of disk I/O");
 }
 
 /// The directory of a process's cgroup.

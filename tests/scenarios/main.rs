@@ -15,6 +15,7 @@ mod debugging;
 mod devices;
 mod disks;
 mod exits;
+mod floods;
 mod guest;
 mod hostile;
 mod jail;

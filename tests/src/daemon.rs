@@ -50,13 +50,26 @@ impl Daemon {
     /// It does not.
     pub fn start_with(arguments: &[&str]) -> Self {
         let directory = scratch();
+        let data = directory.path().join("data");
+        Self::start_in(directory, &data, arguments)
+    }
+
+    /// The same, with its data in this directory.
+    ///
+    /// # Panics
+    /// It does not.
+    pub fn start_on(data: &Path, arguments: &[&str]) -> Self {
+        Self::start_in(scratch(), data, arguments)
+    }
+
+    fn start_in(directory: TempDir, data: &Path, arguments: &[&str]) -> Self {
         let mut command = Command::new(&setup().sandboxd);
         command
             .arg("serve")
             .args(["--listen", "127.0.0.1:0", "--log-format", "json"])
             .args(["--log", "info,api=debug", "--boot-timeout-sec", "120"])
             .arg("--data-dir")
-            .arg(directory.path().join("data"))
+            .arg(data)
             .arg("--runtime-dir")
             .arg(directory.path().join("run"))
             .arg("--vmm")

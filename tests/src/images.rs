@@ -78,9 +78,14 @@ fn write_qcow2(path: &Path, backing: &Path, format: &str, size: u64) {
     File::create_new(path).unwrap().write_all(&image).unwrap();
 }
 
-/// An ELF kernel of one instruction: UD2, which with no interrupt table is a triple fault.
+/// A kernel of one instruction: UD2, which with no interrupt table is a triple fault.
 pub fn faulting_kernel() -> Vec<u8> {
     elf(0x10_0000, &[0x0f, 0x0b])
+}
+
+/// A kernel that turns interrupts off and jumps to itself: CLI, JMP.
+pub fn looping_kernel() -> Vec<u8> {
+    elf(0x10_0000, &[0xfa, 0xeb, 0xfe])
 }
 
 /// A Linux program that is all machine code.

@@ -23,6 +23,7 @@
 
 pub mod agent;
 pub mod daemon;
+pub mod disk;
 pub mod http;
 pub mod images;
 pub mod log;

@@ -1,5 +1,6 @@
 //! Processes under test: started so that none outlives its scenario.
 
+use std::collections::BTreeMap;
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -157,6 +158,42 @@ pub fn peak_kib(pid: u32) -> u64 {
         &std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap(),
         "VmHWM:",
     )
+}
+
+/// Proportional memory of a process in KiB by what is mapped, without mappings as large as a
+/// guest's memory.
+///
+/// # Panics
+/// There is no such process.
+pub fn overhead_kib(pid: u32) -> BTreeMap<String, u64> {
+    let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+    let kib = |line: &str| {
+        line.split_whitespace()
+            .nth(1)
+            .unwrap()
+            .parse::<u64>()
+            .unwrap()
+    };
+    let mut total = BTreeMap::new();
+    let (mut name, mut is_guest) = (String::new(), false);
+    for line in smaps.lines() {
+        if line.starts_with("Size:") {
+            is_guest = kib(line) >= 64 * 1024;
+            if name == "anonymous" {
+                name = format!("anonymous of {}", kib(line));
+            }
+        } else if line.starts_with("Pss:") && !is_guest {
+            *total.entry(name.clone()).or_default() += kib(line);
+        } else if line.as_bytes()[0].is_ascii_hexdigit() && line.contains('-') {
+            let path = line.split_whitespace().nth(5).unwrap_or("anonymous");
+            path.rsplit('/')
+                .next()
+                .unwrap_or(path)
+                .clone_into(&mut name);
+        }
+    }
+    total.retain(|_, kib| *kib > 0);
+    total
 }
 
 /// How many descriptors a process has open.

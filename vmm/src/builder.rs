@@ -281,7 +281,13 @@ fn build_from_snapshot(
     let exit = ExitSignal::new()?;
     let mut event_loop = event_loop(&exit)?;
 
-    let (owner, _, pluggable) = allocate_memory(&config.memory)?;
+    // Clones are many, and each touches little: a huge page for a word would cost more than it
+    // gains.
+    let small_pages = MemoryConfig {
+        thp: false,
+        ..config.memory
+    };
+    let (owner, _, pluggable) = allocate_memory(&small_pages)?;
     let memory = owner.memory().clone();
     let Loaded { state, lineage } = source.load(&memory, ground.pagemap)?;
     if state.vcpus.len() != usize::from(config.cpus.max_vcpus) {

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::{info, warn};
 
-use super::jail::CgroupParent;
+use super::disk_limits::{BlockDevice, DiskLimits};
+use super::jail::{CgroupParent, JailConfig};
 use crate::domain::SandboxId;
 
 /// The directory below a cgroup of the daemon's that holds those of sandboxes.
@@ -43,6 +44,8 @@ pub(super) struct Cgroups {
     /// Disks lie in a file system that is memory. What guests write to them would count as their
     /// VMMs' memory, which could then have no useful limit.
     disks_in_memory: bool,
+    /// The line for `io.max`, if there is a limit.
+    io_max: Option<String>,
 }
 
 /// The cgroup of a sandbox.
@@ -57,8 +60,8 @@ impl Cgroups {
     ///
     /// # Errors
     /// The place that was asked for cannot be used.
-    pub(super) fn prepare(parent: &CgroupParent, disks: &Path) -> io::Result<Option<Self>> {
-        let parent = match parent {
+    pub(super) fn prepare(jail: &JailConfig, disks: &Path) -> io::Result<Option<Self>> {
+        let parent = match &jail.cgroup {
             CgroupParent::None => {
                 info!("sandboxes have no cgroups: they were turned off");
                 return Ok(None);
@@ -87,10 +90,12 @@ impl Cgroups {
                 "sandboxes have no limit of memory: their disks are in a tmpfs, and count as memory"
             );
         }
+        let io_max = io_max(jail.disk_limits, &parent, disks)?;
         info!(parent = %parent.display(), "sandboxes have cgroups");
         Ok(Some(Self {
             parent,
             disks_in_memory,
+            io_max,
         }))
     }
 
@@ -98,7 +103,8 @@ impl Cgroups {
     pub(super) fn create(&self, id: &SandboxId, vcpus: u8, memory_mb: u32) -> io::Result<Cgroup> {
         let cgroup = self.of(id);
         fs::create_dir(&cgroup.path)?;
-        for (file, limit) in limits(vcpus, memory_mb) {
+        let io_max = self.io_max.iter().map(|line| ("io.max", line.clone()));
+        for (file, limit) in limits(vcpus, memory_mb).into_iter().chain(io_max) {
             if file == MEMORY_MAX && self.disks_in_memory {
                 continue;
             }
@@ -123,7 +129,29 @@ impl Cgroups {
     }
 }
 
-/// The files of a sandbox's cgroup, and what is written to them.
+/// The line for `io.max` of sandboxes below `parent` whose disks lie in `disks`. `None` if there is
+/// no limit, or none can be kept, which the log then says.
+fn io_max(limits: DiskLimits, parent: &Path, disks: &Path) -> io::Result<Option<String>> {
+    if !limits.is_some() {
+        return Ok(None);
+    }
+    let controllers = fs::read_to_string(parent.join("cgroup.controllers"))?;
+    let device = BlockDevice::below(disks)?;
+    if !controllers.split_whitespace().any(|name| name == "io") {
+        warn!("sandboxes have no limit of disk I/O: the host has no controller `io` for them");
+        return Ok(None);
+    }
+    if device.is_none() {
+        warn!(
+            data_dir = %disks.display(),
+            "sandboxes have no limit of disk I/O: their disks are in a file system without a block \
+             device of its own, such as a tmpfs or btrfs"
+        );
+    }
+    Ok(device.map(|device| limits.io_max(&device)))
+}
+
+/// The files of a sandbox's cgroup that all have, and what is written to them.
 fn limits(vcpus: u8, memory_mb: u32) -> [(&'static str, String); 5] {
     let memory = (u64::from(memory_mb) << 20) + MEMORY_OVERHEAD;
     // One more than vCPUs, for the devices.
@@ -280,6 +308,7 @@ mod tests {
         let cgroups = Cgroups {
             parent: dir.path().to_owned(),
             disks_in_memory: false,
+            io_max: None,
         };
         cgroups.of(&SandboxId::random()).remove().unwrap();
     }
@@ -298,6 +327,7 @@ mod tests {
         let cgroups = Cgroups {
             parent: dir.path().to_owned(),
             disks_in_memory: false,
+            io_max: None,
         };
         let id = SandboxId::random();
         cgroups.create(&id, 2, 256).unwrap();

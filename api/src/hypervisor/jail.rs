@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::disk_limits::DiskLimits;
+
 /// How many users a host has for sandboxes.
 const USERS: u32 = 1 << 16;
 
@@ -14,6 +16,8 @@ pub struct JailConfig {
     pub first_uid: u32,
     /// Where sandboxes have their cgroups.
     pub cgroup: CgroupParent,
+    /// What each may take of the host's disk.
+    pub disk_limits: DiskLimits,
 }
 
 /// Where sandboxes have their cgroups.

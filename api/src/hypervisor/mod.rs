@@ -14,6 +14,7 @@
 //! Only then is the end told: to the creator, to the destroyer, or as an event.
 
 mod cgroup;
+mod disk_limits;
 mod jail;
 mod leftovers;
 mod machine;
@@ -41,6 +42,7 @@ use crate::domain::{
 };
 use crate::images::Images;
 use cgroup::{Cgroup, Cgroups};
+pub use disk_limits::DiskLimits;
 pub use jail::{CgroupParent, JailConfig};
 use jail::{User, Users};
 pub use leftovers::LeftoverError;
@@ -129,8 +131,9 @@ impl LocalHost {
     pub async fn start(config: HostConfig) -> Result<Self, LeftoverError> {
         let paths = config.paths.clone();
         let cgroups = match &config.jail {
-            Some(jail) => Cgroups::prepare(&jail.cgroup, paths.parents()[1])
-                .map_err(LeftoverError::Cgroups)?,
+            Some(jail) => {
+                Cgroups::prepare(jail, paths.parents()[1]).map_err(LeftoverError::Cgroups)?
+            }
             None => {
                 warn!(
                     "VMMs are not jailed: a guest that takes over its own is one of this \

@@ -54,7 +54,7 @@ pub enum AllocateError {
 
 /// Maps `size` bytes of RAM, private, zero, and taken from the host only as the guest touches
 /// it; with `huge_pages` in pieces of 2 MiB where the host has them, which costs far fewer exits
-/// and some memory that the guest does not use.
+/// and some memory that the guest does not use; without, page by page, whatever the host's default.
 ///
 /// The mapping stays until [`Ram`] takes it back, or the process ends.
 ///
@@ -186,13 +186,16 @@ fn map_region(
         libc::munmap(base.cast(), before);
         libc::munmap(aligned.add(size).cast(), HUGE_PAGE - before);
     }
-    if huge_pages {
-        // SAFETY: the range lies in the mapping just made. The advice changes no content.
-        let result = unsafe { libc::madvise(aligned.cast(), size, libc::MADV_HUGEPAGE) };
-        if result != 0 {
-            let error = io::Error::last_os_error();
-            tracing::debug!(%error, "the host has no transparent huge pages");
-        }
+    let advice = if huge_pages {
+        libc::MADV_HUGEPAGE
+    } else {
+        libc::MADV_NOHUGEPAGE
+    };
+    // SAFETY: the range lies in the mapping just made. The advice changes no content.
+    let result = unsafe { libc::madvise(aligned.cast(), size, advice) };
+    if result != 0 {
+        let error = io::Error::last_os_error();
+        tracing::debug!(%error, "the host has no transparent huge pages");
     }
     // SAFETY: the range lies in the mapping just made, which nobody else knows and which is
     // unmapped only when the last reference to the region is gone.
