@@ -1,18 +1,27 @@
-//! A sandbox's own disk: an empty qcow2 image whose backing file is its template's.
+//! A sandbox's own disk: an empty qcow2 image on top of frozen ones, on top of its template's.
+//!
+//! What a sandbox has written is frozen when it is saved, and a new overlay is stacked on it, which
+//! takes the same time whatever its size. An image that was open for writing in a VMM is what that
+//! made of it: the daemon reads of it only the name of the image that it builds on, to see that it is
+//! still the one that it was made for.
 
 use std::fs::OpenOptions;
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use imago::file::File;
 use imago::qcow2::Qcow2;
 use imago::{FormatCreateBuilder, Storage, StorageOpenOptions};
+use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 use tokio::task::spawn_blocking;
 
 /// Disks are counted in sectors of this many bytes.
 const SECTOR: u64 = 512;
+/// The longest name of a backing file in bytes; section "Backing file name" of the qcow2
+/// specification.
+const MAX_BACKING_NAME: u32 = 1023;
 
 /// Why a sandbox has no disk.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +34,37 @@ pub enum OverlayError {
         /// Why.
         #[source]
         source: io::Error,
+    },
+    /// The template's image is not what the disk was made on.
+    #[error(
+        "the template's disk {path} has changed since this disk was made on it; put the old image \
+         back",
+        path = path.display()
+    )]
+    TemplateChanged {
+        /// Where it is.
+        path: PathBuf,
+    },
+    /// A frozen image cannot be read.
+    #[error("the disk layer {path} cannot be used", path = path.display())]
+    Layer {
+        /// Where it is.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A frozen image builds on something else than it was made on.
+    #[error(
+        "the disk layer {path} names another image below it than {expected}: the virtual machine \
+         that wrote it has tampered with it, or it was moved",
+        path = path.display(), expected = expected.display()
+    )]
+    Tampered {
+        /// Where it is.
+        path: PathBuf,
+        /// What it was made on.
+        expected: PathBuf,
     },
     /// The overlay cannot be made.
     #[error("the disk overlay {path} cannot be made", path = path.display())]
@@ -40,45 +80,114 @@ pub enum OverlayError {
     Interrupted,
 }
 
-/// Makes the overlay `path` on the raw image `template`. It has the template's size, and can be
-/// read and written by its owner alone.
-///
-/// # Errors
-/// Either image is unusable, or `path` is there already.
-pub async fn create_overlay(template: PathBuf, path: PathBuf) -> Result<(), OverlayError> {
-    let runtime = Handle::current();
-    // The library's file accesses block, and its futures stay on one thread.
-    let task = spawn_blocking(move || runtime.block_on(create(&template, &path)));
-    task.await.unwrap_or(Err(OverlayError::Interrupted))
+/// The image of a template, as it was when a disk was made on it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Base {
+    /// Where it is, without symbolic links.
+    pub path: PathBuf,
+    /// Its size in bytes, which is that of all disks on it.
+    pub size: u64,
+    /// Its last modification, in nanoseconds since the Unix epoch.
+    pub modified_ns: i128,
 }
 
-async fn create(template: &Path, path: &Path) -> Result<(), OverlayError> {
-    let bad_template = |source| OverlayError::Template {
-        path: template.to_owned(),
-        source,
-    };
+/// What a new overlay is made on: the image of a template, and frozen overlays on it, bottom first.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Chain {
+    /// The template's.
+    pub base: Base,
+    /// The frozen ones.
+    pub layers: Vec<PathBuf>,
+}
+
+impl Base {
+    /// The image at `path` as it is now.
+    ///
+    /// # Errors
+    /// It cannot be used.
+    pub fn of(path: &Path) -> Result<Self, OverlayError> {
+        let bad = |source| OverlayError::Template {
+            path: path.to_owned(),
+            source,
+        };
+        // The name goes into images on it, where a relative one would be relative to those.
+        let path = path.canonicalize().map_err(bad)?;
+        let metadata = std::fs::metadata(&path).map_err(bad)?;
+        let size = metadata.len();
+        if size == 0 || size % SECTOR != 0 {
+            let text = format!("its size of {size} bytes is not a multiple of {SECTOR}");
+            return Err(bad(io::Error::new(io::ErrorKind::InvalidData, text)));
+        }
+        let modified_ns =
+            i128::from(metadata.mtime()) * 1_000_000_000 + i128::from(metadata.mtime_nsec());
+        Ok(Self {
+            path,
+            size,
+            modified_ns,
+        })
+    }
+}
+
+impl Chain {
+    /// Checks that each image is what the next was made on.
+    ///
+    /// # Errors
+    /// One is not, or cannot be read.
+    pub fn check(&self) -> Result<(), OverlayError> {
+        if Base::of(&self.base.path)? != self.base {
+            return Err(OverlayError::TemplateChanged {
+                path: self.base.path.clone(),
+            });
+        }
+        let mut expected = self.base.path.clone();
+        for layer in &self.layers {
+            let bad = |source| OverlayError::Layer {
+                path: layer.clone(),
+                source,
+            };
+            let layer = layer.canonicalize().map_err(bad)?;
+            let named = backing_name(&layer).map_err(bad)?;
+            if named != expected.as_os_str().as_encoded_bytes() {
+                return Err(OverlayError::Tampered {
+                    path: layer,
+                    expected,
+                });
+            }
+            expected = layer;
+        }
+        Ok(())
+    }
+
+    /// Makes the empty overlay `path` on top. It has the template's size, and can be read and
+    /// written by its owner alone.
+    ///
+    /// # Errors
+    /// The images below are unusable, or `path` is there already.
+    pub async fn overlay(&self, path: PathBuf) -> Result<(), OverlayError> {
+        let runtime = Handle::current();
+        let chain = self.clone();
+        // The library's file accesses block, and its futures stay on one thread.
+        let task = spawn_blocking(move || {
+            chain.check()?;
+            runtime.block_on(create(&chain, &path))
+        });
+        task.await.unwrap_or(Err(OverlayError::Interrupted))
+    }
+}
+
+async fn create(chain: &Chain, path: &Path) -> Result<(), OverlayError> {
     let bad_overlay = |source| OverlayError::Create {
         path: path.to_owned(),
         source,
     };
-
-    // The name goes into the image, where a relative one would be relative to the overlay.
-    let backing = template.canonicalize().map_err(bad_template)?;
-    let size = std::fs::metadata(&backing).map_err(bad_template)?.len();
-    if size == 0 || size % SECTOR != 0 {
-        let text = format!("its size of {size} bytes is not a multiple of {SECTOR}");
-        return Err(bad_template(io::Error::new(
-            io::ErrorKind::InvalidData,
-            text,
-        )));
-    }
-    let backing = backing.into_os_string().into_string().map_err(|_| {
-        bad_template(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "its path is not UTF-8",
-        ))
+    let (below, format) = match chain.layers.last() {
+        Some(layer) => (layer.canonicalize().map_err(bad_overlay)?, "qcow2"),
+        None => (chain.base.path.clone(), "raw"),
+    };
+    let below = below.into_os_string().into_string().map_err(|_| {
+        let text = "the path of the image below is not UTF-8";
+        bad_overlay(io::Error::new(io::ErrorKind::InvalidInput, text))
     })?;
-
     OpenOptions::new()
         .write(true)
         .create_new(true)
@@ -88,20 +197,57 @@ async fn create(template: &Path, path: &Path) -> Result<(), OverlayError> {
     let options = StorageOpenOptions::new().write(true).filename(path);
     let file = File::open(options).await.map_err(bad_overlay)?;
     Qcow2::<File>::create_builder(file)
-        .size(size)
-        .backing(backing, "raw".to_owned())
+        .size(chain.base.size)
+        .backing(below, format.to_owned())
         .create()
         .await
         .map_err(bad_overlay)
 }
 
+/// The name of the image that the qcow2 image `path` builds on.
+fn backing_name(path: &Path) -> io::Result<Vec<u8>> {
+    let bad = |text: &str| io::Error::new(io::ErrorKind::InvalidData, text.to_owned());
+    let file = std::fs::File::open(path)?;
+    // Header: magic, version, offset and length of the name, all big-endian.
+    let mut header = [0; 20];
+    file.read_exact_at(&mut header, 0)?;
+    let number = |at: usize| {
+        let bytes = header.get(at..at + 4).and_then(|b| b.try_into().ok());
+        bytes.map_or(0, u32::from_be_bytes)
+    };
+    if header[..4] != *b"QFI\xfb" {
+        return Err(bad("it is no qcow2 image"));
+    }
+    let (offset, len) = (
+        u64::from(number(8)) << 32 | u64::from(number(12)),
+        number(16),
+    );
+    if offset == 0 || len > MAX_BACKING_NAME {
+        return Err(bad("it does not name the image below it"));
+    }
+    let mut name = vec![0; len as usize];
+    file.read_exact_at(&mut name, offset)?;
+    Ok(name)
+}
+
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::{FileExt, PermissionsExt};
+    use std::os::unix::fs::PermissionsExt;
 
     use imago::{FormatAccess, FormatDriverBuilder, PermissiveImplicitOpenGate};
 
     use super::*;
+
+    fn chain(template: &Path, layers: &[&Path]) -> Result<Chain, OverlayError> {
+        Ok(Chain {
+            base: Base::of(template)?,
+            layers: layers.iter().map(|&layer| layer.to_owned()).collect(),
+        })
+    }
+
+    async fn create(template: &Path, path: &Path) -> Result<(), OverlayError> {
+        chain(template, &[])?.overlay(path.to_owned()).await
+    }
 
     #[tokio::test]
     async fn a_guest_reads_the_template_and_writes_the_overlay() {
@@ -160,5 +306,94 @@ mod tests {
         let result = create(&template, &overlay).await;
         assert!(matches!(result, Err(OverlayError::Create { .. })));
         assert_eq!(std::fs::read(&overlay).unwrap(), b"taken");
+    }
+
+    async fn open(path: &Path, write: bool) -> FormatAccess<File> {
+        let disk = Qcow2::<File>::builder_path(path)
+            .write(write)
+            .open(PermissiveImplicitOpenGate::default())
+            .await
+            .unwrap();
+        FormatAccess::new(disk)
+    }
+
+    #[tokio::test]
+    async fn overlays_are_stacked_and_those_below_do_not_change() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        std::fs::write(path("base.ext4"), vec![0; 1 << 20]).unwrap();
+        let mut layers = Vec::new();
+        for number in 1..=5_u8 {
+            let top = path(&format!("{number}.qcow2"));
+            let below: Vec<&Path> = layers.iter().map(PathBuf::as_path).collect();
+            let chain = chain(&path("base.ext4"), &below).unwrap();
+            chain.overlay(top.clone()).await.unwrap();
+            let disk = open(&top, true).await;
+            let at = u64::from(number) * 4096;
+            disk.write(&[number; 4096][..], at).await.unwrap();
+            disk.write(&[number; 4096][..], 0).await.unwrap();
+            disk.flush().await.unwrap();
+            layers.push(top);
+        }
+        for (index, layer) in layers.iter().enumerate() {
+            let disk = open(layer, false).await;
+            let top = u8::try_from(index + 1).unwrap();
+            for number in 0..=5 {
+                let mut read = [0; 4096];
+                disk.read(&mut read[..], u64::from(number) * 4096)
+                    .await
+                    .unwrap();
+                let expected = match number {
+                    0 => top,
+                    number if number <= top => number,
+                    _ => 0,
+                };
+                assert_eq!(read, [expected; 4096], "{number} in {top}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn an_image_that_names_another_below_it_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        for image in ["base.ext4", "evil.ext4"] {
+            std::fs::write(path(image), vec![0; 1 << 20]).unwrap();
+        }
+        create(&path("base.ext4"), &path("a")).await.unwrap();
+        chain(&path("base.ext4"), &[&path("a")])
+            .unwrap()
+            .overlay(path("b"))
+            .await
+            .unwrap();
+        let whole = |below: &Path| chain(&path("base.ext4"), &[below, &path("b")]).unwrap();
+        whole(&path("a")).check().unwrap();
+
+        let bytes = std::fs::read(path("a")).unwrap();
+        let name = path("base.ext4").canonicalize().unwrap();
+        let name = name.as_os_str().as_encoded_bytes();
+        let at = bytes
+            .windows(name.len())
+            .position(|window| window == name)
+            .unwrap();
+        let mut evil = bytes.clone();
+        evil[at + name.len() - 9..][..4].copy_from_slice(b"evil");
+        std::fs::write(path("a"), &evil).unwrap();
+        let error = whole(&path("a")).overlay(path("c")).await.unwrap_err();
+        assert!(matches!(error, OverlayError::Tampered { .. }), "{error}");
+        for broken in [&b"QFI\xfb"[..], b"", &[0xff; 600], &[0; 600]] {
+            std::fs::write(path("a"), broken).unwrap();
+            let error = whole(&path("a")).check().unwrap_err();
+            assert!(matches!(error, OverlayError::Layer { .. }), "{error}");
+        }
+        std::fs::write(path("a"), &bytes).unwrap();
+        let chain = whole(&path("a"));
+        chain.check().unwrap();
+        std::fs::write(path("base.ext4"), vec![0; 2 << 20]).unwrap();
+        let error = chain.check().unwrap_err();
+        assert!(
+            matches!(error, OverlayError::TemplateChanged { .. }),
+            "{error}"
+        );
     }
 }
