@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use agent_protocol::ShutdownAction;
 use e2e_tests::setup::scratch;
-use e2e_tests::vmm::Machine;
+use e2e_tests::vmm::{ApiSocket, Machine};
 use rustix::mount::{MountFlags, UnmountFlags};
 use serde_json::json;
 
@@ -29,7 +29,6 @@ fn stored(path: &Path) -> u64 {
 fn a_disk_with_two_queues_gives_space_back_and_changes_its_size() {
     let machine = Machine::new();
     let image = machine.directory().join("data");
-    let api = machine.directory().join("api.sock");
     sparse_image(&image, 16 * MIB);
     let mut vmm = machine
         .cpus("boot=2")
@@ -38,7 +37,7 @@ fn a_disk_with_two_queues_gives_space_back_and_changes_its_size() {
             "path={},id=data,num_queues=2,queue_size=64",
             image.display()
         ))
-        .arguments(&["--api-socket", api.to_str().unwrap()])
+        .api(ApiSocket::Path)
         .boot();
     let agent = vmm.agent();
     assert_eq!(agent.must("ls /sys/block/vdb/mq | wc -l"), "2");

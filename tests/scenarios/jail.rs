@@ -3,8 +3,11 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::{Read, Write};
 use std::net::Ipv4Addr;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use e2e_tests::agent::sh;
@@ -13,7 +16,9 @@ use e2e_tests::network::Tap;
 use e2e_tests::pattern::{Pattern, assert_pattern};
 use e2e_tests::process::innermost;
 use e2e_tests::report;
-use e2e_tests::vmm::Machine;
+use e2e_tests::until;
+use e2e_tests::vmm::{ApiSocket, Machine};
+use e2e_tests::vmm_api::VmmApi;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
@@ -156,6 +161,73 @@ fn a_machine_with_every_device_works_in_the_jail() {
 }
 
 #[test]
+fn the_api_of_a_jailed_vmm_serves_the_machine_of_the_command_line() {
+    for socket in [ApiSocket::Path, ApiSocket::Inherited] {
+        let mut vmm = Machine::new()
+            .cpus("boot=1,max=2")
+            .arguments(&["--balloon", "size=0"])
+            .jailed()
+            .api(socket)
+            .boot();
+        let waiter = vmm.process.pid();
+        assert_jailed(waiter);
+        let api = vmm.api();
+        assert_eq!(api.get("vmm.ping")["pid"], waiter);
+        let info = api.get("vm.info");
+        assert_eq!(info["state"], "Running");
+        for id in ["_disk0", "_vsock1", "__rng", "__balloon"] {
+            assert_eq!(info["device_tree"][id]["id"], id, "{info}");
+        }
+
+        assert_receives_descriptors(&api, innermost(waiter));
+
+        api.put("vm.pause", None);
+        assert_eq!(api.state(), "Paused");
+        api.put("vm.resume", None);
+        assert_eq!(vmm.agent().must("echo alive"), "alive");
+        api.put("vm.nmi", None);
+        api.put("vm.resize", Some(&json!({"desired_vcpus": 2})));
+        until("2 CPUs", || vmm.agent().must("nproc") == "2");
+        api.put("vm.resize", Some(&json!({"desired_balloon": 32 << 20})));
+        until("inflated", || {
+            api.get("vm.counters")["__balloon"]["actual_bytes"] == 32 << 20
+        });
+        vmm.agent().must("sync");
+
+        api.put("vm.shutdown", None);
+        assert_eq!(api.state(), "Created");
+        let (status, why) = api.call("PUT", "vm.boot", None);
+        assert_eq!(status, 500, "{why}");
+        assert!(why.to_string().contains("jail"), "{why}");
+        api.put("vmm.shutdown", None);
+        assert_eq!(vmm.process.exit_code(), 0);
+    }
+}
+
+/// Descriptors that come with a request are received, and closed when it has no use for them: a
+/// jailed VMM adds no device.
+fn assert_receives_descriptors(api: &VmmApi, vmm: u32) {
+    let (_ours, theirs) = UnixStream::pair().unwrap();
+    let link = fs::read_link(format!("/proc/self/fd/{}", theirs.as_raw_fd())).unwrap();
+    let is_held = || {
+        let held = fs::read_dir(format!("/proc/{vmm}/fd")).unwrap();
+        let mut links = held.filter_map(|entry| fs::read_link(entry.unwrap().path()).ok());
+        links.any(|other| other == link)
+    };
+    let head = "PUT /api/v1/vm.add-net HTTP/1.1\r\n";
+    let mut stream = api.connect_passing(head, &[theirs.as_fd()]);
+    until("the descriptor is held", is_held);
+    stream
+        .write_all(b"Connection: close\r\nContent-Length: 2\r\n\r\n{}")
+        .unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 400 "), "{answer}");
+    drop(api.settle());
+    assert!(!is_held());
+}
+
+#[test]
 fn a_killed_machine_leaves_no_process_in_the_jail() {
     let mut vmm = Machine::without_disk().jailed().boot();
     let inner = innermost(vmm.process.pid());
@@ -197,6 +269,13 @@ fn a_jail_that_cannot_be_is_refused() {
             assert!(said.contains(word), "no {word:?} in {said:?}");
         }
     }
+}
+
+#[test]
+fn a_host_program_that_the_jailed_user_may_not_reach_is_told_of() {
+    // Not `jailed()`, which opens the sockets and their directory.
+    let vmm = Machine::without_disk().arguments(&["--jail"]).start();
+    vmm.process.stderr.wait_for("out of the guest's reach");
 }
 
 #[test]

@@ -1,14 +1,11 @@
-//! A machine that grows and shrinks while it runs: balloon, plugged memory, vCPUs.
+//! A machine that grows and shrinks while it runs: balloon, plugged memory, vCPUs. In the jail,
+//! whose filters of system calls have to know all of it.
 
-use std::io::Read as _;
-use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
-
-use e2e_tests::PATIENCE;
 use e2e_tests::agent::Agent;
-use e2e_tests::http::Request;
-use e2e_tests::process::status_kib;
-use e2e_tests::vmm::{Machine, Vmm};
+use e2e_tests::process::{innermost, status_kib};
+use e2e_tests::until;
+use e2e_tests::vmm::{ApiSocket, Machine, Vmm};
+use e2e_tests::vmm_api::VmmApi;
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
@@ -16,52 +13,32 @@ const MIB: u64 = 1 << 20;
 /// A running machine with an API.
 struct Resizable {
     vmm: Vmm,
+    api: VmmApi,
 }
 
 impl Resizable {
-    fn boot(machine: Machine, arguments: &[&str]) -> Self {
-        let socket = machine.directory().join("api.sock");
-        let socket = format!("path={}", socket.display());
-        let machine = machine.arguments(&["--api-socket", &socket]);
-        Self {
-            vmm: machine.arguments(arguments).boot(),
-        }
+    fn boot(machine: Machine) -> Self {
+        let vmm = machine.jailed().api(ApiSocket::Path).boot();
+        let api = vmm.api();
+        Self { vmm, api }
     }
 
     fn agent(&self) -> &Agent {
         self.vmm.agent()
     }
 
-    fn call(&self, method: &str, endpoint: &str, body: &str) -> (u16, String) {
-        let stream = UnixStream::connect(self.vmm.directory().join("api.sock")).unwrap();
-        let request = Request::new(method, &format!("/api/v1/{endpoint}"));
-        let mut response = request
-            .send(stream, body.as_bytes(), body.len() as u64)
-            .unwrap();
-        let mut text = String::new();
-        response.read_to_string(&mut text).unwrap();
-        (response.status, text)
-    }
-
     fn resize(&self, body: &Value) {
-        let answer = self.call("PUT", "vm.resize", &body.to_string());
-        assert_eq!(answer.0, 204, "{body}: {}", answer.1);
-    }
-
-    fn get(&self, endpoint: &str) -> Value {
-        let (status, text) = self.call("GET", endpoint, "");
-        assert_eq!(status, 200, "{text}");
-        serde_json::from_str(&text).unwrap()
+        self.api.put("vm.resize", Some(body));
     }
 
     /// What a device counts, in MiB.
     fn counter(&self, device: &str, name: &str) -> u64 {
-        self.get("vm.counters")[device][name].as_u64().unwrap() / MIB
+        self.api.get("vm.counters")[device][name].as_u64().unwrap() / MIB
     }
 
     /// Memory of the host that the VMM occupies, in MiB.
     fn resident(&self) -> u64 {
-        let path = format!("/proc/{}/status", self.vmm.process.pid());
+        let path = format!("/proc/{}/status", innermost(self.vmm.process.pid()));
         status_kib(&std::fs::read_to_string(path).unwrap(), "VmRSS:") / 1024
     }
 
@@ -92,19 +69,10 @@ impl Resizable {
     }
 }
 
-/// Looks until `holds`: for what neither the guest nor the VMM tells of.
-fn until(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !holds() {
-        assert!(Instant::now() < deadline, "{what}");
-        std::thread::sleep(Duration::from_millis(200));
-    }
-}
-
 #[test]
 fn the_balloon_takes_memory_from_the_guest_and_gives_it_to_the_host() {
     let machine = Machine::new().memory("size=384M");
-    let machine = Resizable::boot(machine, &["--balloon", "size=0"]);
+    let machine = Resizable::boot(machine.arguments(&["--balloon", "size=0"]));
     machine.fill(200);
     machine.free();
     let (resident, free) = (machine.resident(), machine.meminfo("MemFree"));
@@ -120,7 +88,7 @@ fn the_balloon_takes_memory_from_the_guest_and_gives_it_to_the_host() {
         "resident: {resident} to {small} MiB"
     );
     assert!(left + 150 < free, "free in the guest: {free} to {left} MiB");
-    let info = machine.get("vm.info");
+    let info = machine.api.get("vm.info");
     assert_eq!(info["memory_actual_size"], 184 * MIB);
 
     machine.resize(&json!({"desired_balloon": 0}));
@@ -133,11 +101,11 @@ fn the_balloon_takes_memory_from_the_guest_and_gives_it_to_the_host() {
         "free in the guest: {left} to {again} MiB"
     );
     machine.fill(200);
-    let too_much = json!({"desired_balloon": 385 * MIB}).to_string();
-    let (status, text) = machine.call("PUT", "vm.resize", &too_much);
+    let too_much = json!({"desired_balloon": 385 * MIB});
+    let (status, why) = machine.api.call("PUT", "vm.resize", Some(&too_much));
     assert!(
-        status >= 400 && text.contains("does not fit"),
-        "{status} {text}"
+        status >= 400 && why.to_string().contains("does not fit"),
+        "{status} {why}"
     );
 }
 
@@ -145,7 +113,7 @@ fn the_balloon_takes_memory_from_the_guest_and_gives_it_to_the_host() {
 fn memory_that_the_guest_frees_goes_back_to_the_host() {
     let machine = Machine::new().memory("size=384M");
     let balloon = "size=0,free_page_reporting=on";
-    let machine = Resizable::boot(machine, &["--balloon", balloon]);
+    let machine = Resizable::boot(machine.arguments(&["--balloon", balloon]));
     machine.fill(192);
     let resident = machine.resident();
     machine.free();
@@ -159,12 +127,12 @@ fn memory_that_the_guest_frees_goes_back_to_the_host() {
 fn memory_is_plugged_in_and_out() {
     let machine = Machine::new()
         .memory("size=256M,hotplug_method=virtio-mem,hotplug_size=512M,hotplugged_size=128M");
-    let machine = Resizable::boot(machine, &[]);
+    let machine = Resizable::boot(machine);
     let plugged = |expected| {
         until(&format!("{expected} MiB are plugged in"), || {
             machine.counter("__mem", "plugged_bytes") == expected
         });
-        let info = machine.get("vm.info");
+        let info = machine.api.get("vm.info");
         assert_eq!(info["memory_actual_size"], (256 + expected) * MIB);
     };
     // Asked for before there was anybody to take it into use.
@@ -194,7 +162,7 @@ fn memory_is_plugged_in_and_out() {
 
 #[test]
 fn vcpus_come_and_go() {
-    let machine = Resizable::boot(Machine::new().cpus("boot=1,max=3"), &[]);
+    let machine = Resizable::boot(Machine::new().cpus("boot=1,max=3"));
     assert_eq!(machine.nproc(), 1);
     for count in [3, 1, 2] {
         machine.resize(&json!({"desired_vcpus": count}));
@@ -205,8 +173,8 @@ fn vcpus_come_and_go() {
         "taskset -c 0 true && taskset -c 1 sh -c 'i=0; while [ $i -lt 1000 ]; do i=$((i+1)); done'",
     );
     let status = |count: u8| {
-        let body = json!({"desired_vcpus": count}).to_string();
-        machine.call("PUT", "vm.resize", &body).0
+        let body = json!({"desired_vcpus": count});
+        machine.api.call("PUT", "vm.resize", Some(&body)).0
     };
     assert_eq!((status(0), status(4)), (400, 400));
     assert_eq!(machine.nproc(), 2);
@@ -214,9 +182,7 @@ fn vcpus_come_and_go() {
 
 #[test]
 fn the_power_button_takes_the_guest_down() {
-    let mut machine = Resizable::boot(Machine::new(), &[]);
-    let stream = UnixStream::connect(machine.vmm.directory().join("api.sock")).unwrap();
-    let request = Request::new("PUT", "/api/v1/vm.power-button");
-    assert_eq!(request.send(stream, &[][..], 0).unwrap().status, 204);
+    let mut machine = Resizable::boot(Machine::new());
+    machine.api.put("vm.power-button", None);
     machine.vmm.expect_end(0, "shutdown");
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use agent_protocol::ShutdownAction;
 use e2e_tests::PATIENCE;
 use e2e_tests::report;
-use e2e_tests::vmm::{Machine, Vmm};
+use e2e_tests::vmm::{ApiSocket, Machine, Vmm};
 use serde_json::{Value, json};
 
 /// A VMM with a machine that has been created and not booted.
@@ -136,18 +136,14 @@ fn reboots_build_the_machine_anew() {
 fn a_machine_of_the_command_line_is_served_too_and_ends_as_ever() {
     let machine = Machine::new();
     let socket = machine.directory().join("api.sock");
-    let socket = socket.to_str().unwrap();
-    let mut vmm = machine.arguments(&["--api-socket", socket]).boot();
+    let mut vmm = machine.api(ApiSocket::Path).boot();
     let api = vmm.api();
     assert_eq!(api.state(), "Running");
     let (status, why) = api.call("PUT", "vm.add-disk", Some(&json!({"path": "/dev/null"})));
     assert_eq!(status, 400, "{why}");
     vmm.agent().shut_down(ShutdownAction::Reboot);
     vmm.expect_end(10, "reboot");
-    assert!(
-        !Path::new(socket).exists(),
-        "the API's socket is left behind"
-    );
+    assert!(!socket.exists(), "the API's socket is left behind");
 }
 
 /// What the state of a virtual machine should be.

@@ -34,7 +34,7 @@ pub mod terminal;
 pub mod vmm;
 pub mod vmm_api;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long anything may take before it counts as failed. Far above what a loaded emulated
 /// machine needs: it is there so that a run ends, not to measure.
@@ -46,4 +46,16 @@ pub fn report(text: &str) {
     let line = format!("\nmeasured: {text}\n");
     // A measurement that cannot be shown is no reason to fail.
     let _ = std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes());
+}
+
+/// Looks until `holds`: for what nobody tells of.
+///
+/// # Panics
+/// It does not come to hold.
+pub fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !holds() {
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::sleep(Duration::from_millis(200));
+    }
 }

@@ -1,7 +1,7 @@
 //! One `vmm` process and its guest.
 
 use std::io::{BufRead, BufReader, Read};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -35,6 +35,16 @@ pub struct Machine {
     serial: Option<String>,
     terminal: Option<OwnedFd>,
     jailed: bool,
+    api: Option<ApiSocket>,
+}
+
+/// How a VMM gets the socket of its API.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ApiSocket {
+    /// It makes it, by its path.
+    Path,
+    /// It inherits it, so that the first client need not wait for it.
+    Inherited,
 }
 
 impl Default for Machine {
@@ -74,6 +84,7 @@ impl Machine {
             serial: None,
             terminal: None,
             jailed: false,
+            api: None,
         }
     }
 
@@ -140,6 +151,13 @@ impl Machine {
         self
     }
 
+    /// With an API, at [`Vmm::api`].
+    #[must_use]
+    pub fn api(mut self, socket: ApiSocket) -> Self {
+        self.api = Some(socket);
+        self
+    }
+
     /// The serial console on a terminal, which becomes the process's own.
     #[must_use]
     pub fn terminal(mut self, terminal: OwnedFd) -> Self {
@@ -174,7 +192,7 @@ impl Machine {
         for disk in &self.disks {
             give("--disk", disk.clone());
         }
-        self.spawn(arguments, &[])
+        self.spawn(arguments)
     }
 
     /// Starts the process with nothing but its API, at [`Vmm::api`].
@@ -182,10 +200,7 @@ impl Machine {
     /// # Panics
     /// It cannot be started.
     pub fn serve(self) -> Vmm {
-        // Inherited, so that the first client need not wait for it.
-        let socket = UnixListener::bind(self.directory.path().join("api.sock")).unwrap();
-        let argument = format!("fd={}", socket.as_raw_fd());
-        self.spawn(vec!["--api-socket".to_owned(), argument], &[socket.as_fd()])
+        self.api(ApiSocket::Inherited).spawn(Vec::new())
     }
 
     /// The machine as a body of `vm.create`.
@@ -210,7 +225,7 @@ impl Machine {
         })
     }
 
-    fn spawn(self, arguments: Vec<String>, inherited: &[BorrowedFd<'_>]) -> Vmm {
+    fn spawn(self, mut arguments: Vec<String>) -> Vmm {
         let directory = self.directory;
         let socket = directory.path().join("vsock.sock");
         let ready = directory.path().join(format!("vsock.sock_{READY_PORT}"));
@@ -224,6 +239,18 @@ impl Machine {
         rustix::io::fcntl_setfd(&events, rustix::io::FdFlags::CLOEXEC).unwrap();
         rustix::io::fcntl_setfd(&event_writer, rustix::io::FdFlags::CLOEXEC).unwrap();
         let console = directory.path().join("console.log");
+        let mut inherited = vec![event_writer.as_fd()];
+        let api = directory.path().join("api.sock");
+        let bound =
+            (self.api == Some(ApiSocket::Inherited)).then(|| UnixListener::bind(&api).unwrap());
+        if self.api.is_some() {
+            let socket = match &bound {
+                Some(socket) => format!("fd={}", socket.as_raw_fd()),
+                None => format!("path={}", api.display()),
+            };
+            arguments.extend(["--api-socket".to_owned(), socket]);
+            inherited.extend(bound.as_ref().map(AsFd::as_fd));
+        }
 
         let mut command = Command::new(&setup().vmm);
         command
@@ -239,7 +266,6 @@ impl Machine {
         if let Some(terminal) = self.terminal {
             take_terminal(&mut command, terminal);
         }
-        let inherited = [inherited, &[event_writer.as_fd()]].concat();
         let process = Process::spawn("vmm", command, &inherited);
         drop(event_writer);
         Vmm {
@@ -343,8 +369,7 @@ impl Vmm {
         &self.agent
     }
 
-    /// The API of a process that was started by [`Machine::serve`], or with the argument
-    /// `--api-socket` for `api.sock` in its directory.
+    /// The API of a process that has one ([`Machine::api`], [`Machine::serve`]).
     pub fn api(&self) -> VmmApi {
         VmmApi::new(self.directory.path().join("api.sock"))
     }

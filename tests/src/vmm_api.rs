@@ -1,9 +1,12 @@
 //! The REST API of a `vmm` process.
 
-use std::io::Read;
+use std::io::{IoSlice, Read};
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::Value;
 
 use crate::PATIENCE;
@@ -44,6 +47,22 @@ impl VmmApi {
             serde_json::from_slice(&body).unwrap()
         };
         (status, body)
+    }
+
+    /// A connection whose first bytes take descriptors along.
+    ///
+    /// # Panics
+    /// There is none.
+    pub fn connect_passing(&self, first: &str, descriptors: &[BorrowedFd<'_>]) -> UnixStream {
+        let stream = UnixStream::connect(&self.socket).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        assert!(ancillary.push(SendAncillaryMessage::ScmRights(descriptors)));
+        let bytes = [IoSlice::new(first.as_bytes())];
+        let sent = sendmsg(&stream, &bytes, &mut ancillary, SendFlags::empty());
+        assert_eq!(sent, Ok(first.len()));
+        stream
     }
 
     /// Returns when the VMM has nothing left of the connections before this one, which stays

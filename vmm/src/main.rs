@@ -66,6 +66,8 @@ fn run(args: &BootArgs, start: Instant) -> Result<ExitReason, Failure> {
         .transpose()
         .map_err(|error| (format!("--event-monitor: {error}"), STATUS_USAGE))?;
     let events = EventStream::new(start, sink);
+    // The jail gives it another.
+    let pid = std::process::id();
     // Before there is any other thread.
     let signals = Signals::new().map_err(|error| (format!("signals: {error}"), STATUS_FAILED))?;
     let listener = args.api_socket.as_ref().map(Listener::open);
@@ -85,7 +87,7 @@ fn run(args: &BootArgs, start: Instant) -> Result<ExitReason, Failure> {
             .map_err(|refusal| refused(&refusal, &events))?;
     }
     // Clients that connect earlier wait in the queue of the socket.
-    let server = listener.map(|listener| ApiServer::start(listener, control.mailbox()));
+    let server = listener.map(|listener| ApiServer::start(listener, control.mailbox(), pid));
     let _server = server
         .transpose()
         .map_err(|error| (format!("the API's thread: {error}"), STATUS_FAILED))?;

@@ -39,6 +39,14 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long the end of the process waits for answers that are under way.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
+/// What is served.
+#[derive(Clone)]
+struct Vmm {
+    mailbox: Mailbox,
+    /// In a jail, the process has another id than the one by which it was started.
+    pid: u32,
+}
+
 /// A running server. Dropping it ends it: answers that are under way are still sent.
 pub struct ApiServer {
     stop: watch::Sender<()>,
@@ -46,11 +54,12 @@ pub struct ApiServer {
 }
 
 impl ApiServer {
-    /// Starts the server's thread.
+    /// Starts the server's thread. `pid` is the id by which clients know this process.
     ///
     /// # Errors
     /// The host gives no thread or descriptor.
-    pub fn start(listener: Listener, mailbox: Mailbox) -> io::Result<Self> {
+    pub fn start(listener: Listener, mailbox: Mailbox, pid: u32) -> io::Result<Self> {
+        let vmm = Vmm { mailbox, pid };
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
@@ -68,7 +77,7 @@ impl ApiServer {
                     tracing::error!(error = crate::error_chain(&error), "the API is not served");
                     return;
                 }
-                runtime.block_on(serve(&socket, mailbox, stopped));
+                runtime.block_on(serve(&socket, vmm, stopped));
                 // Only now, so that its files stay as long as it is served.
                 drop(listener);
             })?;
@@ -90,7 +99,7 @@ impl Drop for ApiServer {
     }
 }
 
-async fn serve(socket: &UnixListener, mailbox: Mailbox, mut stopped: watch::Receiver<()>) {
+async fn serve(socket: &UnixListener, vmm: Vmm, mut stopped: watch::Receiver<()>) {
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
@@ -99,7 +108,7 @@ async fn serve(socket: &UnixListener, mailbox: Mailbox, mut stopped: watch::Rece
             accepted = socket.accept(), if connections.len() < MAX_CONNECTIONS => {
                 match accepted {
                     Ok((stream, _)) => {
-                        connections.spawn(converse(stream, mailbox.clone(), stopped.clone()));
+                        connections.spawn(converse(stream, vmm.clone(), stopped.clone()));
                     }
                     Err(error) => {
                         tracing::warn!(%error, "a client of the API was not accepted");
@@ -116,14 +125,14 @@ async fn serve(socket: &UnixListener, mailbox: Mailbox, mut stopped: watch::Rece
     }
 }
 
-async fn converse(stream: UnixStream, mailbox: Mailbox, mut stopped: watch::Receiver<()>) {
+async fn converse(stream: UnixStream, vmm: Vmm, mut stopped: watch::Receiver<()>) {
     let stream = ClientStream::new(stream);
     let descriptors = stream.descriptors();
     let service = service_fn(move |request| {
-        let mailbox = mailbox.clone();
+        let vmm = vmm.clone();
         // Whatever happens to the request, those that it does not use are closed with it.
         let descriptors = descriptors.take();
-        async move { Ok::<_, Infallible>(handle(request, descriptors, &mailbox).await) }
+        async move { Ok::<_, Infallible>(handle(request, descriptors, &vmm).await) }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -144,11 +153,7 @@ async fn converse(stream: UnixStream, mailbox: Mailbox, mut stopped: watch::Rece
     }
 }
 
-async fn handle(
-    request: Request<Incoming>,
-    descriptors: Vec<OwnedFd>,
-    mailbox: &Mailbox,
-) -> ApiResponse {
+async fn handle(request: Request<Incoming>, descriptors: Vec<OwnedFd>, vmm: &Vmm) -> ApiResponse {
     let path = request.uri().path();
     let Some(route) = routes::find(path) else {
         let what =
@@ -169,14 +174,14 @@ async fn handle(
         (true, false) | (false, true) => {}
     }
     match route.handler {
-        Handler::Ping => ping(),
-        Handler::Bare(action) => ask(route, action(), mailbox).await,
+        Handler::Ping => ping(vmm.pid),
+        Handler::Bare(action) => ask(route, action(), &vmm.mailbox).await,
         Handler::Body(parse) => match parse(&body) {
-            Ok(action) => ask(route, action, mailbox).await,
+            Ok(action) => ask(route, action, &vmm.mailbox).await,
             Err(error) => answer::bad_request(&answer::failed(route.name), &error),
         },
         Handler::BodyAndDescriptors(parse) => match parse(&body, descriptors) {
-            Ok(action) => ask(route, action, mailbox).await,
+            Ok(action) => ask(route, action, &vmm.mailbox).await,
             Err(error) => answer::bad_request(&answer::failed(route.name), &error),
         },
         Handler::Lacking(why) => bad_request(route, why),
@@ -216,7 +221,7 @@ async fn ask(route: &Route, action: Action, mailbox: &Mailbox) -> ApiResponse {
     }
 }
 
-fn ping() -> ApiResponse {
+fn ping(pid: u32) -> ApiResponse {
     #[derive(Serialize)]
     struct Ping {
         build_version: &'static str,
@@ -227,7 +232,7 @@ fn ping() -> ApiResponse {
     answer::json(&Ping {
         build_version: concat!("vmm ", env!("CARGO_PKG_VERSION")),
         version: API_VERSION,
-        pid: std::process::id(),
+        pid,
         features: ["kvm"],
     })
 }

@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io;
+use std::mem;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -17,7 +18,7 @@ use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
     timerfd_settime,
 };
-use tracing::debug;
+use tracing::{debug, warn};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::connection::Connection;
@@ -100,6 +101,8 @@ pub(super) struct Muxer {
     deadlines: BTreeSet<(Instant, u64)>,
     /// When the timer goes off.
     armed: Option<Instant>,
+    /// Whether the log says that this user may not connect to a host program.
+    told_of_denial: bool,
 }
 
 impl Muxer {
@@ -131,6 +134,7 @@ impl Muxer {
             resets: VecDeque::new(),
             deadlines: BTreeSet::new(),
             armed: None,
+            told_of_denial: false,
         })
     }
 
@@ -318,6 +322,15 @@ impl Muxer {
         let socket = match self.listener.connect_port(ports.host) {
             Ok(socket) => socket,
             Err(error) => {
+                let denied = error.kind() == io::ErrorKind::PermissionDenied;
+                if denied && !mem::replace(&mut self.told_of_denial, true) {
+                    warn!(
+                        port = ports.host,
+                        %error,
+                        "a host program's socket is out of the guest's reach: the user that this \
+                         VMM runs as must be able to search its directory and write to it"
+                    );
+                }
                 debug!(?ports, %error, "no host program to connect the guest to");
                 self.refuse(request);
                 return;
