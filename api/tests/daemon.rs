@@ -7,9 +7,10 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::{Child, ChildStderr, Command, Output, Stdio};
+use std::thread;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -171,6 +172,43 @@ impl Daemon {
     }
 }
 
+/// Does as an agent that takes its identity, and returns what it is told.
+fn take_identity(listener: UnixListener) -> Value {
+    let (mut stream, _) = listener.accept().unwrap();
+    let mut reader = BufReader::new(stream.try_clone().unwrap());
+    let mut line = || {
+        let mut line = String::new();
+        reader.read_line(&mut line).unwrap();
+        line.trim_end().to_owned()
+    };
+    assert_eq!(line(), "CONNECT 1024");
+    stream.write_all(b"OK 1073741824\n").unwrap();
+    assert_eq!(line(), "POST /v1/resumed HTTP/1.1");
+    let mut length = 0;
+    loop {
+        let header = line();
+        match header.split_once(": ") {
+            Some((name, value)) if name.eq_ignore_ascii_case("content-length") => {
+                length = value.parse().unwrap();
+            }
+            Some(_) => {}
+            None => break,
+        }
+    }
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body).unwrap();
+    let done = json!({"realtime_ns": 0, "seeded": false, "clock": false, "hostname": false,
+                      "machine_id": false, "problems": []});
+    let done = done.to_string();
+    write!(
+        stream,
+        "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{done}",
+        done.len()
+    )
+    .unwrap();
+    serde_json::from_slice(&body).unwrap()
+}
+
 fn answer(mut stream: TcpStream) -> (u16, Value) {
     let mut text = String::new();
     stream.read_to_string(&mut text).unwrap();
@@ -252,6 +290,8 @@ fn after_a_crash_the_next_daemon_cleans_up() {
     let request = daemon.send("POST", "/v1/sandboxes", "{}");
     let vmm = place.vmm();
     let id = place.id();
+    let vsock = place.path("run/sandboxes").join(&id).join("vsock.sock");
+    let agent = thread::spawn(|| take_identity(UnixListener::bind(vsock).unwrap()));
     let ready = json!({"version": "1", "kernel": "6", "entered_us": 1, "serving_us": 2});
     let socket = place
         .path("run/sandboxes")
@@ -263,6 +303,8 @@ fn after_a_crash_the_next_daemon_cleans_up() {
         .unwrap();
     let (status, sandbox) = answer(request);
     assert_eq!((status, &sandbox["status"]), (201, &json!("running")));
+    let told = agent.join().unwrap();
+    assert_eq!(told["hostname"], json!(id));
     daemon.signal(Signal::KILL);
     daemon.process.wait().unwrap();
     assert!(runs(&vmm), "the VMM has ended with the daemon");

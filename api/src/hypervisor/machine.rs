@@ -160,7 +160,7 @@ impl Machine {
             events: event_writer.as_raw_fd(),
             api: api_listener.as_raw_fd(),
         };
-        let mut command = command::command(config, request, jail, inherited);
+        let mut command = command::command(config, request, chain, jail, inherited);
         let spawned = Instant::now();
         let mut child = command.spawn().map_err(|source| SpawnError::Execute {
             vmm: config.vmm.clone(),
