@@ -626,7 +626,8 @@ proptest! {
                     }
                 }
                 // What ended by itself lets go of its layers a moment later than it is told.
-                while *api.host.layers.lock().unwrap() != api.store.held_layers().await.unwrap() {
+                let there = || api.host.layers.lock().unwrap().clone();
+                while api.store.held_layers().await.unwrap() != there() {
                     tokio::task::yield_now().await;
                 }
                 assert_layers_are_settled(&api).await;

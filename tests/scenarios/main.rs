@@ -19,4 +19,5 @@ mod hostile;
 mod jail;
 mod refusals;
 mod resize;
+mod restore;
 mod vmm_api;

@@ -1,21 +1,40 @@
 //! Disk images and kernels made by hand.
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::Path;
 
-/// Writes an empty qcow2 image of version 3 whose content is that of the raw image `backing`.
-///
-/// Four clusters of 64 KiB (QEMU's docs/interop/qcow2.rst): header, refcount table, refcount
-/// block, L1 table.
+/// Writes an empty qcow2 image whose content is that of the raw image `backing`.
 ///
 /// # Panics
 /// It cannot be written.
 pub fn write_qcow2_overlay(path: &Path, backing: &Path) {
+    let size = fs::metadata(backing).unwrap().len();
+    write_qcow2(path, backing, "raw", size);
+}
+
+/// Writes an empty qcow2 image whose content is that of the qcow2 image `backing`.
+///
+/// # Panics
+/// It cannot be written.
+pub fn write_second_qcow2_overlay(path: &Path, backing: &Path) {
+    let mut header = [0; 32];
+    File::open(backing)
+        .unwrap()
+        .read_exact(&mut header)
+        .unwrap();
+    let size = u64::from_be_bytes(header[24..32].try_into().unwrap());
+    write_qcow2(path, backing, "qcow2", size);
+}
+
+/// Writes an empty qcow2 image of version 3.
+///
+/// Four clusters of 64 KiB (QEMU's docs/interop/qcow2.rst): header, refcount table, refcount
+/// block, L1 table.
+fn write_qcow2(path: &Path, backing: &Path, format: &str, size: u64) {
     const CLUSTER: u64 = 1 << 16;
     /// Guest bytes that one entry of the L1 table covers: an L2 table of 8192 clusters.
     const L1_COVERS: u64 = CLUSTER / 8 * CLUSTER;
-    let size = fs::metadata(backing).unwrap().len();
     let backing = backing.to_str().unwrap();
     let l1_size = u32::try_from(size.div_ceil(L1_COVERS)).unwrap();
     let mut image = vec![0; (4 * CLUSTER) as usize];
@@ -40,8 +59,10 @@ pub fn write_qcow2_overlay(path: &Path, backing: &Path) {
     header.extend_from_slice(&4u32.to_be_bytes());
     header.extend_from_slice(&104u32.to_be_bytes());
     header.extend_from_slice(&0xE279_2ACA_u32.to_be_bytes());
-    header.extend_from_slice(&3u32.to_be_bytes());
-    header.extend_from_slice(b"raw\0\0\0\0\0");
+    header.extend_from_slice(&u32::try_from(format.len()).unwrap().to_be_bytes());
+    let mut padded = [0; 8];
+    padded[..format.len()].copy_from_slice(format.as_bytes());
+    header.extend_from_slice(&padded);
     header.extend_from_slice(&[0; 8]);
     assert_eq!(header.len() as u64, name_offset);
     header.extend_from_slice(backing.as_bytes());

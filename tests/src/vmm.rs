@@ -36,6 +36,7 @@ pub struct Machine {
     terminal: Option<OwnedFd>,
     jailed: bool,
     api: Option<ApiSocket>,
+    restore: Option<String>,
 }
 
 /// How a VMM gets the socket of its API.
@@ -85,6 +86,7 @@ impl Machine {
             terminal: None,
             jailed: false,
             api: None,
+            restore: None,
         }
     }
 
@@ -158,6 +160,13 @@ impl Machine {
         self
     }
 
+    /// Goes on from a snapshot instead of booting: the value of `--restore` but for `config=flags`.
+    #[must_use]
+    pub fn restore(mut self, options: &str) -> Self {
+        self.restore = Some(format!("{options},config=flags"));
+        self
+    }
+
     /// The serial console on a terminal, which becomes the process's own.
     #[must_use]
     pub fn terminal(mut self, terminal: OwnedFd) -> Self {
@@ -173,11 +182,15 @@ impl Machine {
     pub fn start(self) -> Vmm {
         let mut arguments: Vec<String> = Vec::new();
         let mut give = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
-        give("--kernel", self.kernel.display().to_string());
-        if let Some(initramfs) = &self.initramfs {
-            give("--initramfs", initramfs.display().to_string());
+        if let Some(restore) = &self.restore {
+            give("--restore", restore.clone());
+        } else {
+            give("--kernel", self.kernel.display().to_string());
+            if let Some(initramfs) = &self.initramfs {
+                give("--initramfs", initramfs.display().to_string());
+            }
+            give("--cmdline", self.cmdline.clone());
         }
-        give("--cmdline", self.cmdline.clone());
         give("--cpus", self.cpus.clone());
         give("--memory", self.memory.clone());
         let console = self.directory.path().join("console.log");
@@ -364,6 +377,16 @@ impl Vmm {
         serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line:?}"))
     }
 
+    /// Waits until a machine from a snapshot runs.
+    ///
+    /// # Panics
+    /// It does not.
+    #[must_use]
+    pub fn resumed(self) -> Self {
+        self.events.wait_for("\"event\":\"resumed\"");
+        self
+    }
+
     /// The guest's agent.
     pub fn agent(&self) -> &Agent {
         &self.agent
@@ -402,10 +425,17 @@ impl Vmm {
         let address = u32::from_le_bytes(package[3..7].try_into().unwrap());
         let pid = innermost(self.process.pid());
         let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+        // All of it, or the part of it that comes from a snapshot, where it has its place.
         let start = maps.lines().find_map(|line| {
-            let (start, end) = line.split_whitespace().next()?.split_once('-')?;
+            let mut fields = line.split_whitespace();
+            let (start, end) = fields.next()?.split_once('-')?;
             let start = u64::from_str_radix(start, 16).ok()?;
             let size = u64::from_str_radix(end, 16).ok()? - start;
+            let offset = u64::from_str_radix(fields.nth(1)?, 16).ok()?;
+            let is_there = (offset..offset + size).contains(&u64::from(address));
+            if line.ends_with("memory-ranges") && is_there {
+                return Some(start - offset);
+            }
             (size == DEFAULT_MIB << 20).then_some(start)
         });
         let memory = std::fs::File::open(format!("/proc/{pid}/mem")).unwrap();

@@ -1,6 +1,6 @@
 //! The REST API of a `vmm` process.
 
-use std::io::{IoSlice, Read};
+use std::io::{IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
@@ -11,6 +11,31 @@ use serde_json::Value;
 
 use crate::PATIENCE;
 use crate::http::{Request, Response};
+
+/// A connection on which the first bytes of what is written have been sent already.
+struct Sent {
+    stream: UnixStream,
+    sent: usize,
+}
+
+impl Read for Sent {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        self.stream.read(buffer)
+    }
+}
+
+impl Write for Sent {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let skipped = self.sent.min(bytes.len());
+        self.sent -= skipped;
+        self.stream.write_all(&bytes[skipped..])?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.stream.flush()
+    }
+}
 
 /// A client, which makes a connection for each request.
 pub struct VmmApi {
@@ -63,6 +88,29 @@ impl VmmApi {
         let sent = sendmsg(&stream, &bytes, &mut ancillary, SendFlags::empty());
         assert_eq!(sent, Ok(first.len()));
         stream
+    }
+
+    /// A PUT whose first byte takes descriptors along, and the status and body of the answer.
+    ///
+    /// # Panics
+    /// There is no answer.
+    pub fn put_passing(
+        &self,
+        name: &str,
+        body: &Value,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> (u16, Value) {
+        let stream = Sent {
+            stream: self.connect_passing("P", descriptors),
+            sent: 1,
+        };
+        let body = body.to_string();
+        let response = Request::new("PUT", &format!("/api/v1/{name}"))
+            .send(stream, body.as_bytes(), body.len() as u64)
+            .unwrap_or_else(|error| panic!("{name}: {error}"));
+        let status = response.status;
+        let body = response.bytes();
+        (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
     }
 
     /// Returns when the VMM has nothing left of the connections before this one, which stays

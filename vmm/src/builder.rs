@@ -1,50 +1,40 @@
-//! Builds a machine from its configuration. Read top to bottom, this is the order in which a
-//! machine comes into being; it ends paused, before the first instruction of the guest.
+//! Builds a machine from its configuration. Read top to bottom, [`build_for_boot`] is the order in
+//! which a machine comes into being, and [`build_from_snapshot`] that in which one comes back; both
+//! end paused, before the next instruction of the guest.
+
+mod devices;
 
 use std::io;
-use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use event_manager::SubscriberOps;
-use vmm_sys_util::eventfd::EventFd;
+use kvm_ioctls::Kvm;
 
-use crate::arch::x86_64::acpi::{self, AcpiError, VirtioMmioSlot};
+use self::devices::{Board, Devices};
+use crate::arch::x86_64::acpi::{self, AcpiError};
 use crate::arch::x86_64::boot::{self, LoadError};
-use crate::arch::x86_64::layout::{
-    CPU_HOTPLUG_PORT, EVENT_PORT, EVENT_PORT_COUNT, GED_GSI, I8042_COMMAND_PORT, I8042_DATA_PORT,
-    MAX_VIRTIO_DEVICES, PVPANIC_PORT, RESET_PORT, SERIAL_GSI, SERIAL_PORT, SERIAL_PORT_COUNT,
-    SLEEP_CONTROL_PORT, VIRTIO_GSI_START, VIRTIO_MMIO_SIZE, VIRTIO_MMIO_START,
-};
 use crate::arch::x86_64::{regs, reset_vector};
 use crate::config::{ConfigError, ConsoleMode, MemoryConfig, VmConfig};
-use crate::devices::bus::{BusDevice, OverlapError};
-use crate::devices::cpu_hotplug::{self, CpuHotplug, Gate};
-use crate::devices::events::PlatformEvents;
-use crate::devices::legacy::i8042::KeyboardController;
-use crate::devices::legacy::power::PowerRegisters;
-use crate::devices::legacy::pvpanic::PanicPort;
-use crate::devices::legacy::serial::{Output, SerialInput, SerialPort};
-use crate::devices::virtio::balloon::Balloon;
-use crate::devices::virtio::block::{Block, BlockError};
+use crate::devices::bus::OverlapError;
+use crate::devices::virtio::block::BlockError;
 use crate::devices::virtio::mem::Mem;
 use crate::devices::virtio::net::NetError;
 use crate::devices::virtio::rng::RngError;
+use crate::devices::virtio::state::RestoreError;
 use crate::devices::virtio::vsock::VsockError;
-use crate::devices::virtio::worker::{self, Parts, SplitError};
-use crate::devices::virtio::{DeviceHandle, Interrupt, VirtioDevice};
+use crate::devices::virtio::worker::SplitError;
 use crate::devices::vmgenid::{self, GenerationIdError};
 use crate::events::EventStream;
 use crate::exit::ExitSignal;
-use crate::kvm::vcpu::{Buses, VcpuError};
-use crate::kvm::vm::{Vm, VmError};
+use crate::kvm::state::StateError;
+use crate::kvm::vcpu::{Vcpu, VcpuError};
+use crate::kvm::vm::{RestoreVcpusError, Vm, VmError};
 use crate::machine::{self, EventLoop, ExitWatch, Machine};
+use crate::memory::pagemap::Pagemap;
 use crate::memory::{self, AllocateError, GuestMemory, Ram};
-use crate::resources::HostResources;
+use crate::resources::{BootFiles, Devices as HostDevices, HostResources, Origin};
 use crate::sandboxing::JailError;
-
-/// Register of virtio-mmio to which a driver writes the index of the queue that it notifies
-/// (virtio 1.2, 4.2.2).
-const QUEUE_NOTIFY: u64 = 0x50;
+use crate::snapshot::{FileError, Lineage, LoadError as SnapshotLoadError, Loaded, Source};
 
 /// Why a machine could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -100,6 +90,46 @@ pub enum BuildError {
     /// The host ran out of something.
     #[error("the host has no descriptors left")]
     Host(#[from] io::Error),
+    /// A file of the snapshot.
+    #[error(transparent)]
+    SnapshotFile(#[from] FileError),
+    /// The snapshot is of no use here.
+    #[error("cannot read the snapshot")]
+    Snapshot(#[from] SnapshotLoadError),
+    /// The snapshot has other vCPUs.
+    #[error("the snapshot has {saved} vCPUs, and the machine {here}; give it as many as it had")]
+    VcpuCount {
+        /// In the snapshot.
+        saved: usize,
+        /// Of the machine, at most.
+        here: u8,
+    },
+    /// The vCPUs cannot be restored.
+    #[error("cannot restore the vCPUs")]
+    RestoreVcpus(#[from] RestoreVcpusError),
+    /// Interrupt controllers, timer and clock cannot be restored.
+    #[error("cannot restore the virtual machine")]
+    RestoreVm(#[source] StateError),
+    /// The snapshot has other devices.
+    #[error(
+        "the snapshot has {saved} devices, and the machine {here}; disks, cards, socket device and \
+         balloon have to be as many as they were"
+    )]
+    DeviceCount {
+        /// In the snapshot.
+        saved: usize,
+        /// Of the machine.
+        here: usize,
+    },
+    /// A device cannot be restored.
+    #[error("cannot restore the device {name}")]
+    RestoreDevice {
+        /// Its name.
+        name: String,
+        /// Why.
+        #[source]
+        source: RestoreError,
+    },
     /// The process cannot be jailed.
     #[error(transparent)]
     Jail(#[from] JailError),
@@ -108,107 +138,182 @@ pub enum BuildError {
     EventLoop(event_manager::Error),
 }
 
-/// Builds the machine that `config` describes, ready to boot.
+impl BuildError {
+    /// Whether it is the snapshot that is wrong, or wrong for this machine.
+    pub fn is_of_snapshot(&self) -> bool {
+        matches!(
+            self,
+            Self::SnapshotFile(_)
+                | Self::Snapshot(_)
+                | Self::VcpuCount { .. }
+                | Self::RestoreVcpus(_)
+                | Self::DeviceCount { .. }
+                | Self::RestoreDevice { .. }
+        )
+    }
+}
+
+/// Builds the machine that `config` describes, paused before its next instruction: the first one,
+/// or the one after the snapshot.
 ///
 /// `host` is what `config` names, opened: from here on, no path and no privilege is needed.
 ///
 /// # Errors
 /// A file is not what it should be, or KVM refuses.
-pub fn build_for_boot(
+pub fn build(
     config: &VmConfig,
     host: HostResources,
     events: EventStream,
 ) -> Result<Machine, BuildError> {
+    match host.origin {
+        Origin::Boot(boot) => {
+            build_for_boot(config, boot, host.kvm, host.devices, host.pagemap, events)
+        }
+        Origin::Snapshot(source) => {
+            build_from_snapshot(config, source, host.kvm, host.devices, host.pagemap, events)
+        }
+    }
+}
+
+/// A machine before its first instruction.
+fn build_for_boot(
+    config: &VmConfig,
+    files: BootFiles,
+    kvm: Kvm,
+    host: HostDevices,
+    pagemap: Option<Pagemap>,
+    events: EventStream,
+) -> Result<Machine, BuildError> {
     let exit = ExitSignal::new()?;
-    let mut event_loop = EventLoop::new().map_err(BuildError::EventLoop)?;
-    event_loop.add_subscriber(Box::new(ExitWatch(exit.clone())));
+    let mut event_loop = event_loop(&exit)?;
 
     // In this order, so that the owner of the memory is dropped after everything that uses it.
     let (owner, ram, pluggable) = allocate_memory(&config.memory)?;
     let memory = owner.memory().clone();
-    let vm = Vm::new(host.kvm, memory.clone())?;
+    let vm = Vm::new(kvm, memory.clone())?;
     let vcpus = vm.create_vcpus(config.cpus.max_vcpus)?;
     tracing::info!(
         vcpus = vcpus.len(),
         memory = config.memory.size,
         "created the machine"
     );
-
-    let mut devices = DeviceBuilder {
+    let board = Board {
         vm: &vm,
+        vcpus: &vcpus,
         memory: &memory,
         events: &events,
         exit: &exit,
-        buses: Buses::default(),
         event_loop: &mut event_loop,
-        virtio: Vec::new(),
-        handles: Vec::new(),
     };
-    devices.add_legacy()?;
-    let gates = vcpus
-        .iter()
-        .map(|vcpu| vcpu.gate().clone() as Arc<dyn Gate>)
-        .collect();
-    let (platform_events, cpu_hotplug) = devices.add_platform(gates, config.cpus.boot_vcpus)?;
-    if let Some(output) = host.serial {
-        devices.add_serial(output)?;
-    }
-    // Disks come first, then cards, since the guest names them in the order of their slots.
-    for (index, (disk, files)) in config.disks.iter().zip(host.disks).enumerate() {
-        let name = name(&disk.id, "disk", index);
-        let block = Block::with_files(name.clone(), disk, files, events.clone())?;
-        devices.add_virtio(name, block)?;
-    }
-    for (index, (card, net)) in config.net.iter().zip(host.net).enumerate() {
-        devices.add_virtio(name(&card.id, "net", index), net)?;
-    }
-    if let (Some(vsock), Some(device)) = (&config.vsock, host.vsock) {
-        devices.add_virtio(name(&vsock.id, "vsock", 0), device)?;
-    }
-    devices.add_virtio("__rng".to_owned(), host.rng)?;
-    if let Some(balloon) = &config.balloon {
-        let balloon = Balloon::new(balloon, config.memory.size);
-        devices.add_virtio("__balloon".to_owned(), balloon)?;
-    }
-    if let Some(mem) = pluggable {
-        devices.add_virtio("__mem".to_owned(), mem)?;
-    }
-    let DeviceBuilder {
-        buses,
-        virtio,
-        handles,
-        ..
-    } = devices;
+    let devices = board.connect(config, host, pluggable, None)?;
+
     // The kernel is told of the RAM alone; what is plugged in, its driver finds.
-    let cmdline = config.payload.cmdline.as_deref().unwrap_or_default();
-    let entry = boot::load(&ram, host.kernel, host.initramfs, cmdline)?;
+    let cmdline = config
+        .payload
+        .as_ref()
+        .and_then(|payload| payload.cmdline.as_deref());
+    let entry = boot::load(
+        &ram,
+        files.kernel,
+        files.initramfs,
+        cmdline.unwrap_or_default(),
+    )?;
     let has_serial = config.serial.mode != ConsoleMode::Off;
-    acpi::write_tables(&memory, config.cpus, has_serial, &virtio)?;
+    acpi::write_tables(&memory, config.cpus, has_serial, &devices.virtio)?;
     regs::write_boot_tables(&memory).map_err(LoadError::Memory)?;
     reset_vector::write(&memory).map_err(LoadError::Memory)?;
     vmgenid::renew(&memory)?;
+    for vcpu in &vcpus {
+        vcpu.set_boot_state(entry)?;
+    }
     tracing::info!(entry = format_args!("{:#x}", entry.0), "loaded the guest");
 
-    let buses = Arc::new(buses);
+    let lineage = Lineage::new(pagemap);
+    assemble(event_loop, exit, vm, vcpus, devices, owner, lineage)
+}
+
+/// A machine that goes on where another one was when it was saved.
+///
+/// Every step needs what those before it have set, and what they set would be lost if it came
+/// later: KVM gives a vCPU its local APIC only after the interrupt controllers are there; devices
+/// raise interrupts, which would be overwritten by the state of the controllers.
+fn build_from_snapshot(
+    config: &VmConfig,
+    source: Source,
+    kvm: Kvm,
+    host: HostDevices,
+    pagemap: Option<Pagemap>,
+    events: EventStream,
+) -> Result<Machine, BuildError> {
+    let exit = ExitSignal::new()?;
+    let mut event_loop = event_loop(&exit)?;
+
+    let (owner, _, pluggable) = allocate_memory(&config.memory)?;
+    let memory = owner.memory().clone();
+    let Loaded { state, lineage } = source.load(&memory, pagemap)?;
+    if state.vcpus.len() != usize::from(config.cpus.max_vcpus) {
+        return Err(BuildError::VcpuCount {
+            saved: state.vcpus.len(),
+            here: config.cpus.max_vcpus,
+        });
+    }
+    let vm = Vm::new(kvm, memory.clone())?;
+    let vcpus = vm.restore_vcpus(&state.vcpus)?;
+    vm.restore(&state.vm).map_err(BuildError::RestoreVm)?;
+    tracing::info!(vcpus = vcpus.len(), "restored the machine");
+    let board = Board {
+        vm: &vm,
+        vcpus: &vcpus,
+        memory: &memory,
+        events: &events,
+        exit: &exit,
+        event_loop: &mut event_loop,
+    };
+    let devices = board.connect(config, host, pluggable, Some(&state))?;
+    devices.cpu_hotplug.restore(state.cpu_hotplug);
+
+    // The guest finds that it is another one before it does anything else.
+    vmgenid::renew(&memory)?;
+    devices.platform_events.restore(state.platform_events)?;
+    tracing::info!(devices = devices.handles.len(), "restored the devices");
+
+    assemble(event_loop, exit, vm, vcpus, devices, owner, lineage)
+}
+
+fn event_loop(exit: &ExitSignal) -> Result<EventLoop, BuildError> {
+    let mut event_loop = EventLoop::new().map_err(BuildError::EventLoop)?;
+    event_loop.add_subscriber(Box::new(ExitWatch(exit.clone())));
+    Ok(event_loop)
+}
+
+/// The end of both ways: the vCPUs get their threads.
+fn assemble(
+    event_loop: EventLoop,
+    exit: ExitSignal,
+    vm: Vm,
+    vcpus: Vec<Vcpu>,
+    devices: Devices,
+    ram: Ram,
+    lineage: Lineage,
+) -> Result<Machine, BuildError> {
+    let buses = Arc::new(devices.buses);
     let vcpus = vcpus
         .into_iter()
-        .map(|vcpu| {
-            vcpu.set_boot_state(entry)?;
-            vcpu.spawn(buses.clone(), exit.clone())
-        })
+        .map(|vcpu| vcpu.spawn(buses.clone(), exit.clone()))
         .collect::<Result<Vec<_>, VcpuError>>()?;
-
     Ok(Machine {
         event_loop,
         exit,
         parts: machine::Parts {
             vcpus,
-            devices: handles,
+            devices: devices.handles,
             _buses: buses,
-            _vm: vm,
-            platform_events,
-            cpu_hotplug,
-            ram: owner,
+            vm,
+            platform_events: devices.platform_events,
+            cpu_hotplug: devices.cpu_hotplug,
+            serial: devices.serial,
+            lineage,
+            ram,
         },
     })
 }
@@ -228,145 +333,4 @@ fn allocate_memory(
         }
     };
     Ok((Ram::new(memory), ram, pluggable))
-}
-
-fn eventfd() -> io::Result<EventFd> {
-    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
-}
-
-/// Connects devices to the machine, one after the other.
-struct DeviceBuilder<'a> {
-    vm: &'a Vm,
-    memory: &'a GuestMemory,
-    events: &'a EventStream,
-    exit: &'a ExitSignal,
-    buses: Buses,
-    event_loop: &'a mut EventLoop,
-    virtio: Vec<VirtioMmioSlot>,
-    handles: Vec<DeviceHandle>,
-}
-
-impl DeviceBuilder<'_> {
-    fn add_ports(
-        &mut self,
-        first: u16,
-        count: u16,
-        device: impl BusDevice + 'static,
-    ) -> Result<(), OverlapError> {
-        let device = Arc::new(Mutex::new(device));
-        self.buses
-            .pio
-            .insert(u64::from(first), u64::from(count), device)
-    }
-
-    fn add_legacy(&mut self) -> Result<(), BuildError> {
-        let exit = || self.exit.clone();
-        let (keyboard, panic, power) = (
-            KeyboardController::new(exit()),
-            PanicPort::new(exit()),
-            PowerRegisters::new(exit()),
-        );
-        self.add_ports(
-            I8042_DATA_PORT,
-            I8042_COMMAND_PORT - I8042_DATA_PORT + 1,
-            keyboard,
-        )?;
-        self.add_ports(PVPANIC_PORT, 1, panic)?;
-        self.add_ports(
-            SLEEP_CONTROL_PORT,
-            RESET_PORT - SLEEP_CONTROL_PORT + 1,
-            power,
-        )?;
-        Ok(())
-    }
-
-    /// What the guest's ACPI is told by: the events, and the vCPUs with these gates.
-    fn add_platform(
-        &mut self,
-        gates: Vec<Arc<dyn Gate>>,
-        boot_vcpus: u8,
-    ) -> Result<(PlatformEvents, CpuHotplug), BuildError> {
-        let events = PlatformEvents::new(eventfd()?);
-        self.vm.register_irqfd(events.irqfd(), GED_GSI)?;
-        self.add_ports(EVENT_PORT, EVENT_PORT_COUNT, events.register())?;
-        let cpus = CpuHotplug::new(gates, boot_vcpus, events.clone(), self.events.clone());
-        self.add_ports(
-            CPU_HOTPLUG_PORT,
-            cpu_hotplug::REGISTERS_SIZE,
-            cpus.registers(),
-        )?;
-        Ok((events, cpus))
-    }
-
-    fn add_serial(&mut self, output: Output) -> Result<(), BuildError> {
-        let is_terminal = matches!(output, Output::Stdout);
-        let irqfd = eventfd()?;
-        self.vm.register_irqfd(&irqfd, SERIAL_GSI)?;
-        let port = SerialPort::new(irqfd, output)?;
-        if is_terminal {
-            let input = std::fs::File::from(io::stdin().as_fd().try_clone_to_owned()?);
-            let input = SerialInput::new(port.clone(), input, self.exit.clone());
-            self.event_loop.add_subscriber(Box::new(input));
-        }
-        self.add_ports(SERIAL_PORT, SERIAL_PORT_COUNT, port)?;
-        Ok(())
-    }
-
-    fn add_virtio(
-        &mut self,
-        name: String,
-        device: impl VirtioDevice + 'static,
-    ) -> Result<(), BuildError> {
-        let index = self.virtio.len();
-        if index == MAX_VIRTIO_DEVICES {
-            return Err(ConfigError::Devices {
-                count: index + 1,
-                max: MAX_VIRTIO_DEVICES,
-            }
-            .into());
-        }
-        // Below the I/O APIC and the last interrupt line, as the limit just checked ensures.
-        let address = VIRTIO_MMIO_START + index as u64 * VIRTIO_MMIO_SIZE;
-        let gsi = VIRTIO_GSI_START + index as u32;
-        let interrupt = Interrupt::new(eventfd()?);
-        self.vm.register_irqfd(interrupt.irqfd(), gsi)?;
-        tracing::debug!(
-            name,
-            address = format_args!("{address:#x}"),
-            gsi,
-            "virtio device"
-        );
-
-        let Parts {
-            transport,
-            worker,
-            handle,
-            notifications,
-        } = worker::split(
-            name,
-            device,
-            self.memory.clone(),
-            interrupt,
-            self.events.clone(),
-        )?;
-        for (queue, notification) in (0..).zip(&notifications) {
-            self.vm
-                .register_ioeventfd(notification, address + QUEUE_NOTIFY, queue)?;
-        }
-        self.buses
-            .mmio
-            .insert(address, VIRTIO_MMIO_SIZE, Arc::new(Mutex::new(transport)))?;
-        self.event_loop.add_subscriber(Box::new(worker));
-        self.handles.push(handle);
-        self.virtio.push(VirtioMmioSlot {
-            address: address as u32,
-            size: VIRTIO_MMIO_SIZE as u32,
-            gsi,
-        });
-        Ok(())
-    }
-}
-
-fn name(id: &Option<String>, kind: &str, index: usize) -> String {
-    id.clone().unwrap_or_else(|| format!("{kind}{index}"))
 }

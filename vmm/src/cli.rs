@@ -6,14 +6,17 @@ use std::fs::File;
 use std::os::fd::{FromRawFd, RawFd};
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{ArgGroup, Args, Parser, Subcommand};
 
 use crate::api::ApiTarget;
 use crate::config::{
-    BalloonConfig, ConsoleConfig, ConsoleMode, CpusConfig, DiskConfig, HotplugMethod, ImageType,
-    MemoryConfig, NetConfig, PayloadConfig, RngConfig, SerialConfig, VmConfig, VsockConfig,
+    BackingImage, BalloonConfig, ConsoleConfig, ConsoleMode, CpusConfig, DiskConfig, HotplugMethod,
+    ImageType, MemoryConfig, NetConfig, PayloadConfig, RngConfig, SerialConfig, VmConfig,
+    VsockConfig,
 };
+use crate::control::request::{Changes, Restore};
 use crate::sandboxing::JailConfig;
+use crate::snapshot::RestoreConfig;
 use options::Options;
 
 /// Boots Linux in a virtual machine of its own.
@@ -28,7 +31,8 @@ use options::Options;
     name = "vmm",
     version,
     args_conflicts_with_subcommands = true,
-    subcommand_negates_reqs = true
+    subcommand_negates_reqs = true,
+    group = ArgGroup::new("origin").args(["kernel", "restore"])
 )]
 pub struct Cli {
     /// What to do instead of booting.
@@ -56,7 +60,7 @@ pub enum Command {
 #[derive(Debug, Args)]
 pub struct BootArgs {
     /// Kernel: an ELF vmlinux or a bzImage.
-    #[arg(long, value_name = "PATH", required_unless_present = "api_socket")]
+    #[arg(long, value_name = "PATH", required_unless_present_any = ["api_socket", "restore"])]
     pub kernel: Option<PathBuf>,
     /// Initial RAM file system.
     #[arg(long, requires = "kernel", value_name = "PATH")]
@@ -69,43 +73,55 @@ pub struct BootArgs {
         default_value = "console=ttyS0 panic=1"
     )]
     pub cmdline: String,
-    /// vCPUs: boot=N[,max=N], 1 to 32.
-    #[arg(long, requires = "kernel", value_name = "OPTIONS", default_value = "boot=1", value_parser = parse_cpus)]
-    pub cpus: CpusConfig,
-    /// RAM: size=N[K|M|G], in steps of 1 MiB [,thp=on|off: huge pages, on by default]
+    /// Go on from a snapshot instead of booting: source_url=file:///DIR
+    /// [,base_url=[file:///DIR,...]: the snapshots that it is based on, nearest first]
+    /// [,config=snapshot|flags][,resume=on|off][,prefault=on|off: read all memory at once]
+    /// [,verify=on|off: compare the checksum of all memory].
+    ///
+    /// With config=snapshot, the default, the machine is the one that the snapshot is of, and
+    /// --disk, --net, --vsock and --serial, if they are given, take the place of its own. With
+    /// config=flags the flags say all of it, as for a boot, and nothing that the snapshot says of
+    /// paths is read.
+    #[arg(long, value_name = "OPTIONS", value_parser = parse_restore)]
+    pub restore: Option<RestoreArgs>,
+    /// vCPUs: boot=N[,max=N], 1 to 32 [default: boot=1].
+    #[arg(long, requires = "origin", value_name = "OPTIONS", value_parser = parse_cpus)]
+    pub cpus: Option<CpusConfig>,
+    /// RAM [default: size=512M]: size=N[K|M|G], in steps of 1 MiB [,thp=on|off: huge pages, on by default]
     /// [,hotplug_method=virtio-mem,hotplug_size=N: what can be plugged in later, in steps of
     /// 128 MiB[,hotplugged_size=N: what of it is plugged in at once]].
-    #[arg(long, requires = "kernel", value_name = "OPTIONS", default_value = "size=512M", value_parser = parse_memory)]
-    pub memory: MemoryConfig,
+    #[arg(long, requires = "origin", value_name = "OPTIONS", value_parser = parse_memory)]
+    pub memory: Option<MemoryConfig>,
     /// Disk: path=PATH[,readonly=on|off][,image_type=raw|qcow2][,backing_files=on|off]
-    /// [,id=NAME][,serial=TEXT][,num_queues=N][,queue_size=N][,direct=on|off][,sparse=on|off]
+    /// [,backing=[TYPE:PATH,...]: the images that a qcow2 image builds on, nearest first, whatever
+    /// it says of them][,id=NAME][,serial=TEXT][,num_queues=N][,queue_size=N][,direct=on|off][,sparse=on|off]
     /// and rate limits. May be given several times.
     ///
     /// Rate limits, of disks and network cards: bw_size=BYTES,bw_refill_time=MS
     /// [,bw_one_time_burst=BYTES] for bytes, and ops_size, ops_refill_time, ops_one_time_burst for
     /// requests or frames.
-    #[arg(long = "disk", requires = "kernel", value_name = "OPTIONS", value_parser = parse_disk)]
+    #[arg(long = "disk", requires = "origin", value_name = "OPTIONS", value_parser = parse_disk)]
     pub disks: Vec<DiskConfig>,
     /// Network card: tap=NAME|fd=N|fd=[N,N...][,mac=ADDRESS][,id=NAME][,num_queues=N][,queue_size=N]
     /// [,offload_tso=on|off][,offload_ufo=on|off][,offload_csum=on|off] and rate limits. May be
     /// given several times.
-    #[arg(long, requires = "kernel", value_name = "OPTIONS", value_parser = parse_net)]
+    #[arg(long, requires = "origin", value_name = "OPTIONS", value_parser = parse_net)]
     pub net: Vec<NetConfig>,
     /// Socket device: cid=N,socket=PATH[,id=NAME].
-    #[arg(long, requires = "kernel", value_name = "OPTIONS", value_parser = parse_vsock)]
+    #[arg(long, requires = "origin", value_name = "OPTIONS", value_parser = parse_vsock)]
     pub vsock: Option<VsockConfig>,
-    /// Entropy source: src=PATH.
-    #[arg(long, requires = "kernel", value_name = "OPTIONS", default_value = "src=/dev/urandom", value_parser = parse_rng)]
-    pub rng: RngConfig,
+    /// Entropy source: src=PATH [default: src=/dev/urandom].
+    #[arg(long, requires = "origin", value_name = "OPTIONS", value_parser = parse_rng)]
+    pub rng: Option<RngConfig>,
     /// Memory balloon: size=N[K|M|G][,deflate_on_oom=on|off][,free_page_reporting=on|off].
-    #[arg(long, requires = "kernel", value_name = "OPTIONS", value_parser = parse_balloon)]
+    #[arg(long, requires = "origin", value_name = "OPTIONS", value_parser = parse_balloon)]
     pub balloon: Option<BalloonConfig>,
-    /// Serial port: tty, null, off or file=PATH.
-    #[arg(long, requires = "kernel", value_name = "MODE", default_value = "null", value_parser = parse_serial)]
-    pub serial: SerialConfig,
+    /// Serial port: tty, null, off or file=PATH [default: null].
+    #[arg(long, requires = "origin", value_name = "MODE", value_parser = parse_serial)]
+    pub serial: Option<SerialConfig>,
     /// Paravirtualized console: off (this VMM has none).
-    #[arg(long, requires = "kernel", value_name = "MODE", default_value = "off", value_parser = parse_console)]
-    pub console: ConsoleConfig,
+    #[arg(long, requires = "origin", value_name = "MODE", value_parser = parse_console)]
+    pub console: Option<ConsoleConfig>,
     /// Where to report events, one JSON object a line: fd=N or path=PATH.
     #[arg(long, value_name = "TARGET", value_parser = parse_event_target)]
     pub event_monitor: Option<EventTarget>,
@@ -126,32 +142,97 @@ pub struct BootArgs {
     /// Guest programs reach sockets of the host only if that user may search the directory of
     /// the socket device's socket and write to theirs.
     #[arg(long, value_name = "OPTIONS", num_args = 0..=1, default_missing_value = "",
-        value_parser = parse_jail, requires = "kernel")]
+        value_parser = parse_jail, requires = "origin")]
     pub jail: Option<JailConfig>,
     /// Tell more about what the VMM does; up to three times.
     #[arg(short, action = clap::ArgAction::Count)]
     pub verbose: u8,
 }
 
+/// What the VMM has to do when it has started.
+#[derive(Debug)]
+pub enum Start {
+    /// Nothing: it waits to be asked through its API.
+    Nothing,
+    /// Boot a machine.
+    Boot(Box<VmConfig>),
+    /// Let a machine go on.
+    Restore(Box<Restore>),
+}
+
+/// What `--restore` says.
+#[derive(Debug, Clone)]
+pub struct RestoreArgs {
+    snapshot: RestoreConfig,
+    /// Whether the flags say what the machine is.
+    config_by_flags: bool,
+    resume: bool,
+}
+
 impl BootArgs {
-    /// The machine that the flags describe; `None` without a kernel.
-    pub fn vm_config(&self) -> Option<VmConfig> {
-        Some(VmConfig {
-            cpus: self.cpus,
-            memory: self.memory,
-            payload: PayloadConfig {
-                kernel: self.kernel.clone()?,
-                cmdline: Some(self.cmdline.clone()),
-                initramfs: self.initramfs.clone(),
-            },
+    /// What the flags ask for.
+    ///
+    /// # Errors
+    /// Some of them contradict each other.
+    pub fn start(&self) -> Result<Start, String> {
+        let Some(restore) = &self.restore else {
+            return Ok(match &self.kernel {
+                None => Start::Nothing,
+                Some(kernel) => Start::Boot(Box::new(self.config(Some(PayloadConfig {
+                    kernel: kernel.clone(),
+                    cmdline: Some(self.cmdline.clone()),
+                    initramfs: self.initramfs.clone(),
+                })))),
+            });
+        };
+        let (config, changes) = if restore.config_by_flags {
+            (Some(self.config(None)), Changes::default())
+        } else {
+            for (flag, given) in [
+                ("--cpus", self.cpus.is_some()),
+                ("--memory", self.memory.is_some()),
+                ("--rng", self.rng.is_some()),
+                ("--balloon", self.balloon.is_some()),
+                ("--console", self.console.is_some()),
+            ] {
+                if given {
+                    return Err(format!(
+                        "{flag} has no say in what the snapshot is of; leave it out, or describe \
+                         the whole machine and add config=flags to --restore"
+                    ));
+                }
+            }
+            let changes = Changes {
+                disks: self.disks.clone(),
+                net: self.net.clone(),
+                vsock: self.vsock.clone(),
+                serial: self.serial.clone(),
+            };
+            (None, changes)
+        };
+        Ok(Start::Restore(Box::new(Restore {
+            snapshot: restore.snapshot.clone(),
+            config,
+            changes,
+            descriptors: Vec::new(),
+            resume: restore.resume,
+        })))
+    }
+
+    /// The machine that the flags describe.
+    fn config(&self, payload: Option<PayloadConfig>) -> VmConfig {
+        VmConfig {
+            cpus: self.cpus.unwrap_or_default(),
+            memory: self.memory.unwrap_or_default(),
+            payload,
             disks: self.disks.clone(),
             net: self.net.clone(),
-            rng: self.rng.clone(),
+            rng: self.rng.clone().unwrap_or_default(),
             balloon: self.balloon,
-            serial: self.serial.clone(),
-            console: self.console.clone(),
+            serial: self.serial.clone().unwrap_or_default(),
+            console: self.console.clone().unwrap_or_default(),
             vsock: self.vsock.clone(),
-        })
+        }
     }
 }
 
@@ -183,6 +264,47 @@ impl EventTarget {
             }
             Self::Path(path) => File::options().create(true).append(true).open(path),
         }
+    }
+}
+
+fn parse_restore(text: &str) -> Result<RestoreArgs, String> {
+    let known = [
+        "source_url",
+        "base_url",
+        "config",
+        "resume",
+        "prefault",
+        "verify",
+    ];
+    let options = Options::parse(text, &known)?;
+    let directory = |url: &str| match url.strip_prefix("file://") {
+        Some(path) if path.starts_with('/') => Ok(PathBuf::from(path)),
+        _ => Err(format!("{url:?} is no directory: expected file:///PATH")),
+    };
+    let bases = options.list("base_url");
+    Ok(RestoreArgs {
+        snapshot: RestoreConfig {
+            source: directory(options.required("source_url")?)?,
+            bases: bases.map(directory).collect::<Result<_, _>>()?,
+            prefault: options.switch("prefault", false)?,
+            verify: options.switch("verify", false)?,
+        },
+        config_by_flags: match options.text("config") {
+            None | Some("snapshot") => false,
+            Some("flags") => true,
+            Some(other) => return Err(format!("config={other}: expected snapshot or flags")),
+        },
+        resume: options.switch("resume", true)?,
+    })
+}
+
+fn parse_image_type(text: &str) -> Result<ImageType, String> {
+    match text {
+        "raw" => Ok(ImageType::Raw),
+        "qcow2" => Ok(ImageType::Qcow2),
+        other => Err(format!(
+            "{other:?} is no type of image: expected raw or qcow2"
+        )),
     }
 }
 
@@ -245,6 +367,7 @@ fn parse_disk(text: &str) -> Result<DiskConfig, String> {
         "readonly",
         "image_type",
         "backing_files",
+        "backing",
         "id",
         "serial",
         "num_queues",
@@ -257,12 +380,20 @@ fn parse_disk(text: &str) -> Result<DiskConfig, String> {
     Ok(DiskConfig {
         id: options.text("id").map(str::to_owned),
         readonly: options.switch("readonly", false)?,
-        image_type: match options.text("image_type") {
-            None | Some("raw") => ImageType::Raw,
-            Some("qcow2") => ImageType::Qcow2,
-            Some(other) => return Err(format!("image_type={other}: expected raw or qcow2")),
-        },
+        image_type: parse_image_type(options.text("image_type").unwrap_or("raw"))?,
         backing_files: options.switch("backing_files", false)?,
+        backing: options
+            .list("backing")
+            .map(|image| {
+                let (kind, path) = image
+                    .split_once(':')
+                    .ok_or_else(|| format!("backing={image}: expected TYPE:PATH"))?;
+                Ok(BackingImage {
+                    image_type: parse_image_type(kind)?,
+                    path: path.into(),
+                })
+            })
+            .collect::<Result<_, String>>()?,
         serial: options.text("serial").map(str::to_owned),
         num_queues: options.get("num_queues")?.unwrap_or(default.num_queues),
         queue_size: options.get("queue_size")?.unwrap_or(default.queue_size),
@@ -303,11 +434,7 @@ fn parse_net(text: &str) -> Result<NetConfig, String> {
 
 /// One descriptor that the VMM inherited, or a list of them in brackets.
 fn parse_descriptors(text: &str) -> Result<Vec<RawFd>, String> {
-    let list = text
-        .strip_prefix('[')
-        .and_then(|list| list.strip_suffix(']'))
-        .unwrap_or(text);
-    list.split(',')
+    options::elements(text)
         .map(|fd| match fd.parse() {
             Ok(fd @ 3..) => Ok(fd),
             _ => Err(format!(
@@ -428,7 +555,9 @@ mod tests {
              --balloon size=64M,free_page_reporting=on --event-monitor fd=5",
         )
         .unwrap();
-        let config = cli.boot.vm_config().unwrap();
+        let Start::Boot(config) = cli.boot.start().unwrap() else {
+            panic!("no machine to boot")
+        };
         assert_eq!(
             config.cpus,
             CpusConfig {
@@ -546,11 +675,55 @@ mod tests {
     }
 
     #[test]
+    fn a_machine_goes_on_as_it_was_or_as_the_flags_say() {
+        let restore = |arguments| match parse(arguments).unwrap().boot.start() {
+            Ok(Start::Restore(restore)) => Ok(restore),
+            Ok(other) => panic!("{other:?}"),
+            Err(error) => Err(error),
+        };
+        let as_it_was = restore(
+            "--restore source_url=file:///s,base_url=[file:///b,file:///a],resume=off \
+             --disk path=d,image_type=qcow2,backing=[qcow2:/e,raw:/f]",
+        )
+        .unwrap();
+        let snapshot = &as_it_was.snapshot;
+        assert_eq!(snapshot.source, PathBuf::from("/s"));
+        assert_eq!(snapshot.bases, [PathBuf::from("/b"), PathBuf::from("/a")]);
+        assert!(!as_it_was.resume && as_it_was.config.is_none());
+        let disk = &as_it_was.changes.disks[0];
+        let image = |image_type, path: &str| BackingImage {
+            image_type,
+            path: path.into(),
+        };
+        let chain = [image(ImageType::Qcow2, "/e"), image(ImageType::Raw, "/f")];
+        assert_eq!(disk.backing, chain);
+
+        let flags = "--restore source_url=file:///s,config=flags --memory size=64M --cpus boot=2";
+        let as_flags_say = restore(flags).unwrap();
+        let config = as_flags_say.config.unwrap();
+        assert_eq!((config.memory.size, config.cpus.boot_vcpus), (64 << 20, 2));
+        assert!(config.payload.is_none() && as_flags_say.resume);
+
+        let error = restore("--restore source_url=file:///s --memory size=64M").unwrap_err();
+        assert!(error.starts_with("--memory has no say"), "{error}");
+        for bad in [
+            "--restore source_url=/s",
+            "--restore base_url=file:///s",
+            "--restore source_url=file:///s,config=what",
+            "--restore source_url=file:///s --kernel k",
+            "--memory size=64M",
+        ] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
     fn the_api_needs_no_kernel() {
         let cli = parse("--api-socket /run/api.sock --no-shutdown").unwrap();
         let path = ApiTarget::Path("/run/api.sock".into());
         assert_eq!(cli.boot.api_socket, Some(path.clone()));
-        assert!(cli.boot.no_shutdown && cli.boot.vm_config().is_none());
+        assert!(cli.boot.no_shutdown);
+        assert!(matches!(cli.boot.start(), Ok(Start::Nothing)));
         let cli = parse("--api-socket path=/run/api.sock --kernel k").unwrap();
         assert_eq!(cli.boot.api_socket, Some(path));
         let cli = parse("--api-socket fd=7").unwrap();

@@ -24,8 +24,9 @@ pub struct VmConfig {
     /// RAM.
     #[serde(default)]
     pub memory: MemoryConfig,
-    /// What to boot.
-    pub payload: PayloadConfig,
+    /// What to boot. A machine that goes on from a snapshot boots nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub payload: Option<PayloadConfig>,
     /// Disks, in the order in which the guest finds them (`vda` first).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskConfig>,
@@ -68,6 +69,10 @@ pub struct DiskConfig {
     /// a path on the host.
     #[serde(default)]
     pub backing_files: bool,
+    /// The images that a qcow2 image builds on, nearest first. What the images name is then not
+    /// looked at: they may have been written by somebody who would like other files to be opened.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub backing: Vec<BackingImage>,
     /// Serial number that the guest reads, at most 20 bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<String>,
@@ -88,6 +93,16 @@ pub struct DiskConfig {
     pub rate_limiter_config: Option<RateLimiterConfig>,
 }
 
+/// An image that another one builds on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BackingImage {
+    /// Image file. It is only read.
+    pub path: PathBuf,
+    /// How the image is read.
+    pub image_type: ImageType,
+}
+
 impl DiskConfig {
     /// The disk in the raw image at `path`, with the defaults of everything else.
     pub fn new(path: impl Into<PathBuf>) -> Self {
@@ -97,6 +112,7 @@ impl DiskConfig {
             readonly: false,
             image_type: ImageType::default(),
             backing_files: false,
+            backing: Vec::new(),
             serial: None,
             num_queues: one_queue(),
             queue_size: default_disk_queue_size(),
@@ -111,6 +127,9 @@ impl DiskConfig {
             return Err(ConfigError::DiskSerial {
                 serial: serial.clone(),
             });
+        }
+        if !self.backing.is_empty() && (self.image_type == ImageType::Raw || self.backing_files) {
+            return Err(ConfigError::DiskBacking);
         }
         if !(1..=MAX_DISK_QUEUES).contains(&self.num_queues) {
             return Err(ConfigError::DiskQueues {
@@ -424,6 +443,21 @@ impl Default for ConsoleConfig {
 }
 
 impl VmConfig {
+    /// Checks everything that can be known before the machine is built, and that there is something
+    /// for it to boot.
+    ///
+    /// # Errors
+    /// The first thing found wrong, with what was expected.
+    pub fn validate_for_boot(&self) -> Result<(), ConfigError> {
+        self.validate()?;
+        let payload = self.payload.as_ref().ok_or(ConfigError::NoPayload)?;
+        readable("kernel", &payload.kernel)?;
+        match &payload.initramfs {
+            Some(initramfs) => readable("initramfs", initramfs),
+            None => Ok(()),
+        }
+    }
+
     /// Checks everything that can be known before the machine is built.
     ///
     /// # Errors
@@ -451,10 +485,6 @@ impl VmConfig {
                 size: balloon.size,
                 memory: size,
             });
-        }
-        readable("kernel", &self.payload.kernel)?;
-        if let Some(initramfs) = &self.payload.initramfs {
-            readable("initramfs", initramfs)?;
         }
         for disk in &self.disks {
             readable("disk", &disk.path)?;

@@ -16,7 +16,7 @@ use kvm_bindings::{kvm_regs, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, is_zero};
 
 const HEADER_SIZE: u64 = 64;
 const PROGRAM_HEADER_SIZE: u64 = 56;
@@ -149,7 +149,7 @@ fn write_region(
             .read_slice(chunk, address)
             .map_err(io::Error::other)?;
         for (index, page) in (0u64..).zip(chunk.chunks(PAGE)) {
-            if page.iter().any(|byte| *byte != 0) {
+            if !is_zero(page) {
                 let at = offset + done + index * PAGE as u64;
                 file.seek(SeekFrom::Start(at))?;
                 file.write_all(page)?;

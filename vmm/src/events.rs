@@ -22,6 +22,10 @@ pub enum Event {
     Paused,
     /// The guest runs on.
     Resumed,
+    /// The machine has been written to files; its guest is still stopped.
+    Snapshotted,
+    /// The machine of a snapshot has been built; its guest does not run yet.
+    Restored,
     /// The virtual machine has been removed from the VMM.
     Deleted,
     /// The guest has taken note of new vCPUs, or given one up.

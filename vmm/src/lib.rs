@@ -22,6 +22,7 @@ pub mod rate_limiter;
 pub mod resources;
 pub mod sandboxing;
 pub mod signals;
+pub mod snapshot;
 pub mod terminal;
 
 /// An error and everything that caused it, in one line, outermost first.

@@ -21,6 +21,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use crate::devices::cpu_hotplug::CpuHotplug;
 use crate::devices::events::{PlatformEvent, PlatformEvents};
+use crate::devices::legacy::serial::SerialPort;
 use crate::devices::virtio::{ControlError, Counters, DeviceHandle};
 use crate::exit::{ExitReason, ExitSignal};
 use crate::kvm::vcpu::{Buses, StoppedError, VcpuHandle};
@@ -28,6 +29,7 @@ use crate::kvm::vm::Vm;
 use crate::memory::{GuestMemory, Ram};
 use crate::sandboxing::ThreadKind;
 use crate::sandboxing::seccomp;
+use crate::snapshot::{Destination, Lineage, MachineState, SnapshotError};
 
 /// Stack of a thread, in bytes. None needs more, and one of the default 2 MiB may be given a huge
 /// page where the host has them for all, all of which then counts as used.
@@ -52,9 +54,12 @@ pub(crate) struct Parts {
     pub(crate) vcpus: Vec<VcpuHandle>,
     pub(crate) devices: Vec<DeviceHandle>,
     pub(crate) _buses: Arc<Buses>,
-    pub(crate) _vm: Vm,
+    pub(crate) vm: Vm,
     pub(crate) platform_events: PlatformEvents,
     pub(crate) cpu_hotplug: CpuHotplug,
+    pub(crate) serial: Option<SerialPort>,
+    /// What the memory is mapped from.
+    pub(crate) lineage: Lineage,
     pub(crate) ram: Ram,
 }
 
@@ -112,6 +117,12 @@ impl RunningMachine {
         for device in &self.parts.devices {
             device.resume().map_err(|_| StoppedError)?;
         }
+        for vcpu in &self.parts.vcpus {
+            // So that the guest's watchdogs do not take the pause for a hang. At its end, since it
+            // is the guest's next look at the clock that is to know. KVM refuses it for a guest
+            // that does not use its clock, which has no such watchdog either.
+            let _ = vcpu.with_fd(VcpuFd::kvmclock_ctrl)?;
+        }
         self.parts.vcpus.iter().try_for_each(VcpuHandle::resume)
     }
 
@@ -122,11 +133,6 @@ impl RunningMachine {
     /// The machine has ended.
     pub fn pause(&self) -> Result<(), StoppedError> {
         self.parts.vcpus.iter().try_for_each(VcpuHandle::pause)?;
-        for vcpu in &self.parts.vcpus {
-            // So that the guest's watchdogs do not take the pause for a hang. KVM refuses it for
-            // a guest that does not use its clock, which has no such watchdog either.
-            let _ = vcpu.with_fd(VcpuFd::kvmclock_ctrl)?;
-        }
         for device in &self.parts.devices {
             match device.pause() {
                 Ok(()) => {}
@@ -172,6 +178,43 @@ impl RunningMachine {
     /// The guest's memory.
     pub fn memory(&self) -> &GuestMemory {
         self.parts.ram.memory()
+    }
+
+    /// Writes the machine, which is paused, to `files`, based on the lowest `keep` snapshots that its
+    /// memory comes from.
+    ///
+    /// # Errors
+    /// The files are of no use. The machine is as it was.
+    pub fn snapshot(&mut self, files: &Destination, keep: usize) -> Result<(), SnapshotError> {
+        let parts = &mut self.parts;
+        parts.lineage.check(keep)?;
+        // Devices first: they may raise an interrupt while they write out what they hold back.
+        let devices = parts
+            .devices
+            .iter()
+            .map(|device| {
+                device.save().map_err(|source| SnapshotError::Device {
+                    id: device.name().to_owned(),
+                    source,
+                })
+            })
+            .collect::<Result<_, _>>()?;
+        let save = parts.vm.vcpu_saver();
+        let vcpus = parts
+            .vcpus
+            .iter()
+            .map(|vcpu| Ok(vcpu.with_fd(save.clone())??))
+            .collect::<Result<_, SnapshotError>>()?;
+        let state = MachineState {
+            vcpus,
+            vm: parts.vm.save()?,
+            cpu_hotplug: parts.cpu_hotplug.save(),
+            platform_events: parts.platform_events.pending(),
+            serial: parts.serial.as_ref().map(SerialPort::save),
+            devices,
+        };
+        let memory = parts.ram.memory();
+        parts.lineage.save(&state, memory, keep, files)
     }
 
     /// Ends the machine, unless it has ended, takes it down, and returns why it ended.

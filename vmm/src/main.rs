@@ -8,7 +8,7 @@ use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::prelude::*;
 
 use vmm::api::{ApiServer, Listener};
-use vmm::cli::{BootArgs, Cli, Command, EventTarget};
+use vmm::cli::{BootArgs, Cli, Command, EventTarget, Start};
 use vmm::control::request::{Fault, Refusal};
 use vmm::control::{Control, KvmLauncher};
 use vmm::doctor;
@@ -81,11 +81,12 @@ fn run(args: &BootArgs, start: Instant) -> Result<ExitReason, Failure> {
     let launcher = KvmLauncher::new(events.clone(), args.jail.clone());
     let mut control = Control::new(launcher, events.clone(), args.no_shutdown)
         .map_err(|error| (format!("eventfd: {error}"), STATUS_FAILED))?;
-    if let Some(config) = args.vm_config() {
-        control
-            .create_and_boot(config)
-            .map_err(|refusal| refused(&refusal, &events))?;
-    }
+    let started = match args.start().map_err(|error| (error, STATUS_USAGE))? {
+        Start::Nothing => Ok(()),
+        Start::Boot(config) => control.create_and_boot(*config),
+        Start::Restore(restore) => control.create_and_restore(*restore),
+    };
+    started.map_err(|refusal| refused(&refusal, &events))?;
     // Clients that connect earlier wait in the queue of the socket.
     let server = listener.map(|listener| ApiServer::start(listener, control.mailbox(), pid));
     let _server = server

@@ -378,6 +378,7 @@ fn inside(what: &str, directory: &Path) {
     };
     block_sigterm();
     let sockets = (what != "wait-own").then_some(directory);
+    // Dropped at once: what the jail leaves open is not of interest here.
     let entered = if what == "files" {
         vmm::sandboxing::enter_unfiltered(&config, sockets)
     } else {

@@ -1,5 +1,6 @@
 //! The JSON that endpoints take.
 
+use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 
@@ -8,8 +9,10 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::compat::{self, CompatError, Shape};
-use crate::config::{DiskConfig, NetConfig, VmConfig, VsockConfig};
-use crate::control::request::{Action, Resize};
+use crate::config::{DiskConfig, ImageType, NetConfig, SerialConfig, VmConfig, VsockConfig};
+use crate::control::request::{Action, Changes, Resize, Restore, SnapshotTarget};
+use crate::devices::virtio::block::{ImageError, ImageFiles};
+use crate::snapshot::{Destination, FileError, RestoreConfig};
 
 /// Why a body is not what its endpoint takes.
 #[derive(Debug, thiserror::Error)]
@@ -20,6 +23,26 @@ pub enum BodyError {
     /// It asks for something that this VMM has not.
     #[error("the body asks for what this VMM does not have")]
     Compat(#[from] CompatError),
+    /// Descriptors for a card that is not there.
+    #[error("net_fds names the card {id:?}, which is not in net")]
+    NoCard {
+        /// The id.
+        id: String,
+    },
+    /// Other descriptors came along than the body says.
+    #[error("{given} descriptors came with the request; expected {expected}")]
+    Descriptors {
+        /// How many came.
+        given: usize,
+        /// What should have come.
+        expected: &'static str,
+    },
+    /// The descriptors cannot be used.
+    #[error(transparent)]
+    SnapshotFile(#[from] FileError),
+    /// The descriptors cannot be used.
+    #[error(transparent)]
+    Image(#[from] ImageError),
     /// Not a file.
     #[error("{url:?} is no URL of a file; expected file:///PATH")]
     Url {
@@ -109,6 +132,138 @@ pub(super) fn remove_device(body: &[u8]) -> Result<Action, BodyError> {
     }
     let Body { id } = parse(body)?;
     Ok(Action::RemoveDevice { id })
+}
+
+/// The files are given by the directory that they are to be made in, or by descriptors: of new files
+/// for manifest, state and memory, and perhaps of that for the memory once more, to read only.
+pub(super) fn snapshot(body: &[u8], descriptors: Vec<OwnedFd>) -> Result<Action, BodyError> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Body {
+        destination_url: Option<String>,
+        #[serde(default)]
+        keep_base_layers: usize,
+    }
+    let Body {
+        destination_url,
+        keep_base_layers: keep,
+    } = parse(body)?;
+    let given = descriptors.len();
+    let mut files = descriptors.into_iter().map(File::from);
+    let target = match (destination_url, given) {
+        (Some(url), 0) => SnapshotTarget::Directory(file_of_url(url)?),
+        (None, 3 | 4) => {
+            let (Some(manifest), Some(state), Some(memory)) =
+                (files.next(), files.next(), files.next())
+            else {
+                return Err(BodyError::Descriptors {
+                    given,
+                    expected: "three or four",
+                });
+            };
+            let files = Destination::from_files([manifest, state, memory], files.next())?;
+            SnapshotTarget::Files(files)
+        }
+        (Some(_), _) => {
+            return Err(BodyError::Descriptors {
+                given,
+                expected: "none beside a destination_url",
+            });
+        }
+        (None, _) => {
+            return Err(BodyError::Descriptors {
+                given,
+                expected: "a destination_url, or descriptors for manifest, state and memory",
+            });
+        }
+    };
+    Ok(Action::Snapshot { target, keep })
+}
+
+/// Takes the descriptors of network cards, in the order of `net_fds`.
+pub(super) fn restore(body: &[u8], descriptors: Vec<OwnedFd>) -> Result<Action, BodyError> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Body {
+        source_url: String,
+        #[serde(default)]
+        base_urls: Vec<String>,
+        #[serde(default)]
+        prefault: bool,
+        #[serde(default)]
+        verify: bool,
+        #[serde(default)]
+        resume: bool,
+        #[serde(default)]
+        disks: Vec<DiskConfig>,
+        #[serde(default)]
+        net: Vec<NetConfig>,
+        vsock: Option<VsockConfig>,
+        serial: Option<SerialConfig>,
+        #[serde(default)]
+        net_fds: Vec<NetFds>,
+    }
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct NetFds {
+        id: String,
+        num_fds: usize,
+    }
+    let body: Body = parse_compatible(Shape::Restore, body)?;
+    let given = descriptors.len();
+    let mut net = body.net;
+    let mut numbers = descriptors.iter().map(AsRawFd::as_raw_fd);
+    for NetFds { id, num_fds } in &body.net_fds {
+        let card = net.iter_mut().find(|card| card.id.as_ref() == Some(id));
+        let card = card.ok_or_else(|| BodyError::NoCard { id: id.clone() })?;
+        card.fds = Some(numbers.by_ref().take(*num_fds).collect());
+    }
+    let named: usize = body.net_fds.iter().map(|card| card.num_fds).sum();
+    if named != given {
+        return Err(BodyError::Descriptors {
+            given,
+            expected: "as many as the num_fds of all net_fds",
+        });
+    }
+    let bases = body.base_urls.into_iter().map(file_of_url);
+    Ok(Action::Restore(Box::new(Restore {
+        snapshot: RestoreConfig {
+            source: file_of_url(body.source_url)?,
+            bases: bases.collect::<Result<_, _>>()?,
+            prefault: body.prefault,
+            verify: body.verify,
+        },
+        config: None,
+        changes: Changes {
+            disks: body.disks,
+            net,
+            vsock: body.vsock,
+            serial: body.serial,
+        },
+        descriptors,
+        resume: body.resume,
+    })))
+}
+
+/// The image and those that it builds on come as descriptors, topmost first.
+pub(super) fn replace_disk(body: &[u8], descriptors: Vec<OwnedFd>) -> Result<Action, BodyError> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Body {
+        id: String,
+        image_types: Vec<ImageType>,
+    }
+    let Body { id, image_types } = parse(body)?;
+    let given = descriptors.len();
+    if given == 0 || given != image_types.len() {
+        return Err(BodyError::Descriptors {
+            given,
+            expected: "one for each of image_types, and at least one",
+        });
+    }
+    let files = descriptors.into_iter().map(File::from);
+    let image = ImageFiles::from_descriptors(image_types.into_iter().zip(files).collect())?;
+    Ok(Action::ReplaceDisk { id, image })
 }
 
 pub(super) fn core_dump(body: &[u8]) -> Result<Action, BodyError> {

@@ -17,6 +17,8 @@ pub enum Shape {
     Net,
     /// The socket device.
     Vsock,
+    /// What a snapshot is restored from, and on what.
+    Restore,
 }
 
 /// Something is asked for that this VMM has not.
@@ -124,6 +126,13 @@ const VM: &[Field] = &[
         Neutral::Absent,
         "how the VMM is confined is chosen when it is started",
     ),
+];
+
+/// Of a restore.
+const RESTORE: &[Field] = &[
+    // Memory is read when it is touched, in either mode.
+    field("memory_restore_mode", Neutral::Any, ""),
+    field("zone_updates", Neutral::Absent, NO_NUMA),
 ];
 
 const PLATFORM: &[Field] = &[
@@ -297,18 +306,20 @@ const SECTIONS: &[(&str, &[&[Field]])] = &[
 /// Something is asked for that this VMM has not.
 pub fn reduce(shape: Shape, value: &mut Value) -> Result<(), CompatError> {
     match shape {
-        Shape::Vm => reduce_vm(value),
+        Shape::Vm => reduce_sections(value, VM),
+        Shape::Restore => reduce_sections(value, RESTORE),
         Shape::Disk => reduce_disk("disk", value),
         Shape::Net => reduce_all("net", value, &[NET, NET_OF_CLIENTS, DEVICE]),
         Shape::Vsock => reduce_all("vsock", value, &[DEVICE]),
     }
 }
 
-fn reduce_vm(value: &mut Value) -> Result<(), CompatError> {
+/// An object of which some fields are objects within a machine.
+fn reduce_sections(value: &mut Value, fields: &[Field]) -> Result<(), CompatError> {
     let Value::Object(vm) = value else {
         return Ok(());
     };
-    reduce_object("", vm, VM)?;
+    reduce_object("", vm, fields)?;
     for (name, tables) in SECTIONS {
         match vm.get_mut(*name) {
             Some(Value::Null) => {

@@ -9,8 +9,8 @@ use serde::de::DeserializeOwned;
 use super::body;
 use super::routes::{Handler, ROUTES};
 use crate::config::{
-    BalloonConfig, ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, NetConfig, PayloadConfig,
-    RngConfig, SerialConfig, VmConfig, VsockConfig,
+    BackingImage, BalloonConfig, ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, NetConfig,
+    PayloadConfig, RngConfig, SerialConfig, VmConfig, VsockConfig,
 };
 use crate::rate_limiter::{RateLimiterConfig, TokenBucketConfig};
 
@@ -111,6 +111,19 @@ fn every_field_is_described_and_no_other() {
         ("VmResizeDisk", taken_by(body::resize_disk)),
         ("VmRemoveDevice", taken_by(body::remove_device)),
         ("VmCoredumpData", taken_by(body::core_dump)),
+        ("BackingImage", known_to::<BackingImage>()),
+        (
+            "VmSnapshotConfig",
+            taken_by(|body| body::snapshot(body, Vec::new())),
+        ),
+        (
+            "RestoreConfig",
+            taken_by(|body| body::restore(body, Vec::new())),
+        ),
+        (
+            "VmReplaceDisk",
+            taken_by(|body| body::replace_disk(body, Vec::new())),
+        ),
     ] {
         let properties = below(below(schemas, 4, schema), 6, "properties");
         assert_eq!(keys(properties, 8), known, "{schema}");

@@ -1,4 +1,5 @@
-//! Every endpoint of Cloud Hypervisor's API, what it takes, and what becomes of it here.
+//! Every endpoint of Cloud Hypervisor's API and those of our own, what they take, and what becomes of
+//! it here.
 
 use std::os::fd::OwnedFd;
 
@@ -66,10 +67,9 @@ const NO_PCI: &str = "this VMM has no PCI bus, so it cannot pass devices of the 
 const NO_VHOST: &str = "this VMM has no vhost-user and no vDPA devices: disks are image files, \
      network cards are taps";
 const NO_MIGRATION: &str = "this VMM does not migrate virtual machines";
-const NO_SNAPSHOTS: &str = "this version of the VMM has no snapshots";
 
 /// All endpoints.
-pub static ROUTES: [Route; 31] = [
+pub static ROUTES: [Route; 32] = [
     get("vmm.ping", Handler::Ping),
     put("vmm.shutdown", Handler::Bare(|| Action::Quit)),
     get("vm.info", Handler::Bare(|| Action::Info)),
@@ -90,8 +90,13 @@ pub static ROUTES: [Route; 31] = [
     put("vm.add-vsock", Handler::Body(body::add_vsock)),
     put("vm.remove-device", Handler::Body(body::remove_device)),
     put("vm.coredump", Handler::Body(body::core_dump)),
-    put("vm.snapshot", Handler::Lacking(NO_SNAPSHOTS)),
-    put("vm.restore", Handler::Lacking(NO_SNAPSHOTS)),
+    put("vm.snapshot", Handler::BodyAndDescriptors(body::snapshot)),
+    put("vm.restore", Handler::BodyAndDescriptors(body::restore)),
+    // Not of Cloud Hypervisor.
+    put(
+        "vm.replace-disk",
+        Handler::BodyAndDescriptors(body::replace_disk),
+    ),
     put(
         "vm.resize-zone",
         Handler::Lacking("this VMM has no memory zones; vm.resize changes the memory"),

@@ -241,7 +241,7 @@ fn bodies_are_refused_with_the_reason() {
             json!({"payload": {"kernel": "/k", "color": 1}}),
             "`color`",
         ),
-        ("vm.create", json!({}), "missing field `payload`"),
+        ("vm.create", json!({}), "the payload is missing"),
         ("vm.resize", json!({"desired_vcpus": 300}), "300"),
         (
             "vm.coredump",
@@ -249,6 +249,33 @@ fn bodies_are_refused_with_the_reason() {
             "expected file:///PATH",
         ),
         ("vm.add-net", json!({"fds": [3]}), "fds is [3]"),
+        ("vm.snapshot", json!({}), "0 descriptors came"),
+        (
+            "vm.snapshot",
+            json!({"destination_url": "/s"}),
+            "expected file:///PATH",
+        ),
+        ("vm.restore", json!({}), "missing field `source_url`"),
+        (
+            "vm.restore",
+            json!({"source_url": "file:///nowhere", "memory_restore_mode": "OnDemand"}),
+            "cannot open /nowhere/config.json",
+        ),
+        (
+            "vm.restore",
+            json!({"source_url": "file:///s", "net_fds": [{"id": "n", "num_fds": 1}]}),
+            "names the card \"n\"",
+        ),
+        (
+            "vm.restore",
+            json!({"source_url": "file:///s", "zone_updates": [{"id": "z"}]}),
+            "no memory zones",
+        ),
+        (
+            "vm.replace-disk",
+            json!({"id": "_disk0", "image_types": ["Raw"]}),
+            "0 descriptors came",
+        ),
     ] {
         let answer = bench.call("PUT", name, &body.to_string());
         assert_eq!(answer.status, 400, "{name} {body}: {answer:?}");

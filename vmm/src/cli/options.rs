@@ -13,6 +13,14 @@ pub(super) struct Options<'a> {
     pairs: Vec<(&'a str, &'a str)>,
 }
 
+/// The elements of a list in brackets, or the only one without.
+pub(super) fn elements(text: &str) -> impl Iterator<Item = &str> {
+    let list = text
+        .strip_prefix('[')
+        .and_then(|list| list.strip_suffix(']'));
+    list.unwrap_or(text).split(',')
+}
+
 impl<'a> Options<'a> {
     pub(super) fn parse(text: &'a str, known: &[&str]) -> Result<Self, String> {
         let mut pairs: Vec<(&str, &str)> = Vec::new();
@@ -69,6 +77,11 @@ impl<'a> Options<'a> {
             .iter()
             .find(|(other, _)| *other == key)
             .map(|(_, value)| *value)
+    }
+
+    /// The elements of a list; none if it is not given.
+    pub(super) fn list(&self, key: &str) -> impl Iterator<Item = &'a str> + use<'a> {
+        self.text(key).into_iter().flat_map(elements)
     }
 
     pub(super) fn required(&self, key: &str) -> Result<&'a str, String> {

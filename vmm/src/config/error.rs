@@ -134,6 +134,17 @@ pub enum ConfigError {
         /// The limit.
         max: usize,
     },
+    /// A disk's images are given in two ways, or to one that has none.
+    #[error(
+        "disk: backing names the images that a qcow2 image builds on; a raw image has none, and \
+         backing_files would look for them in the image"
+    )]
+    DiskBacking,
+    /// Nothing to boot.
+    #[error(
+        "the payload is missing: a machine that does not go on from a snapshot has a kernel to boot"
+    )]
+    NoPayload,
     /// The serial port's file is missing or superfluous.
     #[error("serial: mode File needs a file, and no other mode takes one")]
     SerialFile,

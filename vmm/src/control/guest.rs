@@ -8,9 +8,11 @@ use crate::builder::BuildError;
 use crate::config::VmConfig;
 use crate::core_dump::CoreDumpError;
 use crate::devices::cpu_hotplug::TargetError;
+use crate::devices::virtio::block::ImageFiles;
 use crate::devices::virtio::{ControlError, Counters};
 use crate::exit::ExitReason;
 use crate::kvm::vcpu::StoppedError;
+use crate::snapshot::{Destination, RestoreConfig, SnapshotError};
 
 /// Makes machines.
 pub trait Launcher {
@@ -20,14 +22,16 @@ pub trait Launcher {
     /// It cannot.
     fn check(&self) -> Result<(), LaunchError>;
 
-    /// Builds the machine that `config` describes and starts to serve its devices. Its vCPUs are
-    /// paused. `ended` is called once, on another thread, when the machine has ended.
+    /// Builds the machine that `config` describes, to boot or to go on from `snapshot`, and starts to
+    /// serve its devices. Its vCPUs are paused. `ended` is called once, on another thread, when the
+    /// machine has ended.
     ///
     /// # Errors
     /// It cannot be built.
     fn launch(
         &mut self,
         config: &VmConfig,
+        snapshot: Option<&RestoreConfig>,
         ended: Box<dyn FnOnce() + Send>,
     ) -> Result<Box<dyn Guest>, LaunchError>;
 }
@@ -102,6 +106,18 @@ pub trait Guest {
     /// There is no such disk, or it cannot have that size.
     fn resize_disk(&mut self, id: &str, size: u64) -> Result<(), GuestError>;
 
+    /// Writes the paused machine to `files`, based on the lowest `keep` snapshots that it comes from.
+    ///
+    /// # Errors
+    /// The files are of no use; the machine is as it was, or has ended.
+    fn snapshot(&mut self, files: &Destination, keep: usize) -> Result<(), GuestError>;
+
+    /// Puts another image in the place of the one that a disk of the paused machine has.
+    ///
+    /// # Errors
+    /// There is no such disk, or the image is not like the one that it has.
+    fn replace_disk(&mut self, id: &str, image: ImageFiles) -> Result<(), GuestError>;
+
     /// Writes the memory and registers of a paused guest into a new file.
     ///
     /// # Errors
@@ -160,6 +176,9 @@ pub enum GuestError {
     /// The guest cannot be told.
     #[error("cannot press the power button")]
     PowerButton(#[source] io::Error),
+    /// No snapshot.
+    #[error("cannot make a snapshot")]
+    Snapshot(#[from] SnapshotError),
     /// No core file.
     #[error("cannot write the core file")]
     CoreDump(#[from] CoreDumpError),

@@ -7,6 +7,7 @@ use super::guest::{Guest, GuestError, LaunchError, Launcher};
 use crate::builder::{self, BuildError};
 use crate::config::{ConsoleMode, VmConfig};
 use crate::core_dump;
+use crate::devices::virtio::block::ImageFiles;
 use crate::devices::virtio::{Control, ControlError, Counters, DeviceHandle};
 use crate::events::EventStream;
 use crate::exit::ExitReason;
@@ -14,6 +15,7 @@ use crate::kvm::vcpu::VcpuHandle;
 use crate::machine::RunningMachine;
 use crate::resources::HostResources;
 use crate::sandboxing::JailConfig;
+use crate::snapshot::{Destination, RestoreConfig};
 use crate::terminal::RawTerminal;
 
 /// Builds machines on this host's KVM.
@@ -48,9 +50,10 @@ impl KvmLauncher {
     fn open(
         &mut self,
         config: &VmConfig,
+        snapshot: Option<&RestoreConfig>,
     ) -> Result<(HostResources, Option<RawTerminal>), LaunchError> {
         self.check()?;
-        let host = HostResources::open(config)?;
+        let host = HostResources::open(config, snapshot)?;
         // Before the jail: a process in a PID namespace cannot tell whose terminal it is.
         let terminal = if config.serial.mode == ConsoleMode::Tty {
             RawTerminal::enter().map_err(LaunchError::Terminal)?
@@ -77,10 +80,11 @@ impl Launcher for KvmLauncher {
     fn launch(
         &mut self,
         config: &VmConfig,
+        snapshot: Option<&RestoreConfig>,
         ended: Box<dyn FnOnce() + Send>,
     ) -> Result<Box<dyn Guest>, LaunchError> {
-        let (host, terminal) = self.open(config)?;
-        let machine = builder::build_for_boot(config, host, self.events.clone())?;
+        let (host, terminal) = self.open(config, snapshot)?;
+        let machine = builder::build(config, host, self.events.clone())?;
         let machine = machine.start(ended).map_err(LaunchError::Thread)?;
         Ok(Box::new(KvmGuest {
             machine,
@@ -99,6 +103,13 @@ struct KvmGuest {
 }
 
 impl KvmGuest {
+    fn device(&self, id: &str) -> Result<&DeviceHandle, GuestError> {
+        let mut devices = self.machine.devices().iter();
+        devices
+            .find(|device| device.name() == id)
+            .ok_or_else(|| GuestError::NoDevice { id: id.to_owned() })
+    }
+
     /// Asks the devices in turn until one can do it.
     fn control_any(&self, control: Control, lacking: &'static str) -> Result<(), GuestError> {
         for device in self.machine.devices() {
@@ -167,14 +178,25 @@ impl Guest for KvmGuest {
     }
 
     fn resize_disk(&mut self, id: &str, size: u64) -> Result<(), GuestError> {
-        let mut devices = self.machine.devices().iter();
-        let device = devices
-            .find(|device| device.name() == id)
-            .ok_or_else(|| GuestError::NoDevice { id: id.to_owned() })?;
+        let device = self.device(id)?;
         match device.control(Control::ResizeDisk { size }) {
             Err(ControlError::NotSupported) => Err(GuestError::Unsupported(
                 "this device cannot change its size while the machine runs",
             )),
+            result => result.map_err(|source| refused(device, source)),
+        }
+    }
+
+    fn snapshot(&mut self, files: &Destination, keep: usize) -> Result<(), GuestError> {
+        Ok(self.machine.snapshot(files, keep)?)
+    }
+
+    fn replace_disk(&mut self, id: &str, image: ImageFiles) -> Result<(), GuestError> {
+        let device = self.device(id)?;
+        match device.replace_image(image) {
+            Err(ControlError::NotSupported) => {
+                Err(GuestError::Unsupported("this device is no disk"))
+            }
             result => result.map_err(|source| refused(device, source)),
         }
     }

@@ -1,8 +1,10 @@
 //! The owner of the virtual machine: one thread that takes one request after the other.
 //!
 //! ```text
-//!           create                 boot                     pause
-//!   NoVm ───────────► Created ─────────────────► Running ───────────► Paused
+//!                                      restore, to either
+//!    ┌──────────────────────────────────────────────┬─────────────────────┐
+//!    │      create                 boot             ▼       pause         ▼
+//!   NoVm ───────────► Created ─────────────────► Running ───────────► Paused ◄─► snapshot
 //!    ▲                 │ ▲ ▲                      │ │ ▲ ▲               │ │
 //!    ├──── delete ─────┘ │ └────── shutdown ──────┘ │ │ └─── resume ────┘ │
 //!    │                   └───────────────────────── │ │ ──── shutdown ────┤
@@ -47,8 +49,12 @@ use crate::exit::ExitReason;
 use crate::sandboxing::ThreadKind;
 use crate::sandboxing::seccomp;
 use crate::signals::Signals;
+use crate::snapshot::{self, Destination, RestoreConfig};
 use guest::{Guest, Launcher};
-use request::{Action, Answer, DeviceNode, Inbox, Mailbox, Message, Refusal, Resize, VmInfo};
+use request::{
+    Action, Answer, DeviceNode, Inbox, Mailbox, Message, Refusal, Resize, Restore, SnapshotTarget,
+    VmInfo,
+};
 
 enum State {
     NoVm,
@@ -143,6 +149,18 @@ impl<L: Launcher> Control<L> {
         self.boot()
     }
 
+    /// Creates the virtual machine of the command line from a snapshot, and lets it run.
+    ///
+    /// # Errors
+    /// The snapshot is of no use, or not for this machine.
+    pub fn create_and_restore(&mut self, restore: Restore) -> Result<(), Refusal> {
+        self.restore(restore)?;
+        if self.on_guest_end == OnGuestEnd::RebootOrExit {
+            self.on_guest_end = OnGuestEnd::Exit;
+        }
+        Ok(())
+    }
+
     /// Serves requests until the process is to end, and returns why it is.
     pub fn run(mut self, signals: &Signals) -> ExitReason {
         if let Err(error) = seccomp::apply(ThreadKind::Control) {
@@ -227,6 +245,9 @@ impl<L: Launcher> Control<L> {
                 cold::remove(self.cold()?, &id)?;
                 self.close_unused_descriptors();
             }
+            Action::Snapshot { target, keep } => self.snapshot(target, keep)?,
+            Action::Restore(restore) => self.restore(*restore)?,
+            Action::ReplaceDisk { id, image } => self.paused()?.guest.replace_disk(&id, image)?,
             Action::CoreDump { path } => self.paused()?.guest.core_dump(&path)?,
             // `take` ends the process before it comes to this.
             Action::Quit => {}
@@ -239,9 +260,62 @@ impl<L: Launcher> Control<L> {
             return Err(Refusal::VmExists);
         }
         cold::assign_ids(&mut config)?;
-        config.validate()?;
+        config.validate_for_boot()?;
         self.state = State::Created(config);
         Ok(())
+    }
+
+    fn restore(&mut self, restore: Restore) -> Result<(), Refusal> {
+        if !matches!(self.state, State::NoVm) {
+            return Err(Refusal::VmExists);
+        }
+        self.launcher.check()?;
+        let Restore {
+            snapshot,
+            config,
+            changes,
+            descriptors,
+            resume,
+        } = restore;
+        let mut config = match config {
+            Some(config) => config,
+            None => snapshot::read_config(&snapshot.source)?,
+        };
+        changes.apply(&mut config);
+        cold::assign_ids(&mut config)?;
+        let (guest, number) = self.launch(&config, Some(&snapshot))?;
+        self.descriptors.extend(descriptors);
+        self.state = State::Paused(Box::new(Vm {
+            config: Box::new(config),
+            guest,
+            number,
+        }));
+        self.events.emit(&Event::Restored);
+        if resume { self.resume() } else { Ok(()) }
+    }
+
+    fn snapshot(&mut self, target: SnapshotTarget, keep: usize) -> Result<(), Refusal> {
+        let vm = self.paused()?;
+        let files = match target {
+            SnapshotTarget::Files(files) => files,
+            SnapshotTarget::Directory(path) => Destination::create(&path, &vm.config)?,
+        };
+        vm.guest.snapshot(&files, keep)?;
+        self.events.emit(&Event::Snapshotted);
+        Ok(())
+    }
+
+    /// Builds a machine and gives it a number.
+    fn launch(
+        &mut self,
+        config: &VmConfig,
+        snapshot: Option<&RestoreConfig>,
+    ) -> Result<(Box<dyn Guest>, u64), Refusal> {
+        self.machines += 1;
+        let number = self.machines;
+        let mailbox = self.mailbox.clone();
+        let ended = Box::new(move || mailbox.machine_ended(number));
+        Ok((self.launcher.launch(config, snapshot, ended)?, number))
     }
 
     fn delete(&mut self) {
@@ -271,26 +345,20 @@ impl<L: Launcher> Control<L> {
 
     fn boot(&mut self) -> Result<(), Refusal> {
         let config = match &self.state {
-            State::Created(config) => config,
+            State::Created(config) => config.clone(),
             State::NoVm => return Err(Refusal::NoVm),
             State::Running(_) | State::Paused(_) => return Err(self.wrong_state("created")),
         };
-        self.machines += 1;
-        let number = self.machines;
-        let mailbox = self.mailbox.clone();
-        let ended = Box::new(move || mailbox.machine_ended(number));
-        let mut guest = self.launcher.launch(config, ended)?;
+        let (mut guest, number) = self.launch(&config, None)?;
         self.events.emit(&Event::Booting);
         // A machine that has ended already is told of by a message like any other that ends.
         let _ = guest.resume();
         self.events.emit(&Event::Booted);
-        if let State::Created(config) = mem::replace(&mut self.state, State::NoVm) {
-            self.state = State::Running(Box::new(Vm {
-                config,
-                guest,
-                number,
-            }));
-        }
+        self.state = State::Running(Box::new(Vm {
+            config,
+            guest,
+            number,
+        }));
         Ok(())
     }
 

@@ -11,9 +11,11 @@ use serde::Serialize;
 
 use super::guest::{GuestError, LaunchError};
 use crate::builder::BuildError;
-use crate::config::{ConfigError, DiskConfig, NetConfig, VmConfig, VsockConfig};
+use crate::config::{ConfigError, DiskConfig, NetConfig, SerialConfig, VmConfig, VsockConfig};
 use crate::devices::cpu_hotplug::TargetError;
 use crate::devices::virtio::Counters;
+use crate::devices::virtio::block::ImageFiles;
+use crate::snapshot::{Destination, FileError, RestoreConfig, SnapshotError};
 
 /// What can be asked.
 #[derive(Debug)]
@@ -60,6 +62,22 @@ pub enum Action {
         /// Its id.
         id: String,
     },
+    /// Write the paused machine to files.
+    Snapshot {
+        /// Where to.
+        target: SnapshotTarget,
+        /// How many of the snapshots that its memory comes from stay its base, from the lowest up.
+        keep: usize,
+    },
+    /// Build the machine of a snapshot.
+    Restore(Box<Restore>),
+    /// Put another image in the place of the one that a disk has.
+    ReplaceDisk {
+        /// The disk's id.
+        id: String,
+        /// The image, and those that it builds on.
+        image: ImageFiles,
+    },
     /// Write the guest's memory and registers into a new file.
     CoreDump {
         /// The file.
@@ -67,6 +85,80 @@ pub enum Action {
     },
     /// End the machine and the process.
     Quit,
+}
+
+/// Where a snapshot is written to.
+#[derive(Debug)]
+pub enum SnapshotTarget {
+    /// New files in this directory.
+    Directory(PathBuf),
+    /// Files that came as descriptors.
+    Files(Destination),
+}
+
+/// A machine that is to go on.
+#[derive(Debug)]
+pub struct Restore {
+    /// From where.
+    pub snapshot: RestoreConfig,
+    /// Its configuration; that in the snapshot's directory if there is none.
+    pub config: Option<VmConfig>,
+    /// What is to be otherwise.
+    pub changes: Changes,
+    /// Descriptors that `changes` names.
+    pub descriptors: Vec<OwnedFd>,
+    /// Whether the guest is to run at once.
+    pub resume: bool,
+}
+
+/// Devices that stand on something else than those of the machine that a snapshot is of. Each list
+/// that is not empty takes the place of that in the configuration.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct Changes {
+    /// Disks.
+    pub disks: Vec<DiskConfig>,
+    /// Network cards.
+    pub net: Vec<NetConfig>,
+    /// Socket device.
+    pub vsock: Option<VsockConfig>,
+    /// Serial port.
+    pub serial: Option<SerialConfig>,
+}
+
+impl Changes {
+    /// Makes them in `config`. A device keeps its id unless it gets one.
+    pub(super) fn apply(self, config: &mut VmConfig) {
+        let Self {
+            disks,
+            net,
+            vsock,
+            serial,
+        } = self;
+        let keep = |new: &mut Option<String>, old: Option<&Option<String>>| {
+            if new.is_none() {
+                *new = old.cloned().flatten();
+            }
+        };
+        if !disks.is_empty() {
+            let old = std::mem::replace(&mut config.disks, disks);
+            for (index, disk) in config.disks.iter_mut().enumerate() {
+                keep(&mut disk.id, old.get(index).map(|disk| &disk.id));
+            }
+        }
+        if !net.is_empty() {
+            let old = std::mem::replace(&mut config.net, net);
+            for (index, card) in config.net.iter_mut().enumerate() {
+                keep(&mut card.id, old.get(index).map(|card| &card.id));
+            }
+        }
+        if let Some(mut new) = vsock {
+            keep(&mut new.id, config.vsock.as_ref().map(|old| &old.id));
+            config.vsock = Some(new);
+        }
+        if let Some(serial) = serial {
+            config.serial = serial;
+        }
+    }
 }
 
 /// A new size; what is `None` stays as it is.
@@ -172,6 +264,9 @@ pub enum Refusal {
     /// The machine cannot be built.
     #[error(transparent)]
     Launch(#[from] LaunchError),
+    /// A file of a snapshot cannot be used.
+    #[error(transparent)]
+    SnapshotFile(#[from] FileError),
     /// The machine did not do it.
     #[error("the machine did not do it")]
     Guest(#[source] GuestError),
@@ -187,8 +282,21 @@ impl Refusal {
             | Self::Config(_)
             | Self::Launch(LaunchError::Build(BuildError::Config(_))) => Fault::Request,
             Self::Guest(GuestError::Vcpus(TargetError::RemovalPending)) => Fault::Busy,
-            Self::Guest(GuestError::Vcpus(TargetError::Range { .. })) => Fault::Request,
-            Self::VmExists | Self::State { .. } | Self::Launch(_) | Self::Guest(_) => Fault::Failed,
+            Self::Guest(
+                GuestError::Vcpus(TargetError::Range { .. })
+                | GuestError::Snapshot(
+                    SnapshotError::Layers { .. } | SnapshotError::TooManyLayers(_),
+                ),
+            ) => Fault::Request,
+            Self::Launch(LaunchError::Build(error)) if error.is_of_snapshot() => Fault::Request,
+            Self::SnapshotFile(
+                FileError::Open { .. } | FileError::Config { .. } | FileError::NotNew { .. },
+            ) => Fault::Request,
+            Self::VmExists
+            | Self::State { .. }
+            | Self::Launch(_)
+            | Self::SnapshotFile(_)
+            | Self::Guest(_) => Fault::Failed,
         }
     }
 }

@@ -11,8 +11,10 @@ use crate::config::{
     ConsoleConfig, CpusConfig, MemoryConfig, PayloadConfig, RngConfig, SerialConfig, VmConfig,
 };
 use crate::devices::virtio::Counters;
+use crate::devices::virtio::block::ImageFiles;
 use crate::exit::ExitReason;
 use crate::kvm::vcpu::StoppedError;
+use crate::snapshot::{Destination, RestoreConfig};
 
 /// What the fake machines were told, across all of them.
 pub(crate) type Journal = Arc<Mutex<Vec<String>>>;
@@ -64,6 +66,7 @@ impl Launcher for FakeLauncher {
     fn launch(
         &mut self,
         _config: &VmConfig,
+        _snapshot: Option<&RestoreConfig>,
         ended: Box<dyn FnOnce() + Send>,
     ) -> Result<Box<dyn Guest>, LaunchError> {
         self.check()?;
@@ -143,6 +146,18 @@ impl Guest for FakeGuest {
         Err(GuestError::NoDevice { id: id.to_owned() })
     }
 
+    fn snapshot(&mut self, _files: &Destination, keep: usize) -> Result<(), GuestError> {
+        assert!(!self.runs, "saved while it runs");
+        self.note(&format!("snapshot {keep}"));
+        Ok(())
+    }
+
+    fn replace_disk(&mut self, id: &str, _image: ImageFiles) -> Result<(), GuestError> {
+        assert!(!self.runs, "disk replaced while it runs");
+        self.note(&format!("replace {id}"));
+        Ok(())
+    }
+
     fn core_dump(&mut self, _path: &Path) -> Result<(), GuestError> {
         assert!(!self.runs, "dumped while it runs");
         self.note("core");
@@ -172,11 +187,11 @@ pub(crate) fn config() -> Box<VmConfig> {
     Box::new(VmConfig {
         cpus: CpusConfig::default(),
         memory: MemoryConfig::default(),
-        payload: PayloadConfig {
+        payload: Some(PayloadConfig {
             kernel: "/proc/self/exe".into(),
             cmdline: None,
             initramfs: None,
-        },
+        }),
         disks: Vec::new(),
         net: Vec::new(),
         rng: RngConfig::default(),

@@ -28,6 +28,8 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
+
 use super::bus::BusDevice;
 use super::events::{PlatformEvent, PlatformEvents};
 use crate::events::{Event, EventStream};
@@ -82,6 +84,16 @@ impl Gate for VcpuGate {
     fn unpark(&self) {
         Self::unpark(self);
     }
+}
+
+/// Which vCPUs a guest has, in a snapshot. A bit stands for the vCPU of that number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CpuHotplugState {
+    present: u32,
+    leaving: u32,
+    unseen_inserted: u32,
+    unseen_leaving: u32,
 }
 
 /// The vCPUs of one machine. Clones are about the same.
@@ -196,6 +208,35 @@ impl CpuHotplug {
         self.interrupt
             .raise(PlatformEvent::Cpus)
             .map_err(TargetError::Interrupt)
+    }
+
+    /// Which vCPUs the guest has, for a snapshot.
+    pub fn save(&self) -> CpuHotplugState {
+        let state = self.state();
+        CpuHotplugState {
+            present: state.present,
+            leaving: state.leaving,
+            unseen_inserted: state.unseen_inserted,
+            unseen_leaving: state.unseen_leaving,
+        }
+    }
+
+    /// Takes over which vCPUs the guest has. Bits of vCPUs that there are not count for nothing,
+    /// and vCPU 0 is always there.
+    pub fn restore(&self, saved: CpuHotplugState) {
+        let mut state = self.state();
+        let all = (1_u64 << state.gates.len().min(32)) - 1;
+        state.present = saved.present & all as u32 | 1;
+        state.leaving = saved.leaving & state.present & !1;
+        state.unseen_inserted = saved.unseen_inserted & state.present;
+        state.unseen_leaving = saved.unseen_leaving & state.leaving;
+        for (index, gate) in state.gates.iter().enumerate() {
+            if state.present & (1 << index) == 0 {
+                gate.park();
+            } else {
+                gate.unpark();
+            }
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

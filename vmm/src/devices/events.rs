@@ -51,6 +51,21 @@ impl PlatformEvents {
         self.irqfd.write(1)
     }
 
+    /// The events that the guest has not seen, a bit for each.
+    pub fn pending(&self) -> u32 {
+        self.pending.load(Ordering::SeqCst)
+    }
+
+    /// Takes over the events that the guest of a snapshot had not seen, and one more: that it has
+    /// another generation ID.
+    ///
+    /// # Errors
+    /// The interrupt cannot be raised.
+    pub fn restore(&self, pending: u32) -> io::Result<()> {
+        self.pending.store(pending, Ordering::SeqCst);
+        self.raise(PlatformEvent::GenerationChanged)
+    }
+
     /// The eventfd behind the line, to be bound to its GSI.
     pub fn irqfd(&self) -> &EventFd {
         &self.irqfd

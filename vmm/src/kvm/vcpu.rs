@@ -29,7 +29,8 @@ use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use vm_memory::GuestAddress;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
-use crate::arch::x86_64::{cpuid, msrs, regs};
+use super::state::{StateError, VcpuState, XsaveSize};
+use crate::arch::x86_64::{msrs, regs};
 use crate::devices::bus::Bus;
 use crate::exit::{ExitReason, ExitSignal};
 use crate::machine::STACK_SIZE;
@@ -80,12 +81,7 @@ pub struct Vcpu {
 
 impl Vcpu {
     /// Creates the vCPU and gives it its CPUID.
-    pub(super) fn new(
-        vm: &VmFd,
-        index: u8,
-        count: u8,
-        supported: &CpuId,
-    ) -> Result<Self, VcpuError> {
+    pub(super) fn new(vm: &VmFd, index: u8, cpuid: &CpuId) -> Result<Self, VcpuError> {
         let fd = vm
             .create_vcpu(u64::from(index))
             .map_err(|source| VcpuError::Ioctl {
@@ -94,11 +90,10 @@ impl Vcpu {
             })?;
         // Before any register that depends on CPUID: from Linux 6.13 on, KVM reports such MSRs
         // as zero and refuses to set them while the feature is not there.
-        fd.set_cpuid2(&cpuid::for_vcpu(supported, index, count))
-            .map_err(|source| VcpuError::Ioctl {
-                ioctl: "KVM_SET_CPUID2",
-                source,
-            })?;
+        fd.set_cpuid2(cpuid).map_err(|source| VcpuError::Ioctl {
+            ioctl: "KVM_SET_CPUID2",
+            source,
+        })?;
         Ok(Self {
             index,
             fd,
@@ -134,6 +129,14 @@ impl Vcpu {
                 .map_err(ioctl("KVM_SET_REGS"))?;
         }
         Ok(())
+    }
+
+    /// Gives the vCPU the state that another one had.
+    ///
+    /// # Errors
+    /// This host cannot give it that state.
+    pub fn restore(&self, state: &VcpuState, xsave: XsaveSize) -> Result<(), StateError> {
+        state.restore(&self.fd, xsave)
     }
 
     /// Lets the vCPU into the guest and keeps it out.

@@ -4,14 +4,16 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
+    CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
     kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::arch::x86_64::cpuid::{self, MissingFeature};
 use crate::arch::x86_64::layout::KVM_TSS_ADDR;
+use crate::kvm::state::{StateError, VcpuState, VmState, XsaveSize};
 use crate::kvm::vcpu::{Vcpu, VcpuError};
 use crate::memory::GuestMemory;
 
@@ -42,6 +44,20 @@ pub enum VmError {
         #[source]
         source: kvm_ioctls::Error,
     },
+}
+
+/// Why there are no vCPUs in the states that others had.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreVcpusError {
+    /// They cannot be made.
+    #[error(transparent)]
+    Create(#[from] VcpuError),
+    /// The processor is another one.
+    #[error("the guest was started on a processor that can do more than this one")]
+    Processor(#[from] MissingFeature),
+    /// The state cannot be set.
+    #[error(transparent)]
+    State(#[from] StateError),
 }
 
 fn ioctl(ioctl: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmError {
@@ -81,6 +97,9 @@ pub struct Vm {
     fd: Arc<VmFd>,
     /// KVM maps it as long as the machine exists.
     _memory: GuestMemory,
+    /// The model-specific registers that KVM can read and set.
+    msr_indices: Arc<[u32]>,
+    xsave: XsaveSize,
 }
 
 impl Vm {
@@ -129,10 +148,15 @@ impl Vm {
             unsafe { fd.set_user_memory_region(slot) }
                 .map_err(ioctl("KVM_SET_USER_MEMORY_REGION"))?;
         }
+        let msr_indices = kvm
+            .get_msr_index_list()
+            .map_err(ioctl("KVM_GET_MSR_INDEX_LIST"))?;
         Ok(Self {
             kvm,
+            xsave: XsaveSize::of(&fd),
             fd: Arc::new(fd),
             _memory: memory,
+            msr_indices: msr_indices.as_slice().into(),
         })
     }
 
@@ -141,16 +165,68 @@ impl Vm {
     /// # Errors
     /// KVM refuses one of them.
     pub fn create_vcpus(&self, count: u8) -> Result<Vec<Vcpu>, VcpuError> {
-        let supported = self
-            .kvm
+        let supported = self.supported_cpuid()?;
+        (0..count)
+            .map(|index| {
+                let cpuid = cpuid::for_vcpu(&supported, index, count);
+                Vcpu::new(&self.fd, index, &cpuid)
+            })
+            .collect()
+    }
+
+    /// Creates vCPUs in these states.
+    ///
+    /// # Errors
+    /// The processor lacks something that the guest may use, or KVM refuses.
+    pub fn restore_vcpus(&self, states: &[VcpuState]) -> Result<Vec<Vcpu>, RestoreVcpusError> {
+        let supported = self.supported_cpuid()?;
+        let vcpus = (0..)
+            .zip(states)
+            .map(|(index, state)| {
+                cpuid::check_supported(&state.cpuid, &supported)?;
+                let cpuid =
+                    CpuId::from_entries(&state.cpuid).map_err(|_| VcpuError::TooManyEntries)?;
+                Ok(Vcpu::new(&self.fd, index, &cpuid)?)
+            })
+            .collect::<Result<Vec<_>, RestoreVcpusError>>()?;
+        // Only now, when all are there: an interrupt that one of them has pending may be for
+        // another.
+        for (vcpu, state) in vcpus.iter().zip(states) {
+            vcpu.restore(state, self.xsave)?;
+        }
+        Ok(vcpus)
+    }
+
+    fn supported_cpuid(&self) -> Result<CpuId, VcpuError> {
+        self.kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(|source| VcpuError::Ioctl {
                 ioctl: "KVM_GET_SUPPORTED_CPUID",
                 source,
-            })?;
-        (0..count)
-            .map(|index| Vcpu::new(&self.fd, index, count, &supported))
-            .collect()
+            })
+    }
+
+    /// What reads the state of a vCPU of this machine, on the vCPU's thread.
+    pub fn vcpu_saver(&self) -> impl Fn(&VcpuFd) -> Result<VcpuState, StateError> + Clone + use<> {
+        let (msr_indices, xsave) = (Arc::clone(&self.msr_indices), self.xsave);
+        move |fd| VcpuState::save(fd, &msr_indices, xsave)
+    }
+
+    /// Reads what belongs to no vCPU. vCPUs and devices rest.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn save(&self) -> Result<VmState, StateError> {
+        VmState::save(&self.fd)
+    }
+
+    /// Sets what belongs to no vCPU, when the vCPUs have their state and before any device raises
+    /// an interrupt.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn restore(&self, state: &VmState) -> Result<(), StateError> {
+        state.restore(&self.fd)
     }
 
     /// Binds `irqfd` to an interrupt line: writing to it raises an edge on the line.

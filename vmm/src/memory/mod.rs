@@ -1,6 +1,9 @@
 //! Guest physical memory.
 
 pub mod discard;
+pub mod extents;
+pub mod layers;
+pub mod pagemap;
 #[cfg(test)]
 pub mod testing;
 
@@ -19,6 +22,14 @@ use crate::arch::x86_64::layout::{DEVICE_AREA_END, DEVICE_AREA_START};
 ///
 /// Cloning is cheap: clones share the same mappings.
 pub type GuestMemory = GuestMemoryMmap<()>;
+
+/// Size of a page in bytes.
+pub const PAGE_SIZE: u64 = 4096;
+
+/// Whether all bytes are zero.
+pub fn is_zero(bytes: &[u8]) -> bool {
+    bytes.iter().all(|byte| *byte == 0)
+}
 
 /// Size and alignment of a huge page. Where guest physical and host virtual addresses agree in
 /// these low bits, one entry of the nested page table can map all of it.

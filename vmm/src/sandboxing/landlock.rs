@@ -31,14 +31,19 @@ impl fmt::Display for Reached {
 }
 
 /// Denies the process to open, make, change or execute any file, to bind or connect any TCP port,
-/// and to reach abstract sockets and processes outside. As far as the kernel can: it is one layer
-/// of several.
-pub(super) fn restrict() -> Reached {
+/// and to reach abstract sockets and processes outside; the last not if it `passes_signals_on`, which
+/// its filter of system calls then limits to one process. As far as the kernel can: it is one layer of
+/// several.
+pub(super) fn restrict(passes_signals_on: bool) -> Reached {
+    let mut scope = Scope::from_all(VERSION);
+    if passes_signals_on {
+        scope.remove(Scope::Signal);
+    }
     let restricted = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(VERSION))
         .and_then(|ruleset| ruleset.handle_access(AccessNet::from_all(VERSION)))
-        .and_then(|ruleset| ruleset.scope(Scope::from_all(VERSION)))
+        .and_then(|ruleset| ruleset.scope(scope))
         .and_then(Ruleset::create)
         .and_then(landlock::RulesetCreated::restrict_self);
     Reached(restricted.map(|status| (status.ruleset, status.landlock)))

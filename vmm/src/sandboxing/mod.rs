@@ -10,9 +10,12 @@
 //!  join the cgroup, drop supplementary groups   │     passes signals on, waits, ends as the
 //!  new user, mount, pid, net, ipc, uts and      │     VMM ended; if it dies, the VMM does
 //!    cgroup namespaces; own uid and gid         │
-//!  empty read-only root; old root detached ─────┤fork
-//!  limits, no capability, no new privileges     │     VMM, PID 1 of its namespace
-//!  Landlock                                     └───► filter of system calls for all threads,
+//!  empty read-only root; old root detached      │     VMM, PID 1 of its namespace
+//!  limits ──────────────────────────────────────┤     ───────────────────────────
+//!                                           fork└───► its own page table, opened
+//!                                                     no capability, no new privileges
+//!  (the waiter: both of these too)                    Landlock
+//!                                                     filter of system calls for all threads,
 //!                                                     then one more for each kind of thread
 //! ```
 //!
@@ -39,10 +42,15 @@ mod waiter;
 
 use std::ffi::c_int;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags, open};
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 
 use self::namespaces::Identity;
 pub use self::seccomp::{SeccompError, ThreadKind};
+use crate::memory::pagemap::Pagemap;
 
 /// Where the directory with the sockets of host programs is in the jail.
 pub const SOCKET_DIRECTORY: &str = "/vsock";
@@ -129,23 +137,28 @@ fn check(result: c_int) -> io::Result<c_int> {
 }
 
 /// Enters the jail. The process that returns is another than the one that called, with all of its
-/// descriptors; that one stays behind as the waiter, and ends as this one ends.
+/// descriptors; that one stays behind as the waiter, and ends as this one ends. Returns the
+/// process's page table, which snapshots are made with, if the host shows it.
 ///
 /// `sockets` is the directory that guest programs reach sockets of the host in; it becomes
 /// [`SOCKET_DIRECTORY`]. The process must have no other thread.
 ///
 /// # Errors
 /// One of the steps failed. The process is then in no state to run anything, and should end.
-pub fn enter(config: &JailConfig, sockets: Option<&Path>) -> Result<(), JailError> {
-    enter_unfiltered(config, sockets)?;
-    Ok(seccomp::begin()?)
+pub fn enter(config: &JailConfig, sockets: Option<&Path>) -> Result<Option<Pagemap>, JailError> {
+    let pagemap = enter_unfiltered(config, sockets)?;
+    seccomp::begin()?;
+    Ok(pagemap)
 }
 
 /// [`enter`] but for the filter of system calls: what the other layers hold by themselves.
 ///
 /// # Errors
 /// As for [`enter`].
-pub fn enter_unfiltered(config: &JailConfig, sockets: Option<&Path>) -> Result<(), JailError> {
+pub fn enter_unfiltered(
+    config: &JailConfig,
+    sockets: Option<&Path>,
+) -> Result<Option<Pagemap>, JailError> {
     let identity = Identity::choose(config)?;
     if let Some(path) = &config.cgroup {
         // A PID of 0 is the writer.
@@ -155,11 +168,19 @@ pub fn enter_unfiltered(config: &JailConfig, sockets: Option<&Path>) -> Result<(
         })?;
     }
     let keyring = privileges::leave_keyring();
+    let proc = open("/proc", OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
     namespaces::enter(&identity, sockets)?;
     privileges::limit_resources()?;
+    let waiter = waiter::fork()?;
+    let pagemap = match (&waiter, proc) {
+        (None, Ok(proc)) => own_pagemap(&proc),
+        _ => None,
+    };
     privileges::drop_all()?;
-    let landlock = landlock::restrict();
-    waiter::fork()?;
+    let landlock = landlock::restrict(waiter.is_some());
+    if let Some(waiter) = waiter {
+        waiter.wait();
+    }
     tracing::info!(
         user = %identity,
         landlock = %landlock,
@@ -167,5 +188,16 @@ pub fn enter_unfiltered(config: &JailConfig, sockets: Option<&Path>) -> Result<(
         cgroup = config.cgroup.as_ref().map_or_else(|| "none given".to_owned(), |path| path.display().to_string()),
         "jailed"
     );
-    Ok(())
+    Ok(pagemap)
+}
+
+/// The page table of this process, where `proc` is the host's `/proc`.
+fn own_pagemap(proc: &OwnedFd) -> Option<Pagemap> {
+    // What /proc shows of a process that has changed its user is root's, until the process says
+    // that it has nothing to hide. That ends with the capabilities.
+    let shown = set_dumpable_behavior(DumpableBehavior::Dumpable).map_err(io::Error::from);
+    shown
+        .and_then(|()| Pagemap::open_in(proc))
+        .inspect_err(|error| tracing::info!(%error, "no page table to make snapshots with"))
+        .ok()
 }

@@ -19,7 +19,7 @@
 //! process id is gone. If the waiter itself is killed, the kernel kills the VMM.
 
 use std::ffi::c_int;
-use std::io::{self, PipeReader};
+use std::io::{self, PipeReader, PipeWriter};
 use std::mem;
 use std::os::fd::{AsRawFd, RawFd};
 
@@ -35,8 +35,17 @@ const PASSED_ON: [c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGUSR1, libc:
 /// Signals that end the VMM at once. By default they would end the waiter alone.
 const DEADLY: [c_int; 2] = [libc::SIGHUP, libc::SIGQUIT];
 
-/// Forks. Returns in the child, which is the VMM; its parent stays here until the end.
-pub(super) fn fork() -> Result<(), JailError> {
+/// The parent of the VMM.
+pub(super) struct Waiter {
+    child: libc::pid_t,
+    signals: libc::sigset_t,
+    /// The VMM sees this end close.
+    keep: PipeWriter,
+}
+
+/// Forks. Returns `None` in the child, which is the VMM. Its parent has to confine itself as the
+/// VMM does, and then to [wait](Waiter::wait).
+pub(super) fn fork() -> Result<Option<Waiter>, JailError> {
     let failed = "start the first process of the namespace";
     // Its writing end lives as long as the waiter.
     let (alive, keep) = io::pipe().map_err(step(failed))?;
@@ -53,19 +62,30 @@ pub(super) fn fork() -> Result<(), JailError> {
     // SAFETY: the process has one thread, so that its child is whole.
     let child = check(unsafe { libc::fork() }).map_err(step(failed))?;
     if child != 0 {
-        drop(alive);
-        wait(child, &signals, keep.as_raw_fd());
+        return Ok(Some(Waiter {
+            child,
+            signals,
+            keep,
+        }));
     }
     drop(keep);
     // SAFETY: the pointer is to a live variable.
     unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, std::ptr::null_mut()) };
-    // After all changes of identity, each of which would clear it.
+    // After all changes of identity, each of which would clear it; giving up capabilities does not
+    // (`commit_creds` of the kernel).
     set_parent_process_death_signal(Some(Signal::KILL)).map_err(step("die with its waiter"))?;
     if has_ended(&alive) {
         let gone = io::Error::from(io::ErrorKind::BrokenPipe);
         return Err(step("die with its waiter")(gone));
     }
-    Ok(())
+    Ok(None)
+}
+
+impl Waiter {
+    /// The waiter's life.
+    pub(super) fn wait(self) -> ! {
+        wait(self.child, &self.signals, self.keep.as_raw_fd())
+    }
 }
 
 /// Whether the waiter was gone before the kernel was told to tell of its end.
@@ -91,7 +111,6 @@ fn signals() -> libc::sigset_t {
     }
 }
 
-/// The waiter's life.
 fn wait(child: libc::pid_t, signals: &libc::sigset_t, keep: RawFd) -> ! {
     close_all_but(keep);
     if let Err(error) = seccomp::apply_now(ThreadKind::Waiter { child }) {

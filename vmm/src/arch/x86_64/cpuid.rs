@@ -94,6 +94,67 @@ pub fn for_vcpu(supported: &CpuId, index: u8, vcpus: u8) -> CpuId {
     cpuid
 }
 
+/// A feature that a guest may be using is not there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("CPUID leaf {leaf:#x}.{index}: {register} lacks the bits {bits:#x}")]
+pub struct MissingFeature {
+    leaf: u32,
+    index: u32,
+    register: &'static str,
+    bits: u32,
+}
+
+/// Leaves whose registers are sets of features, each a bit (Intel SDM volume 2 and AMD APM volume
+/// 3, CPUID; Documentation/virt/kvm/x86/cpuid.rst): the leaf, its index, and for EAX to EDX the bits
+/// that count.
+const FEATURE_LEAVES: [(u32, u32, [u32; 4]); 9] = [
+    // Whether the OS has enabled XSAVE (bit 27) is no feature.
+    (LEAF_FEATURES, 0, [0, 0, !(1 << 27), !0]),
+    // Whether the OS has enabled protection keys (bit 4) is none either.
+    (0x7, 0, [0, !0, !(1 << 4), !0]),
+    (0x7, 1, [!0, !0, !0, !0]),
+    // The components of the extended state, and how it is saved.
+    (0xd, 0, [!0, 0, 0, !0]),
+    (0xd, 1, [!0, 0, 0, 0]),
+    (0x4000_0001, 0, [!0, 0, 0, 0]),
+    (0x8000_0001, 0, [0, 0, !0, !0]),
+    (0x8000_0007, 0, [0, 0, 0, !0]),
+    (LEAF_AMD_SIZES, 0, [0, !0, 0, 0]),
+];
+
+/// Checks that a vCPU with this CPUID can run on a host that supports `supported`.
+///
+/// # Errors
+/// The first feature that is missing.
+pub fn check_supported(
+    saved: &[kvm_cpuid_entry2],
+    supported: &CpuId,
+) -> Result<(), MissingFeature> {
+    // With what is set whatever the host's processor has.
+    let supported = for_vcpu(supported, 0, 2);
+    let registers = |entry: &kvm_cpuid_entry2| [entry.eax, entry.ebx, entry.ecx, entry.edx];
+    for (leaf, index, counts) in FEATURE_LEAVES {
+        let is_it = |entry: &&kvm_cpuid_entry2| entry.function == leaf && entry.index == index;
+        let Some(needed) = saved.iter().find(is_it).map(registers) else {
+            continue;
+        };
+        let found = supported.as_slice().iter().find(is_it);
+        let found = found.map_or([0; 4], registers);
+        for (position, register) in ["EAX", "EBX", "ECX", "EDX"].into_iter().enumerate() {
+            let bits = needed[position] & counts[position] & !found[position];
+            if bits != 0 {
+                return Err(MissingFeature {
+                    leaf,
+                    index,
+                    register,
+                    bits,
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Extended topology enumeration (Intel SDM volume 2, CPUID leaves 0xb and 0x1f): a level of
 /// one thread a core, a level of cores, and the level that ends the list.
 fn topology(leaf: u32, apic_id: u32, count: u32, core_bits: u32) -> [kvm_cpuid_entry2; 3] {
@@ -166,6 +227,26 @@ mod tests {
             assert_eq!(entry(&cpuid, LEAF_AMD_TOPOLOGY, 0).eax, u32::from(index));
             assert_eq!(entry(&cpuid, LEAF_AMD_SIZES, 0).ecx, (2 << 12) | 2);
         }
+    }
+
+    #[test]
+    fn a_processor_that_lacks_a_feature_is_refused() {
+        let saved = for_vcpu(&supported(), 1, 3);
+        assert_eq!(check_supported(saved.as_slice(), &supported()), Ok(()));
+        let mut more = saved.clone();
+        for entry in more.as_mut_slice() {
+            if entry.function == LEAF_FEATURES {
+                entry.ecx |= 1 << 12 | 1 << 27;
+            }
+        }
+        let error = check_supported(more.as_slice(), &supported()).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "CPUID leaf 0x1.0: ECX lacks the bits 0x1000"
+        );
+        let mut leaf = supported().as_slice()[0];
+        (leaf.function, leaf.ebx) = (0x7, 1 << 16);
+        assert!(check_supported(&[leaf], &supported()).is_err());
     }
 
     #[test]

@@ -9,7 +9,8 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
-use vm_superio::serial::SerialEvents;
+use serde::{Deserialize, Serialize};
+use vm_superio::serial::{SerialEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
@@ -76,6 +77,22 @@ impl BoundedLog {
             limit,
         })
     }
+
+    /// Opens the log to go on behind what it holds, or creates it.
+    ///
+    /// # Errors
+    /// The file cannot be opened.
+    pub fn append(path: &Path, limit: u64) -> io::Result<Self> {
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .custom_flags(libc::O_CLOEXEC)
+            .open(path)?;
+        let size = file.seek(io::SeekFrom::End(0))?;
+        Ok(Self { file, size, limit })
+    }
 }
 
 impl Write for BoundedLog {
@@ -120,6 +137,54 @@ impl SerialEvents for Drained {
     }
 }
 
+/// The registers of the port in a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SerialRegisters {
+    baud_divisor_low: u8,
+    baud_divisor_high: u8,
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    in_buffer: Vec<u8>,
+}
+
+impl SerialRegisters {
+    fn of(state: SerialState) -> Self {
+        Self {
+            baud_divisor_low: state.baud_divisor_low,
+            baud_divisor_high: state.baud_divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.in_buffer,
+        }
+    }
+
+    fn state(&self) -> SerialState {
+        SerialState {
+            baud_divisor_low: self.baud_divisor_low,
+            baud_divisor_high: self.baud_divisor_high,
+            interrupt_enable: self.interrupt_enable,
+            interrupt_identification: self.interrupt_identification,
+            line_control: self.line_control,
+            line_status: self.line_status,
+            modem_control: self.modem_control,
+            modem_status: self.modem_status,
+            scratch: self.scratch,
+            in_buffer: self.in_buffer.clone(),
+        }
+    }
+}
+
 /// The registers of the port. Clones are the same port.
 #[derive(Clone)]
 pub struct SerialPort {
@@ -128,17 +193,32 @@ pub struct SerialPort {
 }
 
 impl SerialPort {
-    /// A port that raises its interrupt by `irqfd`.
+    /// A port that raises its interrupt by `irqfd`, in the state that another one had, if there is
+    /// one. It then raises the interrupts that were pending once more.
     ///
     /// # Errors
-    /// The host has no eventfd left.
-    pub fn new(irqfd: EventFd, output: Output) -> io::Result<Self> {
+    /// The host has no eventfd left, or no port can be in that state.
+    pub fn new(
+        irqfd: EventFd,
+        output: Output,
+        saved: Option<&SerialRegisters>,
+    ) -> io::Result<Self> {
         let drained = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
-        let uart = Serial::with_events(Line(irqfd), Drained(drained.clone()), output);
+        let events = Drained(drained.clone());
+        let uart = match saved {
+            None => Serial::with_events(Line(irqfd), events, output),
+            Some(saved) => Serial::from_state(&saved.state(), Line(irqfd), events, output)
+                .map_err(|error| io::Error::other(format!("serial port: {error}")))?,
+        };
         Ok(Self {
             uart: Arc::new(Mutex::new(uart)),
             drained,
         })
+    }
+
+    /// The registers as they are.
+    pub fn save(&self) -> SerialRegisters {
+        SerialRegisters::of(self.with_uart(|uart| uart.state()))
     }
 
     fn with_uart<T>(&self, use_it: impl FnOnce(&mut Serial<Line, Drained, Output>) -> T) -> T {
@@ -261,7 +341,7 @@ mod tests {
     const LINE_STATUS: u64 = 5;
 
     fn port(output: Output) -> SerialPort {
-        SerialPort::new(EventFd::new(libc::EFD_NONBLOCK).unwrap(), output).unwrap()
+        SerialPort::new(EventFd::new(libc::EFD_NONBLOCK).unwrap(), output, None).unwrap()
     }
 
     fn read(port: &mut SerialPort, offset: u64) -> u8 {

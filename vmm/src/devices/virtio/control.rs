@@ -1,9 +1,12 @@
 //! A device as the rest of the VMM sees it: asked from other threads, answered by the event loop.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::DeviceError;
+use super::block::{ImageError, ImageFiles};
+use super::mmio::MmioTransport;
+use super::state::VirtioState;
 use super::worker::Link;
 
 /// What a device has done since it was made: name of the counter and its value.
@@ -48,6 +51,9 @@ pub enum ControlError {
         #[source]
         source: std::io::Error,
     },
+    /// The image cannot be used.
+    #[error("cannot use the disk image")]
+    Image(#[source] ImageError),
     /// It could not finish what it was doing for its driver.
     #[error("the device cannot be brought to rest")]
     Device(#[source] DeviceError),
@@ -61,13 +67,15 @@ pub enum ControlError {
 pub struct DeviceHandle {
     name: Arc<str>,
     link: Link,
+    transport: Arc<Mutex<MmioTransport>>,
 }
 
 impl DeviceHandle {
-    pub(super) fn new(name: &str, link: Link) -> Self {
+    pub(super) fn new(name: &str, link: Link, transport: Arc<Mutex<MmioTransport>>) -> Self {
         Self {
             name: name.into(),
             link,
+            transport,
         }
     }
 
@@ -82,6 +90,14 @@ impl DeviceHandle {
     /// It was not changed.
     pub fn control(&self, control: Control) -> Result<(), ControlError> {
         self.link.control(control)
+    }
+
+    /// Puts another image in the place of the one that a disk has. The device rests.
+    ///
+    /// # Errors
+    /// The disk has the image that it had.
+    pub fn replace_image(&self, files: ImageFiles) -> Result<(), ControlError> {
+        self.link.replace_image(files)
     }
 
     /// What the device has done so far.
@@ -100,6 +116,17 @@ impl DeviceHandle {
     /// What was under way could not be finished, or the machine has ended.
     pub fn pause(&self) -> Result<(), ControlError> {
         self.link.pause()
+    }
+
+    /// The state of the device, which rests.
+    ///
+    /// # Errors
+    /// It does not rest, or the machine has ended.
+    pub fn save(&self) -> Result<VirtioState, ControlError> {
+        let device = self.link.save()?;
+        let transport = self.transport.lock();
+        let transport = transport.unwrap_or_else(PoisonError::into_inner).save();
+        Ok(VirtioState { transport, device })
     }
 
     /// Lets the device go on, with what has come up for it meanwhile.

@@ -51,6 +51,17 @@ impl Interrupt {
         self.status.fetch_and(!bits, Ordering::SeqCst);
     }
 
+    /// Takes over the reasons of another device, and raises the line if there are some: whether the
+    /// edge had reached the interrupt controller when those were saved is not known, and a driver
+    /// that finds nothing new bears it.
+    pub fn restore(&self, status: u32) {
+        self.status.store(status, Ordering::SeqCst);
+        if status != 0 {
+            // Fails only if the counter is full, and then the line is about to be raised anyway.
+            let _ = self.irqfd.write(1);
+        }
+    }
+
     /// The eventfd behind the line, to be bound to a GSI.
     pub fn irqfd(&self) -> &EventFd {
         &self.irqfd
@@ -80,5 +91,12 @@ mod tests {
 
         interrupt.acknowledge(VIRTIO_MMIO_INT_VRING);
         assert_eq!(interrupt.status(), VIRTIO_MMIO_INT_CONFIG);
+
+        let restored = Interrupt::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
+        restored.restore(0);
+        assert!(restored.irqfd().read().is_err());
+        restored.restore(interrupt.status());
+        assert_eq!(restored.status(), VIRTIO_MMIO_INT_CONFIG);
+        assert_eq!(restored.irqfd().read().unwrap(), 1);
     }
 }

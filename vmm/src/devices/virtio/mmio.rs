@@ -36,6 +36,7 @@ use virtio_bindings::virtio_mmio::{
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{Queue, QueueT};
 
+use super::state::{RestoreError, SavedQueue, TransportState, restore_queues};
 use super::worker::{Link, Notifier};
 use super::{Interrupt, VirtioDevice};
 use crate::devices::bus::BusDevice;
@@ -105,6 +106,50 @@ impl MmioTransport {
             driver_features: 0,
             queue_select: 0,
         }
+    }
+
+    /// The registers as they are.
+    pub(super) fn save(&self) -> TransportState {
+        TransportState {
+            device_id: self.device_id,
+            status: self.status,
+            needs_reset: self.needs_reset.load(Ordering::SeqCst),
+            driver_features: self.driver_features,
+            device_features_select: self.device_features_select,
+            driver_features_select: self.driver_features_select,
+            queue_select: self.queue_select,
+            interrupt_status: self.interrupt.status(),
+            generation: self.generation.load(Ordering::SeqCst),
+            queues: self.queues.iter().map(SavedQueue::of).collect(),
+        }
+    }
+
+    /// Takes over the registers of another device.
+    ///
+    /// # Errors
+    /// This one is of another kind, or lacks what the driver uses.
+    pub(super) fn restore(&mut self, state: &TransportState) -> Result<(), RestoreError> {
+        if state.device_id != self.device_id {
+            return Err(RestoreError::Kind {
+                saved: state.device_id,
+                here: self.device_id,
+            });
+        }
+        let missing = state.driver_features & !self.offered;
+        if missing != 0 {
+            return Err(RestoreError::Features { features: missing });
+        }
+        let max_sizes: Vec<u16> = self.queues.iter().map(QueueT::max_size).collect();
+        self.queues = restore_queues(&state.queues, &max_sizes)?;
+        self.status = state.status;
+        self.needs_reset.store(state.needs_reset, Ordering::SeqCst);
+        self.driver_features = state.driver_features;
+        self.device_features_select = state.device_features_select;
+        self.driver_features_select = state.driver_features_select;
+        self.queue_select = state.queue_select;
+        self.interrupt.restore(state.interrupt_status);
+        self.generation.store(state.generation, Ordering::SeqCst);
+        Ok(())
     }
 
     fn status(&self) -> u32 {

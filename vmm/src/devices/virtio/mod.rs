@@ -20,6 +20,7 @@ pub mod mmio;
 pub mod net;
 pub mod queue;
 pub mod rng;
+pub mod state;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
@@ -36,6 +37,8 @@ pub use control::{Control, ControlError, Counters, DeviceHandle};
 pub use interrupt::Interrupt;
 
 use crate::memory::GuestMemory;
+use block::ImageFiles;
+use state::{DeviceState, OwnState, RestoreError};
 
 /// Virtio device types (virtio 1.2, section 5).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -139,6 +142,14 @@ pub trait VirtioDevice: Send {
         Err(ControlError::NotSupported)
     }
 
+    /// Puts another image in the place of the one that the disk has, while nothing is under way.
+    ///
+    /// # Errors
+    /// The disk has the image that it had.
+    fn replace_image(&mut self, _files: ImageFiles) -> Result<(), ControlError> {
+        Err(ControlError::NotSupported)
+    }
+
     /// Finishes what is under way, so that nothing moves until the event loop calls
     /// [`process_queue`](Self::process_queue) for every queue again.
     ///
@@ -147,6 +158,20 @@ pub trait VirtioDevice: Send {
     fn pause(&mut self) -> Result<(), DeviceError> {
         Ok(())
     }
+
+    /// How far the device has come with each of its queues, if it is active and rests, and what
+    /// else it remembers. What it holds back from the host is written out before.
+    ///
+    /// # Errors
+    /// The host does not take it.
+    fn save(&mut self) -> Result<DeviceState, ControlError>;
+
+    /// Takes over what another device of this kind remembered, after
+    /// [`activate`](Self::activate) if that was active.
+    ///
+    /// # Errors
+    /// It cannot.
+    fn restore(&mut self, own: &OwnState) -> Result<(), RestoreError>;
 
     /// Starts to serve the driver. The event loop calls [`process_queue`](Self::process_queue)
     /// for every queue right after, since notifications may have come before.

@@ -13,11 +13,14 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Address, Bytes, GuestAddress};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::state::SavedQueue;
 use super::{Activation, DeviceError, Interrupt, Source};
 use crate::memory::GuestMemory;
 
@@ -84,6 +87,11 @@ impl ActiveQueue {
                 action: "creating the eventfd of a queue",
                 source,
             })
+    }
+
+    /// How far the device has come with the queue.
+    pub fn save(&self) -> SavedQueue {
+        SavedQueue::of(&self.queue)
     }
 
     /// The guest memory that the chains of this queue point into.
@@ -194,6 +202,41 @@ impl ActiveQueue {
         self.queue
             .enable_notification(self.memory.as_ref())
             .map_err(|source| self.malformed(source))
+    }
+
+    /// How many chains the driver has made available so far, modulo 2^16.
+    ///
+    /// # Errors
+    /// The rings are malformed.
+    pub fn offered(&self) -> Result<u16, DeviceError> {
+        self.queue
+            .avail_idx(self.memory.as_ref(), Ordering::Acquire)
+            .map(|index| index.0)
+            .map_err(|source| self.malformed(source))
+    }
+
+    /// Asks the driver to notify the device of the chain after the first `offered` ones, whether
+    /// or not the device has taken those.
+    ///
+    /// # Errors
+    /// The rings are malformed.
+    pub fn notify_beyond(&mut self, offered: u16) -> Result<(), DeviceError> {
+        // Without the feature, the driver notifies the device of all or of none.
+        self.enable_notification()?;
+        if !self.queue.event_idx_enabled() {
+            return Ok(());
+        }
+        // Behind the used ring: flags, index, and 8 bytes an element (virtio 1.2, 2.7.8).
+        let place = 4 + 8 * u64::from(self.queue.size());
+        let used = GuestAddress(self.queue.used_ring());
+        let result = match used.checked_add(place) {
+            Some(address) => self
+                .memory
+                .store(offered.to_le(), address, Ordering::SeqCst)
+                .map_err(virtio_queue::Error::GuestMemory),
+            None => Err(virtio_queue::Error::AddressOverflow),
+        };
+        result.map_err(|source| self.malformed(source))
     }
 
     /// Tells the driver not to notify the device of new chains.

@@ -1,6 +1,7 @@
 //! Drives the registers of a device as a guest would, with the event loop on another thread.
 
 use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
@@ -12,6 +13,7 @@ use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::mmio::MmioTransport;
+use super::state::{DeviceState, OwnState, RestoreError, SavedQueue, VirtioState};
 use super::worker::{self, Parts};
 use super::{
     Activation, Control, ControlError, Counters, DeviceError, DeviceHandle, DeviceKind, Interrupt,
@@ -58,6 +60,7 @@ enum Call {
 struct Fake {
     calls: Sender<Call>,
     fail_on_queue: bool,
+    queues: Option<Vec<SavedQueue>>,
 }
 
 impl VirtioDevice for Fake {
@@ -96,7 +99,22 @@ impl VirtioDevice for Fake {
         Ok(())
     }
 
+    fn save(&mut self) -> Result<DeviceState, ControlError> {
+        Ok(DeviceState {
+            queues: self.queues.clone(),
+            own: OwnState::Rng {},
+        })
+    }
+
+    fn restore(&mut self, own: &OwnState) -> Result<(), RestoreError> {
+        match own {
+            OwnState::Rng {} => Ok(()),
+            _ => Err(RestoreError::OwnState),
+        }
+    }
+
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
+        self.queues = Some(activation.queues.iter().map(SavedQueue::of).collect());
         let ready = activation.queues.iter().map(QueueT::ready).collect();
         let features = activation.features;
         let _ = self.calls.send(Call::Activate { features, ready });
@@ -119,7 +137,7 @@ impl VirtioDevice for Fake {
 
 /// A guest with one device, and an event loop that serves it.
 struct Guest {
-    registers: MmioTransport,
+    registers: Arc<Mutex<MmioTransport>>,
     handle: DeviceHandle,
     calls: Receiver<Call>,
     exit: ExitSignal,
@@ -128,20 +146,35 @@ struct Guest {
 
 impl Guest {
     fn new(fail_on_queue: bool) -> Self {
+        Self::build(fail_on_queue, None).unwrap()
+    }
+
+    /// A device in the state that another one had.
+    fn restored(state: &VirtioState) -> Result<Self, RestoreError> {
+        Self::build(false, Some(state))
+    }
+
+    fn build(fail_on_queue: bool, saved: Option<&VirtioState>) -> Result<Self, RestoreError> {
         let (sender, calls) = mpsc::channel();
         let device = Fake {
             calls: sender,
             fail_on_queue,
+            queues: None,
         };
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
         let interrupt = Interrupt::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
         let events = EventStream::new(Instant::now(), None);
+        let mut parts =
+            worker::split("fake".to_owned(), device, memory, interrupt, events).unwrap();
+        if let Some(saved) = saved {
+            parts.restore(saved)?;
+        }
         let Parts {
             transport,
             worker,
             handle,
             ..
-        } = worker::split("fake".to_owned(), device, memory, interrupt, events).unwrap();
+        } = parts;
         let exit = ExitSignal::new().unwrap();
         let watch = exit.clone();
         let event_loop = thread::spawn(move || {
@@ -152,23 +185,26 @@ impl Guest {
                 event_loop.run().unwrap();
             }
         });
-        Self {
+        Ok(Self {
             registers: transport,
             handle,
             calls,
             exit,
             event_loop: Some(event_loop),
-        }
+        })
     }
 
     fn read(&mut self, offset: u64) -> u32 {
         let mut data = [0xff; 4];
-        self.registers.read(offset, &mut data);
+        self.registers.lock().unwrap().read(offset, &mut data);
         u32::from_le_bytes(data)
     }
 
     fn write(&mut self, offset: u64, value: u32) {
-        self.registers.write(offset, &value.to_le_bytes());
+        self.registers
+            .lock()
+            .unwrap()
+            .write(offset, &value.to_le_bytes());
     }
 
     fn accept(&mut self, features: u64) {
@@ -348,6 +384,78 @@ fn a_device_at_rest_is_not_moved_and_catches_up_afterwards() {
 }
 
 #[test]
+fn a_device_goes_on_where_another_one_was() {
+    let mut guest = Guest::new(false);
+    guest.negotiate();
+    guest.set_up_queue(0, 0x1000);
+    guest.driver_ok();
+    assert!(guest.handle.save().is_err(), "it does not rest");
+    guest.handle.pause().unwrap();
+    let saved = guest.handle.save().unwrap();
+    let text = serde_json::to_string(&saved).unwrap();
+    let saved: VirtioState = serde_json::from_str(&text).unwrap();
+
+    let mut other = Guest::restored(&saved).unwrap();
+    let active = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK;
+    assert_eq!(other.read(STATUS), active);
+    let features = VERSION_1;
+    let ready = vec![true, false];
+    assert_eq!(
+        other.calls.recv().unwrap(),
+        Call::Activate { features, ready }
+    );
+    assert!(other.calls.try_recv().is_err(), "it rests");
+    other.handle.resume().unwrap();
+    assert_eq!(other.calls.recv().unwrap(), Call::Queue(0));
+    other.handle.pause().unwrap();
+    assert_eq!(
+        other.handle.save().unwrap(),
+        saved,
+        "and a third one would go on there"
+    );
+    other.write(STATUS, 0);
+    assert_eq!(other.read(STATUS), 0);
+
+    // One that nobody drives has no queues to go on with.
+    let idle = Guest::new(false).handle.save().unwrap();
+    assert_eq!(idle.device.queues, None);
+    let mut idle = Guest::restored(&idle).unwrap();
+    assert_eq!(idle.read(STATUS), 0);
+    assert!(idle.calls.try_recv().is_err());
+}
+
+#[test]
+fn a_state_that_the_device_cannot_have_is_refused() {
+    let mut guest = Guest::new(false);
+    guest.negotiate();
+    guest.set_up_queue(0, 0x1000);
+    guest.driver_ok();
+    guest.handle.pause().unwrap();
+    let saved = guest.handle.save().unwrap();
+    let refused = |change: fn(&mut VirtioState)| {
+        let mut state = saved.clone();
+        change(&mut state);
+        Guest::restored(&state).err().unwrap()
+    };
+    let kind = refused(|state| state.transport.device_id = 2);
+    assert!(matches!(kind, RestoreError::Kind { saved: 2, here: 4 }));
+    let features = refused(|state| state.transport.driver_features |= 1 << 40);
+    assert!(matches!(features, RestoreError::Features { features } if features == 1 << 40));
+    let fewer = refused(|state| state.device.queues.as_mut().unwrap().truncate(1));
+    assert!(matches!(fewer, RestoreError::Queues { saved: 1, here: 2 }));
+    let own = refused(|state| state.device.own = OwnState::Vsock { next_port: 0 });
+    assert!(matches!(own, RestoreError::OwnState));
+    // Its rings lie beyond the guest's memory.
+    let outside = refused(|state| {
+        let queue = &mut state.device.queues.as_mut().unwrap()[0];
+        let mut text = serde_json::to_value(*queue).unwrap();
+        text["used_ring"] = (1_u64 << 40).into();
+        *queue = serde_json::from_value(text).unwrap();
+    });
+    assert!(matches!(outside, RestoreError::Activate(_)));
+}
+
+#[test]
 fn a_change_of_a_device_is_told_to_its_driver() {
     let mut guest = Guest::new(false);
     let change = Control::ResizeDisk { size: 1 << 20 };
@@ -398,9 +506,9 @@ proptest! {
         for (offset, width, value, write) in accesses {
             let mut data = value.to_le_bytes();
             if write {
-                guest.registers.write(offset, &data[..width]);
+                guest.registers.lock().unwrap().write(offset, &data[..width]);
             } else {
-                guest.registers.read(offset, &mut data[..width]);
+                guest.registers.lock().unwrap().read(offset, &mut data[..width]);
             }
         }
         guest.write(STATUS, 0);

@@ -20,8 +20,10 @@ use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::block::ImageFiles;
 use super::control::{Control, ControlError, Counters, DeviceHandle};
 use super::mmio::MmioTransport;
+use super::state::{DeviceState, RestoreError, VirtioState, restore_queues};
 use super::{Activation, DeviceError, Interrupt, Source, VirtioDevice};
 use crate::events::{Event, EventStream};
 use crate::memory::GuestMemory;
@@ -49,6 +51,13 @@ enum Request {
     },
     Resume {
         done: SyncSender<()>,
+    },
+    ReplaceImage {
+        files: Box<ImageFiles>,
+        outcome: SyncSender<Result<(), ControlError>>,
+    },
+    Save {
+        state: SyncSender<Result<DeviceState, ControlError>>,
     },
 }
 
@@ -94,6 +103,17 @@ impl Link {
             .ok_or(ControlError::Ended)
     }
 
+    pub(super) fn replace_image(&self, files: ImageFiles) -> Result<(), ControlError> {
+        let files = Box::new(files);
+        self.call(|outcome| Request::ReplaceImage { files, outcome })
+            .unwrap_or(Err(ControlError::Ended))
+    }
+
+    pub(super) fn save(&self) -> Result<DeviceState, ControlError> {
+        self.call(|state| Request::Save { state })
+            .unwrap_or(Err(ControlError::Ended))
+    }
+
     /// The answer, or `None` if the event loop, and with it the machine, is ending.
     fn call<T>(&self, request: impl FnOnce(SyncSender<T>) -> Request) -> Option<T> {
         let (sender, answer) = mpsc::sync_channel(1);
@@ -117,13 +137,30 @@ impl Notifier {
 /// A device taken apart for the two kinds of threads that it lives on.
 pub struct Parts {
     /// The registers, for the bus.
-    pub transport: MmioTransport,
+    pub transport: Arc<Mutex<MmioTransport>>,
     /// The behaviour, for the event loop.
     pub worker: Worker,
     /// The device for everybody else.
     pub handle: DeviceHandle,
     /// One eventfd a queue, to be bound to the QueueNotify register.
     pub notifications: Vec<Arc<EventFd>>,
+}
+
+impl Parts {
+    /// Takes over the state of another device. The driver is served when the handle says so by
+    /// [`resume`](DeviceHandle::resume).
+    ///
+    /// # Errors
+    /// The device is another one, or cannot go on here.
+    pub fn restore(&mut self, state: &VirtioState) -> Result<(), RestoreError> {
+        let mut transport = self
+            .transport
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        transport.restore(&state.transport)?;
+        let features = state.transport.driver_features;
+        self.worker.restore(features, &state.device)
+    }
 }
 
 /// Takes a device apart.
@@ -156,8 +193,6 @@ pub fn split(
         requests: sender,
         wake: wake.clone(),
     };
-    let handle = DeviceHandle::new(&name, link.clone());
-
     let transport = MmioTransport::new(
         device.clone(),
         queues,
@@ -165,8 +200,10 @@ pub fn split(
         interrupt.clone(),
         needs_reset.clone(),
         generation.clone(),
-        link,
+        link.clone(),
     );
+    let transport = Arc::new(Mutex::new(transport));
+    let handle = DeviceHandle::new(&name, link, transport.clone());
     let worker = Worker {
         name,
         device,
@@ -271,6 +308,12 @@ impl Worker {
                     }
                     let _ = done.send(());
                 }
+                Ok(Request::ReplaceImage { files, outcome }) => {
+                    let _ = outcome.send(self.replace_image(*files));
+                }
+                Ok(Request::Save { state }) => {
+                    let _ = state.send(self.save());
+                }
                 Err(TryRecvError::Empty | TryRecvError::Disconnected) => return,
             }
         }
@@ -282,6 +325,11 @@ impl Worker {
         queues: Vec<Queue>,
         ops: &mut EventOps,
     ) -> Result<(), DeviceError> {
+        self.activate_device(features, queues)?;
+        self.watch(ops)
+    }
+
+    fn activate_device(&self, features: u64, queues: Vec<Queue>) -> Result<(), DeviceError> {
         for (index, queue) in queues.iter().enumerate() {
             if queue.ready() && !queue.is_valid(&self.memory) {
                 return Err(DeviceError::Queue {
@@ -296,8 +344,38 @@ impl Worker {
             queues,
             interrupt: self.interrupt.clone(),
         };
-        self.with_device(|device| device.activate(activation))?;
-        self.watch(ops)
+        self.with_device(|device| device.activate(activation))
+    }
+
+    fn check_rest(&self) -> Result<(), ControlError> {
+        match self.state {
+            State::Active { .. } => {
+                Err(ControlError::Refused("the device does not rest".to_owned()))
+            }
+            State::Inactive | State::Resting => Ok(()),
+        }
+    }
+
+    fn replace_image(&self, files: ImageFiles) -> Result<(), ControlError> {
+        self.check_rest()?;
+        self.with_device(|device| device.replace_image(files))
+    }
+
+    fn save(&self) -> Result<DeviceState, ControlError> {
+        self.check_rest()?;
+        self.with_device(|device| device.save())
+    }
+
+    /// Takes over the state of another device, and rests until it is to go on.
+    fn restore(&mut self, features: u64, state: &DeviceState) -> Result<(), RestoreError> {
+        if let Some(saved) = &state.queues {
+            let max_sizes = self.with_device(|device| device.queue_max_sizes().to_vec());
+            let queues = restore_queues(saved, &max_sizes)?;
+            self.activate_device(features, queues)
+                .map_err(RestoreError::Activate)?;
+            self.state = State::Resting;
+        }
+        self.with_device(|device| device.restore(&state.own))
     }
 
     /// Watches the device and serves what came before it was watched.

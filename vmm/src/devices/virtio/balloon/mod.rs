@@ -21,6 +21,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::buffers::{ChainBuffers, ChainError, walk};
 use super::queue::{ActiveQueue, Chain};
+use super::state::{DeviceState, OwnState, RestoreError};
 use super::{
     Activation, Control, ControlError, Counters, DeviceError, DeviceKind, Source, VirtioDevice,
     config_space,
@@ -221,6 +222,26 @@ impl VirtioDevice for Balloon {
             )));
         }
         self.target = pages(size);
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<DeviceState, ControlError> {
+        let queues = self.driver.as_ref().map(|driver| &driver.queues);
+        Ok(DeviceState {
+            queues: queues.map(|queues| queues.iter().map(ActiveQueue::save).collect()),
+            own: OwnState::Balloon {
+                target: self.target,
+                actual: self.actual,
+            },
+        })
+    }
+
+    fn restore(&mut self, own: &OwnState) -> Result<(), RestoreError> {
+        let OwnState::Balloon { target, actual } = *own else {
+            return Err(RestoreError::OwnState);
+        };
+        self.target = target.min(pages(self.ram));
+        self.actual = actual;
         Ok(())
     }
 

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use tracing::{debug, warn};
@@ -20,7 +21,7 @@ pub type Serial = [u8; VIRTIO_BLK_ID_BYTES as usize];
 /// A disk.
 pub struct Disk {
     name: String,
-    image: Image,
+    image: RwLock<Arc<Image>>,
     serial: Serial,
     /// Whether what the guest discards is given back.
     sparse: bool,
@@ -45,7 +46,7 @@ impl Disk {
     ) -> Self {
         Self {
             name,
-            image,
+            image: RwLock::new(Arc::new(image)),
             serial,
             sparse,
             request_max: seg_max as usize * SIZE_MAX as usize,
@@ -75,8 +76,16 @@ impl Disk {
         &self.name
     }
 
-    pub fn image(&self) -> &Image {
-        &self.image
+    /// The image. It may be another one the next time.
+    pub fn image(&self) -> Arc<Image> {
+        let image = self.image.read();
+        Arc::clone(&image.unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Puts another image in the place of the one that there is.
+    pub fn set_image(&self, image: Image) {
+        let mut place = self.image.write().unwrap_or_else(PoisonError::into_inner);
+        *place = Arc::new(image);
     }
 
     pub fn serial(&self) -> &Serial {
@@ -84,17 +93,17 @@ impl Disk {
     }
 
     pub fn readonly(&self) -> bool {
-        !self.image.writable()
+        !self.image().writable()
     }
 
     /// Whether what the guest discards is given back.
     pub fn discards(&self) -> bool {
-        self.sparse && self.image.can_discard()
+        self.sparse && self.image().can_discard()
     }
 
     /// The size. A last, partial sector is out of the driver's reach.
     pub fn sectors(&self) -> u64 {
-        self.image.size() / SECTOR_SIZE
+        self.image().size() / SECTOR_SIZE
     }
 
     /// The most bytes of one transfer.

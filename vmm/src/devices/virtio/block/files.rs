@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 
 use super::ImageError;
 use super::image::MAX_LAYERS;
-use crate::config::ImageType;
+use crate::config::{BackingImage, ImageType};
 
 /// An open and locked image, and those that it builds on.
 #[derive(Debug)]
@@ -27,8 +27,15 @@ pub struct ImageFiles {
     pub(super) image_type: ImageType,
     pub(super) file: File,
     pub(super) writable: bool,
-    /// The image that this one builds on, under the name that it has for it.
-    pub(super) backing: Option<(String, Box<ImageFiles>)>,
+    pub(super) backing: Option<Backing>,
+}
+
+/// The image that another one builds on.
+#[derive(Debug)]
+pub(super) struct Backing {
+    /// The name that the other one has for it; `None` if that is not looked at.
+    pub(super) name: Option<String>,
+    pub(super) files: Box<ImageFiles>,
 }
 
 impl ImageFiles {
@@ -45,6 +52,78 @@ impl ImageFiles {
         backing_files: bool,
     ) -> Result<Self, ImageError> {
         open_layer(path, image_type, !readonly, backing_files, MAX_LAYERS)
+    }
+
+    /// Opens and locks the image at `path` and, read-only, those that it builds on, nearest first,
+    /// whatever the images say of that.
+    ///
+    /// # Errors
+    /// One of the files cannot be opened, or is in use.
+    pub fn open_chain(
+        path: &Path,
+        image_type: ImageType,
+        readonly: bool,
+        backing: &[BackingImage],
+    ) -> Result<Self, ImageError> {
+        let mut layers = vec![(path.to_owned(), image_type, open_file(path, !readonly)?)];
+        for BackingImage { path, image_type } in backing {
+            layers.push((path.clone(), *image_type, open_file(path, false)?));
+        }
+        Self::chain(layers, !readonly)
+    }
+
+    /// The images behind these descriptors, as a chain like that of
+    /// [`open_chain`](Self::open_chain). They are locked when the disk takes them.
+    ///
+    /// # Errors
+    /// One of them is not of a file.
+    pub fn from_descriptors(images: Vec<(ImageType, File)>) -> Result<Self, ImageError> {
+        let layer = |(index, (image_type, file)): (usize, (ImageType, File))| {
+            let path = PathBuf::from(format!("descriptor {index}"));
+            check_kind(&path, &file)?;
+            Ok((path, image_type, file))
+        };
+        let layers = images.into_iter().enumerate().map(layer);
+        Self::chain(layers.collect::<Result<_, _>>()?, true)
+    }
+
+    /// Joins images, topmost first.
+    fn chain(layers: Vec<(PathBuf, ImageType, File)>, writable: bool) -> Result<Self, ImageError> {
+        let top = layers.first().map(|(path, ..)| path.clone());
+        let path = top.unwrap_or_default();
+        if layers.len() > MAX_LAYERS {
+            return Err(ImageError::Layers { path });
+        }
+        let mut beneath: Option<Self> = None;
+        for (index, (path, image_type, file)) in layers.into_iter().enumerate().rev() {
+            if beneath.is_some() && image_type == ImageType::Raw {
+                return Err(ImageError::RawOnTop { path });
+            }
+            beneath = Some(Self {
+                path,
+                image_type,
+                file,
+                writable: writable && index == 0,
+                backing: beneath.map(|files| Backing {
+                    name: None,
+                    files: Box::new(files),
+                }),
+            });
+        }
+        beneath.ok_or(ImageError::Layers { path })
+    }
+
+    /// Locks all files as those that were opened by their paths are.
+    ///
+    /// # Errors
+    /// One of them is in use.
+    pub(super) fn lock(&self) -> Result<(), ImageError> {
+        let mut next = Some(self);
+        while let Some(files) = next {
+            lock_file(&files.path, &files.file, files.writable)?;
+            next = files.backing.as_ref().map(|backing| &*backing.files);
+        }
+        Ok(())
     }
 }
 
@@ -68,13 +147,13 @@ fn open_layer(
     };
     let backing = match named {
         None => None,
-        Some(Backing { name, .. }) if !backing_files => {
+        Some(NamedBacking { name, .. }) if !backing_files => {
             return Err(ImageError::BackingDenied {
                 path: path.to_owned(),
                 backing: name,
             });
         }
-        Some(Backing { name, format }) => {
+        Some(NamedBacking { name, format }) => {
             let image_type = match format.as_slice() {
                 b"raw" => ImageType::Raw,
                 b"qcow2" => ImageType::Qcow2,
@@ -88,7 +167,10 @@ fn open_layer(
             // A relative name starts where the image lies.
             let beneath = path.parent().unwrap_or(Path::new("")).join(&name);
             let files = open_layer(&beneath, image_type, false, true, layers)?;
-            Some((name, Box::new(files)))
+            Some(Backing {
+                name: Some(name),
+                files: Box::new(files),
+            })
         }
     };
     Ok(ImageFiles {
@@ -112,13 +194,28 @@ fn open_file(path: &Path, writable: bool) -> Result<File, ImageError> {
         .custom_flags(libc::O_NONBLOCK)
         .open(path)
         .map_err(open)?;
-    let kind = file.metadata().map_err(open)?.file_type();
-    if !kind.is_file() && !kind.is_block_device() {
-        return Err(ImageError::Kind {
+    check_kind(path, &file)?;
+    lock_file(path, &file, writable)?;
+    Ok(file)
+}
+
+fn check_kind(path: &Path, file: &File) -> Result<(), ImageError> {
+    let metadata = file.metadata().map_err(|source| ImageError::Open {
+        path: path.to_owned(),
+        source,
+    })?;
+    let kind = metadata.file_type();
+    if kind.is_file() || kind.is_block_device() {
+        Ok(())
+    } else {
+        Err(ImageError::Kind {
             path: path.to_owned(),
-        });
+        })
     }
-    lock(&file, writable).map_err(|source| match source.kind() {
+}
+
+fn lock_file(path: &Path, file: &File, writable: bool) -> Result<(), ImageError> {
+    lock(file, writable).map_err(|source| match source.kind() {
         io::ErrorKind::WouldBlock => ImageError::Locked {
             path: path.to_owned(),
         },
@@ -126,22 +223,30 @@ fn open_file(path: &Path, writable: bool) -> Result<File, ImageError> {
             path: path.to_owned(),
             source,
         },
-    })?;
-    Ok(file)
+    })
+}
+
+/// Gives a lock up before the last copy of the file is closed.
+pub(super) fn unlock(file: &File) -> io::Result<()> {
+    set_lock(file, libc::F_UNLCK, 0)
 }
 
 /// Takes an open file description lock, which goes when the last copy of `file` is closed.
-fn lock(file: &File, exclusive: bool) -> io::Result<()> {
+pub(super) fn lock(file: &File, exclusive: bool) -> io::Result<()> {
     let (kind, len) = if exclusive {
         (libc::F_WRLCK, 0)
     } else {
         (libc::F_RDLCK, 1)
     };
+    set_lock(file, kind, len)
+}
+
+/// Locks or unlocks the first `len` bytes of a file; 0 is all of it.
+fn set_lock(file: &File, kind: c_int, len: libc::off_t) -> io::Result<()> {
     let lock = libc::flock {
         l_type: kind as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
         l_start: 0,
-        // 0 is up to the end, wherever that will be.
         l_len: len,
         l_pid: 0,
     };
@@ -156,7 +261,7 @@ fn lock(file: &File, exclusive: bool) -> io::Result<()> {
 
 /// What a qcow2 image says of the file that it builds on.
 #[derive(Debug, PartialEq, Eq)]
-struct Backing {
+struct NamedBacking {
     name: String,
     /// Empty if the image does not say.
     format: Vec<u8>,
@@ -180,7 +285,7 @@ const MAX_EXTENSIONS: usize = 64;
 /// Reads which file the qcow2 image builds on (QEMU's docs/interop/qcow2.rst, "Header" and
 /// "Header extensions"). `None` if there is none, or if this is no proper header, which the reader
 /// of the image will say.
-fn qcow2_backing(image: &File) -> Option<Backing> {
+fn qcow2_backing(image: &File) -> Option<NamedBacking> {
     let mut header = [0; QCOW2_HEADER];
     // An image of version 2 has a shorter header, but at least one cluster.
     image.read_exact_at(&mut header, 0).ok()?;
@@ -221,7 +326,7 @@ fn qcow2_backing(image: &File) -> Option<Backing> {
             at += u64::from(len).next_multiple_of(8);
         }
     }
-    Some(Backing { name, format })
+    Some(NamedBacking { name, format })
 }
 
 #[cfg(test)]
@@ -268,7 +373,7 @@ mod tests {
         let extensions: &[(u32, &[u8])] = &[(0x6803_f857, b"abc"), (BACKING_FORMAT, b"raw")];
         assert_eq!(
             qcow2_backing(&image(&header("base.img", extensions))),
-            Some(Backing {
+            Some(NamedBacking {
                 name: "base.img".into(),
                 format: b"raw".to_vec(),
             })

@@ -20,7 +20,7 @@ use imago::raw::Raw;
 use imago::{FormatAccess, StorageOpenOptions};
 use rustix::fs::{FallocateFlags, OFlags};
 
-use super::ImageFiles;
+use super::files::{Backing, ImageFiles, lock, unlock};
 use crate::config::ImageType;
 use crate::devices::virtio::buffers::Buffers;
 
@@ -115,6 +115,12 @@ pub enum ImageError {
     /// The image keeps its data in another file.
     #[error("{path} keeps its data in another file, which is not supported", path = path.display())]
     DataFile {
+        /// The image.
+        path: PathBuf,
+    },
+    /// A raw image builds on nothing.
+    #[error("{path} is a raw image, and cannot build on another", path = path.display())]
+    RawOnTop {
         /// The image.
         path: PathBuf,
     },
@@ -310,6 +316,22 @@ impl Image {
         self.file.sync_data()
     }
 
+    /// Locks the file of the topmost image again after [`unlock`](Self::unlock).
+    ///
+    /// # Errors
+    /// Somebody else has it.
+    pub fn lock(&self) -> io::Result<()> {
+        lock(&self.file, self.writable)
+    }
+
+    /// Lets others have the file of the topmost image, to read from it.
+    ///
+    /// # Errors
+    /// The host refuses.
+    pub fn unlock(&self) -> io::Result<()> {
+        unlock(&self.file)
+    }
+
     /// Makes the disk `size` bytes large. What is new reads as zeros.
     ///
     /// # Errors
@@ -420,12 +442,15 @@ fn build_layer(
                 return Err(ImageError::DataFile { path });
             }
             image.set_data_file(None);
-            let (name, backing) = backing.unzip();
-            if name.as_ref() != image.implicit_backing_file() {
-                return Err(ImageError::Changed { path });
+            let named = image.implicit_backing_file();
+            match &backing {
+                Some(Backing { name: None, .. }) => {}
+                Some(Backing { name, .. }) if name.as_ref() == named => {}
+                None if named.is_none() => {}
+                _ => return Err(ImageError::Changed { path }),
             }
             let backing = backing
-                .map(|files| build_layer(*files, direct))
+                .map(|backing| build_layer(*backing.files, direct))
                 .transpose()?
                 .map(|(backing, _)| backing);
             let backing_size = backing.as_ref().map_or(0, FormatAccess::size);

@@ -37,6 +37,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::buffers::ChainPieces;
 use super::queue::ActiveQueue;
+use super::state::{DeviceState, OwnState, RestoreError};
 use super::{
     Activation, Control, ControlError, Counters, DeviceError, DeviceKind, Source, VirtioDevice,
 };
@@ -93,6 +94,8 @@ pub enum BlockError {
 /// A block device.
 pub struct Block {
     disk: Arc<Disk>,
+    /// Whether images are used past the host's page cache.
+    direct: bool,
     pool: Pool,
     config: ConfigSpace,
     queue_sizes: Vec<u16>,
@@ -122,13 +125,22 @@ impl Block {
     /// # Errors
     /// One of them cannot be opened, or is in use.
     pub fn open(config: &DiskConfig) -> Result<ImageFiles, BlockError> {
-        ImageFiles::open(
-            &config.path,
-            config.image_type,
-            config.readonly,
-            config.backing_files,
-        )
-        .map_err(BlockError::Image)
+        let files = if config.backing.is_empty() {
+            ImageFiles::open(
+                &config.path,
+                config.image_type,
+                config.readonly,
+                config.backing_files,
+            )
+        } else {
+            ImageFiles::open_chain(
+                &config.path,
+                config.image_type,
+                config.readonly,
+                &config.backing,
+            )
+        };
+        files.map_err(BlockError::Image)
     }
 
     /// The block device `name` on the image that `config` describes and `files` hold. Needs no
@@ -166,6 +178,7 @@ impl Block {
         Ok(Self {
             config: ConfigSpace::new(&disk, seg_max, config.num_queues),
             disk,
+            direct: config.direct,
             pool,
             queue_sizes: vec![config.queue_size; config.num_queues.into()],
             limiter: RateLimiter::new(config.rate_limiter_config.as_ref())
@@ -353,6 +366,50 @@ impl VirtioDevice for Block {
         Ok(())
     }
 
+    /// The new image may build on the one that there is, which is written out and given up first.
+    fn replace_image(&mut self, files: ImageFiles) -> Result<(), ControlError> {
+        let host = |action| move |source| ControlError::Host { action, source };
+        let image = |source| ControlError::Image(source);
+        let old = self.disk.image();
+        old.flush()
+            .map_err(host("writing out what the disk image holds back"))?;
+        old.unlock().map_err(host("giving up the disk image"))?;
+        let lock_again = || {
+            // What was just given up can be had again, unless somebody else was faster.
+            if let Err(error) = old.lock() {
+                tracing::warn!(disk = self.disk.name(), %error, "the disk image is not locked");
+            }
+        };
+        let new = files
+            .lock()
+            .and_then(|()| Image::new(files, self.direct))
+            .inspect_err(|_| lock_again())
+            .map_err(image)?;
+        let same = (new.size(), new.writable(), new.can_discard())
+            == (old.size(), old.writable(), old.can_discard());
+        if !same {
+            // The new one's locks go with it.
+            drop(new);
+            lock_again();
+            return Err(ControlError::Refused(format!(
+                "the new image has to be like the one that it replaces: of {} bytes, {}, and {}",
+                old.size(),
+                if old.writable() {
+                    "writable"
+                } else {
+                    "read-only"
+                },
+                if old.can_discard() {
+                    "able to discard"
+                } else {
+                    "unable to discard"
+                },
+            )));
+        }
+        self.disk.set_image(new);
+        Ok(())
+    }
+
     fn pause(&mut self) -> Result<(), DeviceError> {
         self.pool.drain();
         let Some(active) = &mut self.active else {
@@ -363,6 +420,43 @@ impl VirtioDevice for Block {
             slot.full = false;
         }
         self.complete()
+    }
+
+    fn save(&mut self) -> Result<DeviceState, ControlError> {
+        self.disk
+            .image()
+            .flush()
+            .map_err(|source| ControlError::Host {
+                action: "writing out what the disk image holds back",
+                source,
+            })?;
+        let active = self.active.as_ref();
+        Ok(DeviceState {
+            queues: active.map(|active| {
+                let queues = active.queues.iter();
+                queues.map(|slot| slot.queue.save()).collect()
+            }),
+            own: OwnState::Block {
+                sectors: self.disk.sectors(),
+                writeback: !self.disk.writethrough(),
+            },
+        })
+    }
+
+    fn restore(&mut self, own: &OwnState) -> Result<(), RestoreError> {
+        let OwnState::Block { sectors, writeback } = *own else {
+            return Err(RestoreError::OwnState);
+        };
+        let here = self.disk.sectors();
+        if sectors != here {
+            return Err(RestoreError::DiskSize {
+                saved: sectors,
+                here,
+            });
+        }
+        self.disk.set_writethrough(!writeback);
+        self.config.set_writeback(writeback);
+        Ok(())
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {

@@ -60,6 +60,23 @@ impl Blocks {
         }
     }
 
+    /// The runs of plugged blocks: the first of each, and how many they are.
+    pub fn plugged_runs(&self) -> Vec<(usize, usize)> {
+        let mut runs: Vec<(usize, usize)> = Vec::new();
+        for (index, _) in self
+            .plugged
+            .iter()
+            .enumerate()
+            .filter(|(_, plugged)| **plugged)
+        {
+            match runs.last_mut() {
+                Some((first, count)) if *first + *count == index => *count += 1,
+                _ => runs.push((index, 1)),
+            }
+        }
+        runs
+    }
+
     /// Unplugs all blocks.
     pub fn clear(&mut self) {
         self.plugged.fill(false);
@@ -103,6 +120,12 @@ mod tests {
             }
             let single = |index| blocks.state(index..index + 1) == Some(BlockState::Plugged);
             prop_assert_eq!((0..32).filter(|index| single(*index)).count(), blocks.count());
+
+            let mut again = Blocks::new(32);
+            for (first, count) in blocks.plugged_runs() {
+                again.set(first..first + count, true);
+            }
+            prop_assert_eq!(again.plugged, blocks.plugged);
         }
     }
 }

@@ -26,6 +26,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::buffers::{Buffers, ChainBuffers};
 use super::queue::{ActiveQueue, Chain};
+use super::state::{DeviceState, OwnState, RestoreError};
 use super::{
     Activation, Control, ControlError, Counters, DeviceError, DeviceKind, Source, VirtioDevice,
     config_space,
@@ -303,6 +304,36 @@ impl VirtioDevice for Mem {
             )));
         }
         self.region.requested = size;
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<DeviceState, ControlError> {
+        Ok(DeviceState {
+            queues: self.queue.as_ref().map(|queue| vec![queue.save()]),
+            own: OwnState::Mem {
+                requested: self.region.requested,
+                plugged: self.region.blocks.plugged_runs(),
+            },
+        })
+    }
+
+    fn restore(&mut self, own: &OwnState) -> Result<(), RestoreError> {
+        let OwnState::Mem { requested, plugged } = own else {
+            return Err(RestoreError::OwnState);
+        };
+        let region = &mut self.region;
+        if *requested > region.size {
+            return Err(RestoreError::PluggedMemory);
+        }
+        region.requested = *requested;
+        region.blocks.clear();
+        for (first, count) in plugged {
+            let range = *first..first.saturating_add(*count);
+            if region.blocks.state(range.clone()).is_none() {
+                return Err(RestoreError::PluggedMemory);
+            }
+            region.blocks.set(range, true);
+        }
         Ok(())
     }
 

@@ -29,7 +29,10 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::buffers::ChainBuffers;
 use super::queue::ActiveQueue;
-use super::{Activation, Counters, DeviceError, DeviceKind, Source, VirtioDevice, config_space};
+use super::state::{DeviceState, OwnState, RestoreError};
+use super::{
+    Activation, ControlError, Counters, DeviceError, DeviceKind, Source, VirtioDevice, config_space,
+};
 use crate::config::NetConfig;
 use crate::rate_limiter::RateLimiter;
 use control::Command;
@@ -140,6 +143,8 @@ pub struct Net {
 struct Active {
     pairs: Vec<Pair>,
     control: Option<ActiveQueue>,
+    /// Queues that the driver does not know of.
+    unused: Vec<ActiveQueue>,
     /// The pairs on which the driver wants to receive: the first ones.
     used_pairs: usize,
     /// The pair whose turn is first when a limiter lets frames through again.
@@ -422,6 +427,33 @@ impl VirtioDevice for Net {
         Ok(())
     }
 
+    fn save(&mut self) -> Result<DeviceState, ControlError> {
+        let active = self.active.as_ref();
+        Ok(DeviceState {
+            queues: active.map(|active| {
+                let pairs = active.pairs.iter();
+                let pairs = pairs.flat_map(|pair| [pair.receiver.queue(), &pair.transmit]);
+                let known = pairs.chain(&active.control);
+                let mut queues: Vec<_> = known.map(ActiveQueue::save).collect();
+                queues.extend(active.unused.iter().map(ActiveQueue::save));
+                queues
+            }),
+            own: OwnState::Net {
+                used_pairs: active.map_or(1, |active| active.used_pairs),
+            },
+        })
+    }
+
+    fn restore(&mut self, own: &OwnState) -> Result<(), RestoreError> {
+        let OwnState::Net { used_pairs } = *own else {
+            return Err(RestoreError::OwnState);
+        };
+        if let Some(active) = &mut self.active {
+            active.used_pairs = used_pairs.clamp(1, active.pairs.len().max(1));
+        }
+        Ok(())
+    }
+
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
         let features = activation.features;
         let has = |feature: u32| features & 1 << feature != 0;
@@ -471,6 +503,7 @@ impl VirtioDevice for Net {
         self.active = Some(Active {
             pairs,
             control,
+            unused: queues.collect(),
             used_pairs: 1,
             next: 0,
         });

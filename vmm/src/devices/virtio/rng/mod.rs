@@ -11,7 +11,8 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::buffers::{Buffers, ChainBuffers};
 use super::queue::ActiveQueue;
-use super::{Activation, DeviceError, DeviceKind, Source, VirtioDevice};
+use super::state::{DeviceState, OwnState, RestoreError};
+use super::{Activation, ControlError, DeviceError, DeviceKind, Source, VirtioDevice};
 use crate::config::RngConfig;
 
 const QUEUE_SIZE: u16 = 64;
@@ -114,6 +115,20 @@ impl VirtioDevice for Rng {
     }
 
     fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
+
+    fn save(&mut self) -> Result<DeviceState, ControlError> {
+        Ok(DeviceState {
+            queues: self.queue.as_ref().map(|queue| vec![queue.save()]),
+            own: OwnState::Rng {},
+        })
+    }
+
+    fn restore(&mut self, own: &OwnState) -> Result<(), RestoreError> {
+        match own {
+            OwnState::Rng {} => Ok(()),
+            _ => Err(RestoreError::OwnState),
+        }
+    }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
         let [queue] = ActiveQueue::from_activation(activation)?;

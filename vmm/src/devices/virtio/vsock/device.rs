@@ -12,9 +12,13 @@ use super::host::{Listener, VsockError};
 use super::muxer::Muxer;
 use super::packet::{RxBuffer, TxPacket};
 use crate::config::VsockConfig;
+use crate::devices::virtio::buffers::ChainBuffers;
 use crate::devices::virtio::config_space;
 use crate::devices::virtio::queue::ActiveQueue;
-use crate::devices::virtio::{Activation, DeviceError, DeviceKind, Source, VirtioDevice};
+use crate::devices::virtio::state::{DeviceState, OwnState, RestoreError};
+use crate::devices::virtio::{
+    Activation, ControlError, DeviceError, DeviceKind, Source, VirtioDevice,
+};
 
 /// Packets for the guest.
 pub(super) const RX_QUEUE: usize = 0;
@@ -22,9 +26,11 @@ pub(super) const RX_QUEUE: usize = 0;
 /// Packets from the guest.
 pub(super) const TX_QUEUE: usize = 1;
 
-/// Size limits of the queues for reception, transmission and events. The device has no events
-/// of its own to report.
+/// Size limits of the queues for reception, transmission and events.
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
+
+/// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`, the only event there is.
+const EVENT_TRANSPORT_RESET: u32 = 0;
 
 /// `VIRTIO_VSOCK_F_STREAM`.
 const FEATURE_STREAM: u64 = 1 << 0;
@@ -49,6 +55,23 @@ pub struct Vsock {
 struct Queues {
     rx: ActiveQueue,
     tx: ActiveQueue,
+    event: ActiveQueue,
+    reset: TransportReset,
+}
+
+/// What the driver of a restored device has to learn: its connections are gone, and it may have
+/// another CID (virtio 1.2, 5.10.6.7).
+///
+/// The driver closes all connections that it finds then, new ones included. So it gets no packet
+/// before it is through with that, which shows by the event's buffer being made available again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum TransportReset {
+    /// Nothing.
+    Done,
+    /// It is not told yet.
+    Due,
+    /// It is told, and has made this many event buffers available before.
+    Told { offered: u16 },
 }
 
 impl Vsock {
@@ -109,6 +132,10 @@ impl Queues {
     /// Fills the driver's receive buffers, as far as there are packets. Receive buffers matter
     /// to the device only while it has a packet: it asks for notifications only then.
     fn deliver(&mut self, muxer: &mut Muxer) -> Result<(), DeviceError> {
+        self.advance_reset()?;
+        if self.reset != TransportReset::Done {
+            return Ok(());
+        }
         let memory = Arc::clone(self.rx.memory());
         let mut visit = self.rx.visit()?;
         while muxer.has_packets()
@@ -134,6 +161,50 @@ impl Queues {
     }
 }
 
+impl Queues {
+    /// Tells the driver of a reset that is due, and finds out whether it has acted on it.
+    fn advance_reset(&mut self) -> Result<(), DeviceError> {
+        match self.reset {
+            TransportReset::Done => Ok(()),
+            TransportReset::Due => self.tell_reset(),
+            TransportReset::Told { offered } => {
+                if self.event.offered()? != offered {
+                    self.reset = TransportReset::Done;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn tell_reset(&mut self) -> Result<(), DeviceError> {
+        let offered = self.event.offered()?;
+        let memory = Arc::clone(self.event.memory());
+        let limit = self.event.size().into();
+        let Some(chain) = self.event.pop()? else {
+            // A driver that wants no events has none to act on.
+            self.reset = TransportReset::Done;
+            return Ok(());
+        };
+        let head = chain.head_index();
+        let written = match ChainBuffers::collect(&memory, chain, limit) {
+            Ok(buffers) => buffers
+                .writable
+                .copy_from(&EVENT_TRANSPORT_RESET.to_le_bytes()),
+            Err(error) => {
+                debug!(%error, "malformed event buffer");
+                0
+            }
+        };
+        // Before the driver can act, or it might do so unnoticed.
+        self.event.notify_beyond(offered)?;
+        // At most the four bytes of the event.
+        self.event.add_used(head, written as u32)?;
+        self.event.announce()?;
+        self.reset = TransportReset::Told { offered };
+        Ok(())
+    }
+}
+
 fn host(action: &'static str) -> impl Fn(io::Error) -> DeviceError {
     move |source| DeviceError::Host { action, source }
 }
@@ -156,12 +227,42 @@ impl VirtioDevice for Vsock {
         config_space::read(&self.cid.to_le_bytes(), offset, data);
     }
 
+    fn save(&mut self) -> Result<DeviceState, ControlError> {
+        let queues = self.queues.as_ref();
+        Ok(DeviceState {
+            queues: queues.map(|queues| {
+                [&queues.rx, &queues.tx, &queues.event]
+                    .map(ActiveQueue::save)
+                    .to_vec()
+            }),
+            own: OwnState::Vsock {
+                next_port: self.muxer.next_port(),
+            },
+        })
+    }
+
+    fn restore(&mut self, own: &OwnState) -> Result<(), RestoreError> {
+        let OwnState::Vsock { next_port } = *own else {
+            return Err(RestoreError::OwnState);
+        };
+        self.muxer.set_next_port(next_port);
+        if let Some(queues) = &mut self.queues {
+            queues.reset = TransportReset::Due;
+        }
+        Ok(())
+    }
+
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
-        let [rx, tx, _event] = ActiveQueue::from_activation(activation)?;
+        let [rx, tx, event] = ActiveQueue::from_activation(activation)?;
         self.muxer
             .start()
             .map_err(host("accepting host programs"))?;
-        self.queues = Some(Queues { rx, tx });
+        self.queues = Some(Queues {
+            rx,
+            tx,
+            event,
+            reset: TransportReset::Done,
+        });
         Ok(())
     }
 

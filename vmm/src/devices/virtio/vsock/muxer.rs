@@ -143,6 +143,18 @@ impl Muxer {
         self.listener.move_to(directory);
     }
 
+    /// The port that the next connection of a host program comes from.
+    pub(super) fn next_port(&self) -> u32 {
+        self.next_port
+    }
+
+    /// Goes on with this port, if it is one that connections of host programs come from.
+    pub(super) fn set_next_port(&mut self, port: u32) {
+        if EPHEMERAL_PORTS.contains(&port) {
+            self.next_port = port;
+        }
+    }
+
     /// Readable when [`process_events`](Self::process_events) has something to do.
     pub(super) fn as_raw_fd(&self) -> RawFd {
         self.epoll.as_raw_fd()
