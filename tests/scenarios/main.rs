@@ -20,4 +20,5 @@ mod jail;
 mod refusals;
 mod resize;
 mod restore;
+mod snapshots;
 mod vmm_api;

@@ -5,6 +5,7 @@ use std::io::{self, Read};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -21,7 +22,9 @@ pub struct Daemon {
     /// The process.
     pub process: Process,
     address: SocketAddr,
-    directory: TempDir,
+    /// Shared with the daemon that comes after this one.
+    directory: Arc<TempDir>,
+    arguments: Vec<String>,
 }
 
 /// What the daemon holds on the host.
@@ -49,7 +52,21 @@ impl Daemon {
     /// # Panics
     /// It does not.
     pub fn start_with(arguments: &[&str]) -> Self {
-        let directory = scratch();
+        let arguments = arguments.iter().map(|&argument| argument.to_owned());
+        Self::start_in(Arc::new(scratch()), arguments.collect())
+    }
+
+    /// Kills the daemon, and starts another one in its place.
+    ///
+    /// # Panics
+    /// That does not start.
+    pub fn crash(mut self) -> Self {
+        self.process.signal(Signal::KILL);
+        self.process.wait();
+        Self::start_in(Arc::clone(&self.directory), self.arguments.clone())
+    }
+
+    fn start_in(directory: Arc<TempDir>, arguments: Vec<String>) -> Self {
         let mut command = Command::new(&setup().sandboxd);
         command
             .arg("serve")
@@ -63,8 +80,10 @@ impl Daemon {
             .arg(&setup().vmm)
             .arg("--images-dir")
             .arg(&setup().images)
-            .args(arguments)
+            .args(&arguments)
             .env_remove("SANDBOXD_CONFIG")
+            // What boots in the background, and what it leaves, is asked for by argument.
+            .env("SANDBOXD_WARM_DISK_BYTES", "0")
             .stdin(Stdio::null())
             .stdout(Stdio::null());
         let process = Process::spawn("sandboxd", command, &[]);
@@ -84,6 +103,7 @@ impl Daemon {
             process,
             address,
             directory,
+            arguments,
         }
     }
 
@@ -197,7 +217,8 @@ impl Daemon {
             .count()
     }
 
-    /// Asks it to end, and checks that it does so with status 0 and leaves nothing behind.
+    /// Asks it to end, and checks that it does so with status 0 and leaves nothing behind but what is
+    /// kept.
     ///
     /// # Panics
     /// It does not.
@@ -215,9 +236,33 @@ impl Daemon {
         files_below(self.directory.path(), &mut files);
         files.retain(|path| {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
-            !name.starts_with("sandboxd.")
+            !name.starts_with("sandboxd.") && !path.starts_with(self.layers_directory())
         });
         assert!(files.is_empty(), "left behind: {files:?}");
+    }
+
+    /// Where it keeps what was saved.
+    pub fn layers_directory(&self) -> PathBuf {
+        self.directory.path().join("data/layers")
+    }
+
+    /// The names of the layers that it keeps.
+    ///
+    /// # Panics
+    /// They cannot be listed.
+    pub fn layers(&self) -> BTreeSet<String> {
+        let entries = std::fs::read_dir(self.layers_directory()).unwrap();
+        entries
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect()
+    }
+
+    /// The sandbox of this id.
+    pub fn sandbox(&self, id: &str) -> Sandbox<'_> {
+        Sandbox {
+            id: id.to_owned(),
+            daemon: self,
+        }
     }
 
     /// Where it keeps the sockets and console of a sandbox.
@@ -444,6 +489,29 @@ impl Sandbox<'_> {
             .send(Request::new("DELETE", &self.path("")), io::empty(), 0);
         assert_eq!(response.status, 204);
         assert_eq!(response.bytes(), b"");
+    }
+
+    /// Pauses it.
+    ///
+    /// # Panics
+    /// It is not paused.
+    pub fn pause(&self) {
+        let (status, body) = self.daemon.call("POST", &self.path("/pause"), "");
+        assert_eq!((status, &body["status"]), (200, &json!("paused")), "{body}");
+    }
+
+    /// Resumes it, and returns its record.
+    ///
+    /// # Panics
+    /// It is not resumed.
+    pub fn resume(&self) -> Value {
+        let (status, body) = self.daemon.call("POST", &self.path("/resume"), "");
+        assert_eq!(
+            (status, &body["status"]),
+            (200, &json!("running")),
+            "{body}"
+        );
+        body
     }
 
     /// Reads its record again and again until it is no longer `running`, and returns that.
