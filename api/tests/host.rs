@@ -7,11 +7,14 @@
     reason = "a test that cannot go on may panic"
 )]
 
+#[path = "support/agent.rs"]
+mod agent;
+
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use agent_protocol::Ready;
@@ -26,27 +29,6 @@ use futures_util::stream::{self, BoxStream, StreamExt};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinHandle;
-
-/// The guest agent's binary, built if it is not up to date.
-fn agent_binary() -> &'static Path {
-    static BINARY: OnceLock<PathBuf> = OnceLock::new();
-    BINARY.get_or_init(|| {
-        let status = Command::new(env!("CARGO"))
-            .args([
-                "build",
-                "--quiet",
-                "-p",
-                "guest-agent",
-                "--bin",
-                "guest-agent",
-            ])
-            .status()
-            .unwrap();
-        assert!(status.success(), "the guest agent does not build");
-        let own = std::env::current_exe().unwrap();
-        own.parent().unwrap().parent().unwrap().join("guest-agent")
-    })
-}
 
 /// A host whose VMM is a script. The script tells of its first guest instruction, lets the test
 /// know that it is up, and then does as the test says.
@@ -187,7 +169,7 @@ struct Agent {
 impl Agent {
     async fn start(dir: &Path, vsock: &Path) -> Self {
         let socket = dir.join("agent.sock");
-        let mut process = tokio::process::Command::new(agent_binary())
+        let mut process = tokio::process::Command::new(agent::binary())
             .arg("--listen")
             .arg(format!("unix:{}", socket.display()))
             .stdout(Stdio::piped())

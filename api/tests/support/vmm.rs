@@ -20,8 +20,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
 
-use rustix::process::Signal;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use rustix::process::Signal;
 
 /// Writes the script `DIR/vmm`, which starts this program as a VMM by its test `test`.
 pub fn install(dir: &Path, test: &str, agent: &Path) -> PathBuf {
@@ -75,7 +75,11 @@ impl Vmm {
     }
 
     fn event(&mut self, event: &str) {
-        writeln!(self.events, "{{\"timestamp_us\":1500,\"event\":\"{event}\"}}").unwrap();
+        writeln!(
+            self.events,
+            "{{\"timestamp_us\":1500,\"event\":\"{event}\"}}"
+        )
+        .unwrap();
     }
 
     /// Whether it is to do this wrong.
@@ -93,7 +97,11 @@ impl Vmm {
 
     fn run(mut self) -> i32 {
         let api = UnixListener::from(inherited(&self.values["--api-socket"]));
-        let vsock = PathBuf::from(self.values["--vsock"].strip_prefix("cid=3,socket=").unwrap());
+        let vsock = PathBuf::from(
+            self.values["--vsock"]
+                .strip_prefix("cid=3,socket=")
+                .unwrap(),
+        );
         for image in images(&self.values["--disk"]) {
             assert!(image.exists(), "{image:?}");
         }
@@ -230,7 +238,11 @@ fn inherited(value: &str) -> OwnedFd {
 
 /// The images of a disk: the overlay, and those that it builds on.
 fn images(options: &str) -> Vec<PathBuf> {
-    let (path, rest) = options.strip_prefix("path=").unwrap().split_once(',').unwrap();
+    let (path, rest) = options
+        .strip_prefix("path=")
+        .unwrap()
+        .split_once(',')
+        .unwrap();
     let below = rest.strip_prefix("image_type=qcow2,backing=[").unwrap();
     let below = below.strip_suffix(']').unwrap().split(',');
     let below = below.map(|image| image.split_once(':').unwrap().1.into());
