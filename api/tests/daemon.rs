@@ -3,6 +3,11 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on may panic")]
 
+#[path = "support/agent.rs"]
+mod agent;
+#[path = "support/vmm.rs"]
+mod vmm;
+
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -54,7 +59,9 @@ impl Place {
         command
             .env_clear()
             .arg("serve")
-            .args(["--listen=127.0.0.1:0", "--log-format=json"]);
+            .args(["--listen=127.0.0.1:0", "--log-format=json"])
+            // What boots in the background is told of elsewhere.
+            .arg("--warm-disk-bytes=0");
         for (flag, name) in [
             ("--data-dir", "data"),
             ("--runtime-dir", "run"),
@@ -215,6 +222,54 @@ fn answer(mut stream: TcpStream) -> (u16, Value) {
     let (head, body) = text.split_once("\r\n\r\n").unwrap();
     let status = head.split(' ').nth(1).unwrap().parse().unwrap();
     (status, serde_json::from_str(body).unwrap_or_default())
+}
+
+/// What the script of [`vmm::install`] starts; does nothing in a run of the tests.
+#[test]
+fn as_a_vmm() {
+    vmm::run();
+}
+
+#[test]
+fn after_a_crash_in_a_pause_the_sandbox_is_as_before_or_as_after() {
+    let place = Place::new();
+    vmm::install(&place.path(""), "as_a_vmm", agent::binary());
+    let mut daemon = Daemon::start(&place);
+    let create = |daemon: &Daemon| {
+        let (status, sandbox) = answer(daemon.send("POST", "/v1/sandboxes", "{}"));
+        assert_eq!(status, 201, "{sandbox}");
+        format!("/v1/sandboxes/{}", sandbox["id"].as_str().unwrap())
+    };
+    let layers = || fs::read_dir(place.path("data/layers")).unwrap().count();
+    let (paused, lost) = (create(&daemon), create(&daemon));
+    let (status, _) = answer(daemon.send("POST", &format!("{paused}/pause"), ""));
+    assert_eq!((status, layers()), (200, 2));
+
+    let fifo = place.path("hang");
+    let made = Command::new("mkfifo").arg(&fifo).status().unwrap();
+    assert!(made.success());
+    let pausing = daemon.send("POST", &format!("{lost}/pause"), "");
+    // Opening it waits until the VMM is at it.
+    let hung = fs::File::options().write(true).open(&fifo).unwrap();
+    assert_eq!(daemon.get(&lost)["status"], "paused", "or on the way there");
+    daemon.signal(Signal::KILL);
+    daemon.process.wait().unwrap();
+    drop((pausing, hung));
+    fs::remove_file(fifo).unwrap();
+
+    let daemon = Daemon::start(&place);
+    assert_eq!(layers(), 2, "what was not complete is gone");
+    let row = daemon.get(&lost);
+    assert_eq!(row["status"], "error");
+    let reason = row["status_reason"].as_str().unwrap();
+    assert!(
+        reason.contains("while the sandbox was being paused"),
+        "{reason}"
+    );
+    assert_eq!(daemon.get(&paused)["status"], "paused");
+    let (status, row) = answer(daemon.send("POST", &format!("{paused}/resume"), ""));
+    assert_eq!((status, &row["status"]), (200, &json!("running")), "{row}");
+    daemon.signal(Signal::TERM);
 }
 
 #[test]

@@ -284,6 +284,10 @@ fn receive(stream: &mut UnixStream) -> (String, Vec<OwnedFd>) {
 }
 
 /// Starts the real agent, and carries connections to it as a VMM does. It ends with this process.
+#[expect(
+    clippy::zombie_processes,
+    reason = "it ends with this process, not before"
+)]
 fn serve_agent(vsock: &Path) {
     let socket = vsock.with_extension("agent");
     let mut agent = Command::new(std::env::var_os("FAKE_VMM_AGENT").unwrap());
