@@ -331,18 +331,30 @@ impl Manager {
             }
         };
         for sandbox in live {
-            let reason = "daemon shut down".to_owned();
-            let transition = match sandbox.status {
-                Status::Paused => continue,
-                Status::Resuming => Transition::NotResumed { reason },
-                _ => Transition::Stopped {
-                    reason: Some(reason),
-                },
-            };
-            if let Err(source) = self.record(&sandbox.id, transition).await {
+            // Whoever was at it has been told that it ended, and has written that down by then.
+            let _turn = self.inner.turns.take(&sandbox.id).await;
+            if let Err(source) = self.record_shutdown(&sandbox.id).await {
                 error!(sandbox = %sandbox.id, error = %chain(&source), "end of sandbox not recorded");
             }
         }
+    }
+
+    async fn record_shutdown(&self, id: &SandboxId) -> Result<(), StoreError> {
+        let status = self
+            .inner
+            .store
+            .get(id)
+            .await?
+            .map(|sandbox| sandbox.status);
+        let reason = "daemon shut down".to_owned();
+        let transition = match status {
+            Some(Status::Resuming) => Transition::NotResumed { reason },
+            Some(Status::Pending | Status::Running | Status::Pausing) => Transition::Stopped {
+                reason: Some(reason),
+            },
+            Some(Status::Paused | Status::Stopped | Status::Error) | None => return Ok(()),
+        };
+        self.record(id, transition).await.map(drop)
     }
 
     async fn used(&self, id: &SandboxId) {

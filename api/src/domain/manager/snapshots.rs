@@ -256,11 +256,22 @@ impl Manager {
         snapshot: &str,
         count: usize,
     ) -> Result<Vec<(Sandbox, Turn)>, SnapshotError> {
-        let _records = self.inner.records.lock().await;
-        let snapshot = self.get_snapshot(snapshot).await?;
         let mut pending = Vec::with_capacity(count);
-        for _ in 0..count {
-            pending.push(self.insert(&snapshot.spec, &snapshot.layers).await?);
+        let inserted = async {
+            let _records = self.inner.records.lock().await;
+            let snapshot = self.get_snapshot(snapshot).await?;
+            for _ in 0..count {
+                pending.push(self.insert(&snapshot.spec, &snapshot.layers).await?);
+            }
+            Ok(())
+        };
+        if let Err(source) = inserted.await {
+            for (sandbox, _) in pending {
+                let reason = "the fork that it belongs to could not be written down".to_owned();
+                self.record(&sandbox.id, Transition::Failed { reason })
+                    .await?;
+            }
+            return Err(source);
         }
         Ok(pending)
     }
