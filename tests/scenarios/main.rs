@@ -11,6 +11,7 @@ mod alone;
 mod api;
 mod boot;
 mod console;
+mod debugging;
 mod devices;
 mod disks;
 mod exits;

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use agent_protocol::ShutdownAction;
 use e2e_tests::PATIENCE;
 use e2e_tests::report;
+use e2e_tests::setup::scratch;
 use e2e_tests::vmm::{ApiSocket, Machine, Vmm};
 use serde_json::{Value, json};
 
@@ -168,6 +169,8 @@ fn expected(request: &str, state: State) -> Option<State> {
         ("vm.resume", Paused) => Some(Running),
         ("vm.info", Created | Running | Paused) => Some(state),
         ("vm.counters", Running | Paused) => Some(state),
+        ("vm.snapshot", Paused) => Some(Paused),
+        ("vm.restore", Absent) => Some(Paused),
         _ => None,
     }
 }
@@ -202,7 +205,17 @@ fn misuse_in_any_order_neither_hangs_nor_leaks() {
         "vm.counters",
         "vm.resize",
         "vm.add-disk",
+        "vm.snapshot",
+        "vm.restore",
     ];
+    // The last one, and one that is not to be made.
+    let snapshots = scratch();
+    let (kept, refused) = (
+        snapshots.path().join("kept"),
+        snapshots.path().join("refused"),
+    );
+    let url = |path: &Path| format!("file://{}", path.display());
+    std::fs::create_dir(&refused).unwrap();
     let mut state = State::Absent;
     let mut random = 0x2545_f491_4f6c_dd1d_u64;
     let mut counted = 0;
@@ -214,12 +227,23 @@ fn misuse_in_any_order_neither_hangs_nor_leaks() {
         // Every other request is one that works.
         let fitting =
             |request: &&str| random & (1 << 40) == 0 || expected(request, state).is_some();
-        let possible: Vec<&str> = requests.into_iter().filter(fitting).collect();
+        let possible = requests.into_iter().filter(fitting);
+        let possible: Vec<&str> = possible
+            .filter(|request| *request != "vm.restore" || kept.exists())
+            .collect();
         let request = possible[(random % possible.len() as u64) as usize];
         let body = match request {
             "vm.create" => Some(config.clone()),
             "vm.resize" => Some(json!({"desired_balloon": 1})),
             "vm.add-disk" => Some(json!({"path": "/nowhere"})),
+            "vm.snapshot" if state == State::Paused => {
+                // A machine that comes from the one before does not need its name.
+                let _ = std::fs::remove_dir_all(&kept);
+                std::fs::create_dir(&kept).unwrap();
+                Some(json!({"destination_url": url(&kept)}))
+            }
+            "vm.snapshot" => Some(json!({"destination_url": url(&refused)})),
+            "vm.restore" => Some(json!({"source_url": url(&kept)})),
             _ => None,
         };
         let method = match request {
@@ -249,6 +273,7 @@ fn misuse_in_any_order_neither_hangs_nor_leaks() {
         }
         assert_eq!(api.get("vmm.ping")["version"], "54.0.0");
     }
+    assert_eq!(std::fs::read_dir(&refused).unwrap().count(), 0);
     report(&format!(
         "{counted} of {operations} requests were to work, and did"
     ));

@@ -80,16 +80,27 @@ fn write_qcow2(path: &Path, backing: &Path, format: &str, size: u64) {
 
 /// An ELF kernel of one instruction: UD2, which with no interrupt table is a triple fault.
 pub fn faulting_kernel() -> Vec<u8> {
-    const LOAD_ADDRESS: u64 = 0x10_0000;
-    const HEADERS: u16 = 64 + 56;
-    let code = [0x0f, 0x0b];
+    elf(0x10_0000, &[0x0f, 0x0b])
+}
+
+/// A Linux program that is all machine code.
+pub fn program(code: &[u8]) -> Vec<u8> {
+    // At the place in its page that it has in the file.
+    elf(0x10_0000 + u64::from(HEADERS), code)
+}
+
+/// Size of the headers of [`elf`].
+const HEADERS: u16 = 64 + 56;
+
+/// An ELF file that starts with the first byte of its code, loaded to `address`.
+fn elf(address: u64, code: &[u8]) -> Vec<u8> {
     let mut elf = Vec::new();
     // The file header (System V ABI, chapter 4): 64 bits, little-endian, executable, x86-64.
     elf.extend_from_slice(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
     elf.extend_from_slice(&2u16.to_le_bytes());
     elf.extend_from_slice(&62u16.to_le_bytes());
     elf.extend_from_slice(&1u32.to_le_bytes());
-    for word in [LOAD_ADDRESS, 64, 0] {
+    for word in [address, 64, 0] {
         elf.extend_from_slice(&word.to_le_bytes());
     }
     elf.extend_from_slice(&0u32.to_le_bytes());
@@ -100,17 +111,10 @@ pub fn faulting_kernel() -> Vec<u8> {
     elf.extend_from_slice(&1u32.to_le_bytes());
     elf.extend_from_slice(&5u32.to_le_bytes());
     let len = code.len() as u64;
-    for word in [
-        u64::from(HEADERS),
-        LOAD_ADDRESS,
-        LOAD_ADDRESS,
-        len,
-        len,
-        0x1000,
-    ] {
+    for word in [u64::from(HEADERS), address, address, len, len, 0x1000] {
         elf.extend_from_slice(&word.to_le_bytes());
     }
     assert_eq!(elf.len(), usize::from(HEADERS));
-    elf.extend_from_slice(&code);
+    elf.extend_from_slice(code);
     elf
 }

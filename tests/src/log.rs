@@ -71,6 +71,14 @@ impl Log {
         self.wait(|text, _| text.lines().find_map(&find), what)
     }
 
+    /// Waits for something that `find` finds in all of it.
+    ///
+    /// # Panics
+    /// It does not come.
+    pub fn wait_for_text<T>(&self, what: &str, find: impl Fn(&str) -> Option<T>) -> T {
+        self.wait(|text, _| find(text), what)
+    }
+
     /// Waits until `text` has been said.
     ///
     /// # Panics

@@ -447,6 +447,11 @@ impl Vmm {
         u128::from_le_bytes(id)
     }
 
+    /// Its events, as they come.
+    pub fn events(&self) -> &Log {
+        &self.events
+    }
+
     /// The events of a VMM that ends, by name.
     pub fn all_events(&self) -> Vec<(String, Value)> {
         let parse = |line: &str| {

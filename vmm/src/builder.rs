@@ -14,7 +14,9 @@ use self::devices::{Board, Devices};
 use crate::arch::x86_64::acpi::{self, AcpiError};
 use crate::arch::x86_64::boot::{self, LoadError};
 use crate::arch::x86_64::{regs, reset_vector};
+use crate::boot_timer::{BootTimer, Phase};
 use crate::config::{ConfigError, ConsoleMode, MemoryConfig, VmConfig};
+use crate::debugging::DebuggingAids;
 use crate::devices::bus::OverlapError;
 use crate::devices::virtio::block::BlockError;
 use crate::devices::virtio::mem::Mem;
@@ -164,34 +166,53 @@ pub fn build(
     config: &VmConfig,
     host: HostResources,
     events: EventStream,
+    aids: &DebuggingAids,
 ) -> Result<Machine, BuildError> {
-    match host.origin {
-        Origin::Boot(boot) => {
-            build_for_boot(config, boot, host.kvm, host.devices, host.pagemap, events)
-        }
-        Origin::Snapshot(source) => {
-            build_from_snapshot(config, source, host.kvm, host.devices, host.pagemap, events)
-        }
+    let HostResources {
+        kvm,
+        origin,
+        devices,
+        pagemap,
+        ..
+    } = host;
+    let ground = Ground {
+        kvm,
+        devices,
+        pagemap,
+        events,
+        aids,
+    };
+    match origin {
+        Origin::Boot(files) => build_for_boot(config, files, ground),
+        Origin::Snapshot(source) => build_from_snapshot(config, source, ground),
     }
+}
+
+/// What machines of either origin stand on.
+struct Ground<'a> {
+    kvm: Kvm,
+    devices: HostDevices,
+    pagemap: Option<Pagemap>,
+    events: EventStream,
+    aids: &'a DebuggingAids,
 }
 
 /// A machine before its first instruction.
 fn build_for_boot(
     config: &VmConfig,
     files: BootFiles,
-    kvm: Kvm,
-    host: HostDevices,
-    pagemap: Option<Pagemap>,
-    events: EventStream,
+    ground: Ground<'_>,
 ) -> Result<Machine, BuildError> {
+    let timer = &ground.aids.boot_timer;
     let exit = ExitSignal::new()?;
     let mut event_loop = event_loop(&exit)?;
 
     // In this order, so that the owner of the memory is dropped after everything that uses it.
     let (owner, ram, pluggable) = allocate_memory(&config.memory)?;
     let memory = owner.memory().clone();
-    let vm = Vm::new(kvm, memory.clone())?;
+    let vm = Vm::new(ground.kvm, memory.clone())?;
     let vcpus = vm.create_vcpus(config.cpus.max_vcpus)?;
+    timer.reached(Phase::MachineCreated);
     tracing::info!(
         vcpus = vcpus.len(),
         memory = config.memory.size,
@@ -201,11 +222,13 @@ fn build_for_boot(
         vm: &vm,
         vcpus: &vcpus,
         memory: &memory,
-        events: &events,
+        events: &ground.events,
         exit: &exit,
         event_loop: &mut event_loop,
+        boot_timer: timer,
     };
-    let devices = board.connect(config, host, pluggable, None)?;
+    let devices = board.connect(config, ground.devices, pluggable, None)?;
+    timer.reached(Phase::DevicesBuilt);
 
     // The kernel is told of the RAM alone; what is plugged in, its driver finds.
     let cmdline = config
@@ -218,18 +241,30 @@ fn build_for_boot(
         files.initramfs,
         cmdline.unwrap_or_default(),
     )?;
-    let has_serial = config.serial.mode != ConsoleMode::Off;
-    acpi::write_tables(&memory, config.cpus, has_serial, &devices.virtio)?;
+    let described = acpi::Devices {
+        serial: config.serial.mode != ConsoleMode::Off,
+        boot_timer: timer.is_on(),
+        virtio: &devices.virtio,
+    };
+    acpi::write_tables(&memory, config.cpus, described)?;
     regs::write_boot_tables(&memory).map_err(LoadError::Memory)?;
     reset_vector::write(&memory).map_err(LoadError::Memory)?;
     vmgenid::renew(&memory)?;
     for vcpu in &vcpus {
         vcpu.set_boot_state(entry)?;
     }
+    timer.reached(Phase::KernelLoaded);
     tracing::info!(entry = format_args!("{:#x}", entry.0), "loaded the guest");
 
-    let lineage = Lineage::new(pagemap);
-    assemble(event_loop, exit, vm, vcpus, devices, owner, lineage)
+    let lineage = Lineage::new(ground.pagemap);
+    assemble(
+        event_loop,
+        exit,
+        (vm, vcpus),
+        devices,
+        (owner, lineage),
+        ground.aids,
+    )
 }
 
 /// A machine that goes on where another one was when it was saved.
@@ -240,36 +275,37 @@ fn build_for_boot(
 fn build_from_snapshot(
     config: &VmConfig,
     source: Source,
-    kvm: Kvm,
-    host: HostDevices,
-    pagemap: Option<Pagemap>,
-    events: EventStream,
+    ground: Ground<'_>,
 ) -> Result<Machine, BuildError> {
+    let timer = &ground.aids.boot_timer;
     let exit = ExitSignal::new()?;
     let mut event_loop = event_loop(&exit)?;
 
     let (owner, _, pluggable) = allocate_memory(&config.memory)?;
     let memory = owner.memory().clone();
-    let Loaded { state, lineage } = source.load(&memory, pagemap)?;
+    let Loaded { state, lineage } = source.load(&memory, ground.pagemap)?;
     if state.vcpus.len() != usize::from(config.cpus.max_vcpus) {
         return Err(BuildError::VcpuCount {
             saved: state.vcpus.len(),
             here: config.cpus.max_vcpus,
         });
     }
-    let vm = Vm::new(kvm, memory.clone())?;
+    let vm = Vm::new(ground.kvm, memory.clone())?;
     let vcpus = vm.restore_vcpus(&state.vcpus)?;
     vm.restore(&state.vm).map_err(BuildError::RestoreVm)?;
+    timer.reached(Phase::MachineCreated);
     tracing::info!(vcpus = vcpus.len(), "restored the machine");
     let board = Board {
         vm: &vm,
         vcpus: &vcpus,
         memory: &memory,
-        events: &events,
+        events: &ground.events,
         exit: &exit,
         event_loop: &mut event_loop,
+        boot_timer: timer,
     };
-    let devices = board.connect(config, host, pluggable, Some(&state))?;
+    let devices = board.connect(config, ground.devices, pluggable, Some(&state))?;
+    timer.reached(Phase::DevicesBuilt);
     devices.cpu_hotplug.restore(state.cpu_hotplug);
 
     // The guest finds that it is another one before it does anything else.
@@ -277,7 +313,14 @@ fn build_from_snapshot(
     devices.platform_events.restore(state.platform_events)?;
     tracing::info!(devices = devices.handles.len(), "restored the devices");
 
-    assemble(event_loop, exit, vm, vcpus, devices, owner, lineage)
+    assemble(
+        event_loop,
+        exit,
+        (vm, vcpus),
+        devices,
+        (owner, lineage),
+        ground.aids,
+    )
 }
 
 fn event_loop(exit: &ExitSignal) -> Result<EventLoop, BuildError> {
@@ -290,24 +333,31 @@ fn event_loop(exit: &ExitSignal) -> Result<EventLoop, BuildError> {
 fn assemble(
     event_loop: EventLoop,
     exit: ExitSignal,
-    vm: Vm,
-    vcpus: Vec<Vcpu>,
+    (vm, mut vcpus): (Vm, Vec<Vcpu>),
     devices: Devices,
-    ram: Ram,
-    lineage: Lineage,
+    (ram, lineage): (Ram, Lineage),
+    aids: &DebuggingAids,
 ) -> Result<Machine, BuildError> {
+    if let Some(first) = vcpus.first_mut() {
+        time_first_entry(first, &aids.boot_timer);
+    }
+    let debugger = aids.debugger(&mut vcpus)?;
     let buses = Arc::new(devices.buses);
     let vcpus = vcpus
         .into_iter()
         .map(|vcpu| vcpu.spawn(buses.clone(), exit.clone()))
         .collect::<Result<Vec<_>, VcpuError>>()?;
+    let debugger = debugger
+        .map(|debugger| debugger.start(ram.memory().clone(), exit.clone()))
+        .transpose()?;
     Ok(Machine {
         event_loop,
         exit,
         parts: machine::Parts {
+            _debugger: debugger,
             vcpus,
             devices: devices.handles,
-            _buses: buses,
+            buses,
             vm,
             platform_events: devices.platform_events,
             cpu_hotplug: devices.cpu_hotplug,
@@ -333,4 +383,11 @@ fn allocate_memory(
         }
     };
     Ok((Ram::new(memory), ram, pluggable))
+}
+
+fn time_first_entry(vcpu: &mut Vcpu, timer: &BootTimer) {
+    if timer.is_on() {
+        let timer = timer.clone();
+        vcpu.on_first_entry(Box::new(move || timer.reached(Phase::FirstEntry)));
+    }
 }

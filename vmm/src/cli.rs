@@ -1,6 +1,7 @@
 //! The command line: flags named as in Cloud Hypervisor, turned into a [`VmConfig`].
 
 mod options;
+mod values;
 
 use std::fs::File;
 use std::os::fd::{FromRawFd, RawFd};
@@ -10,14 +11,16 @@ use clap::{ArgGroup, Args, Parser, Subcommand};
 
 use crate::api::ApiTarget;
 use crate::config::{
-    BackingImage, BalloonConfig, ConsoleConfig, ConsoleMode, CpusConfig, DiskConfig, HotplugMethod,
-    ImageType, MemoryConfig, NetConfig, PayloadConfig, RngConfig, SerialConfig, VmConfig,
-    VsockConfig,
+    BalloonConfig, ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, NetConfig, PayloadConfig,
+    RngConfig, SerialConfig, VmConfig, VsockConfig,
 };
 use crate::control::request::{Changes, Restore};
 use crate::sandboxing::JailConfig;
 use crate::snapshot::RestoreConfig;
-use options::Options;
+use values::{
+    parse_api_target, parse_balloon, parse_console, parse_cpus, parse_disk, parse_event_target,
+    parse_jail, parse_memory, parse_net, parse_restore, parse_rng, parse_serial, parse_vsock,
+};
 
 /// Boots Linux in a virtual machine of its own.
 ///
@@ -144,7 +147,24 @@ pub struct BootArgs {
     #[arg(long, value_name = "OPTIONS", num_args = 0..=1, default_missing_value = "",
         value_parser = parse_jail, requires = "origin")]
     pub jail: Option<JailConfig>,
-    /// Tell more about what the VMM does; up to three times.
+    /// Where to report how long the first boot took until when, as one line of JSON: fd=N or
+    /// path=PATH. It is written when the guest's agent begins, or else when the VMM ends.
+    #[arg(long, value_name = "TARGET", value_parser = parse_event_target)]
+    pub boot_timer: Option<EventTarget>,
+    /// Where a debugger of the guest (gdb) connects, a UNIX socket: path=PATH (or just PATH) or
+    /// fd=N, a listening socket.
+    ///
+    /// The guest does not run its first instruction before a debugger has connected and lets it
+    /// go on. When a debugger leaves, the guest goes on without one, and another may connect.
+    /// Whoever can connect owns the guest. Not with --jail: what debuggers send is read outside of
+    /// it.
+    #[arg(long, value_name = "TARGET", value_parser = parse_api_target, conflicts_with = "jail")]
+    pub gdb: Option<ApiTarget>,
+    /// File that the VMM logs into instead of standard error. It is appended to, and starts over
+    /// at 4 MiB. On SIGUSR1 the VMM logs the registers of all vCPUs and the state of all devices.
+    #[arg(long, value_name = "PATH")]
+    pub log_file: Option<PathBuf>,
+    /// Log more about what the VMM does; up to three times.
     #[arg(short, action = clap::ArgAction::Count)]
     pub verbose: u8,
 }
@@ -236,7 +256,7 @@ impl BootArgs {
     }
 }
 
-/// Where events are reported.
+/// Where lines of JSON go: events, and the times of a boot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum EventTarget {
     /// A descriptor that the VMM inherited.
@@ -267,492 +287,5 @@ impl EventTarget {
     }
 }
 
-fn parse_restore(text: &str) -> Result<RestoreArgs, String> {
-    let known = [
-        "source_url",
-        "base_url",
-        "config",
-        "resume",
-        "prefault",
-        "verify",
-    ];
-    let options = Options::parse(text, &known)?;
-    let directory = |url: &str| match url.strip_prefix("file://") {
-        Some(path) if path.starts_with('/') => Ok(PathBuf::from(path)),
-        _ => Err(format!("{url:?} is no directory: expected file:///PATH")),
-    };
-    let bases = options.list("base_url");
-    Ok(RestoreArgs {
-        snapshot: RestoreConfig {
-            source: directory(options.required("source_url")?)?,
-            bases: bases.map(directory).collect::<Result<_, _>>()?,
-            prefault: options.switch("prefault", false)?,
-            verify: options.switch("verify", false)?,
-        },
-        config_by_flags: match options.text("config") {
-            None | Some("snapshot") => false,
-            Some("flags") => true,
-            Some(other) => return Err(format!("config={other}: expected snapshot or flags")),
-        },
-        resume: options.switch("resume", true)?,
-    })
-}
-
-fn parse_image_type(text: &str) -> Result<ImageType, String> {
-    match text {
-        "raw" => Ok(ImageType::Raw),
-        "qcow2" => Ok(ImageType::Qcow2),
-        other => Err(format!(
-            "{other:?} is no type of image: expected raw or qcow2"
-        )),
-    }
-}
-
-fn parse_cpus(text: &str) -> Result<CpusConfig, String> {
-    let options = Options::parse(text, &["boot", "max"])?;
-    let boot_vcpus = options.get("boot")?.unwrap_or(1);
-    Ok(CpusConfig {
-        boot_vcpus,
-        max_vcpus: options.get("max")?.unwrap_or(boot_vcpus),
-    })
-}
-
-fn parse_memory(text: &str) -> Result<MemoryConfig, String> {
-    let known = [
-        "size",
-        "thp",
-        "hotplug_method",
-        "hotplug_size",
-        "hotplugged_size",
-    ];
-    let options = Options::parse(text, &known)?;
-    Ok(MemoryConfig {
-        size: parse_size(options.required("size")?)?,
-        thp: options.switch("thp", true)?,
-        hotplug_method: match options.text("hotplug_method") {
-            None | Some("acpi") => HotplugMethod::Acpi,
-            Some("virtio-mem") => HotplugMethod::VirtioMem,
-            Some(other) => {
-                return Err(format!(
-                    "hotplug_method={other}: expected acpi or virtio-mem"
-                ));
-            }
-        },
-        hotplug_size: options.text("hotplug_size").map(parse_size).transpose()?,
-        hotplugged_size: options
-            .text("hotplugged_size")
-            .map(parse_size)
-            .transpose()?,
-    })
-}
-
-/// A number of bytes, or of KiB, MiB or GiB with the suffix K, M or G.
-fn parse_size(text: &str) -> Result<u64, String> {
-    let (digits, shift) = match text.as_bytes().last() {
-        Some(b'K' | b'k') => (&text[..text.len() - 1], 10),
-        Some(b'M' | b'm') => (&text[..text.len() - 1], 20),
-        Some(b'G' | b'g') => (&text[..text.len() - 1], 30),
-        _ => (text, 0),
-    };
-    digits
-        .parse::<u64>()
-        .ok()
-        .and_then(|number| number.checked_mul(1 << shift))
-        .ok_or_else(|| format!("{text:?} is no size: expected a number with K, M or G, as in 512M"))
-}
-
-fn parse_disk(text: &str) -> Result<DiskConfig, String> {
-    let known = [
-        "path",
-        "readonly",
-        "image_type",
-        "backing_files",
-        "backing",
-        "id",
-        "serial",
-        "num_queues",
-        "queue_size",
-        "direct",
-        "sparse",
-    ];
-    let options = Options::parse_limited(text, &known)?;
-    let default = DiskConfig::new(options.required("path")?);
-    Ok(DiskConfig {
-        id: options.text("id").map(str::to_owned),
-        readonly: options.switch("readonly", false)?,
-        image_type: parse_image_type(options.text("image_type").unwrap_or("raw"))?,
-        backing_files: options.switch("backing_files", false)?,
-        backing: options
-            .list("backing")
-            .map(|image| {
-                let (kind, path) = image
-                    .split_once(':')
-                    .ok_or_else(|| format!("backing={image}: expected TYPE:PATH"))?;
-                Ok(BackingImage {
-                    image_type: parse_image_type(kind)?,
-                    path: path.into(),
-                })
-            })
-            .collect::<Result<_, String>>()?,
-        serial: options.text("serial").map(str::to_owned),
-        num_queues: options.get("num_queues")?.unwrap_or(default.num_queues),
-        queue_size: options.get("queue_size")?.unwrap_or(default.queue_size),
-        direct: options.switch("direct", default.direct)?,
-        sparse: options.switch("sparse", default.sparse)?,
-        rate_limiter_config: options.rate_limits()?,
-        ..default
-    })
-}
-
-fn parse_net(text: &str) -> Result<NetConfig, String> {
-    let known = [
-        "tap",
-        "fd",
-        "mac",
-        "id",
-        "num_queues",
-        "queue_size",
-        "offload_tso",
-        "offload_ufo",
-        "offload_csum",
-    ];
-    let options = Options::parse_limited(text, &known)?;
-    let default = NetConfig::default();
-    Ok(NetConfig {
-        id: options.text("id").map(str::to_owned),
-        tap: options.text("tap").map(str::to_owned),
-        fds: options.text("fd").map(parse_descriptors).transpose()?,
-        mac: options.get("mac")?,
-        num_queues: options.get("num_queues")?.unwrap_or(default.num_queues),
-        queue_size: options.get("queue_size")?.unwrap_or(default.queue_size),
-        offload_tso: options.switch("offload_tso", default.offload_tso)?,
-        offload_ufo: options.switch("offload_ufo", default.offload_ufo)?,
-        offload_csum: options.switch("offload_csum", default.offload_csum)?,
-        rate_limiter_config: options.rate_limits()?,
-    })
-}
-
-/// One descriptor that the VMM inherited, or a list of them in brackets.
-fn parse_descriptors(text: &str) -> Result<Vec<RawFd>, String> {
-    options::elements(text)
-        .map(|fd| match fd.parse() {
-            Ok(fd @ 3..) => Ok(fd),
-            _ => Err(format!(
-                "fd={text}: expected a number above 2, or several as in [3,4]"
-            )),
-        })
-        .collect()
-}
-
-fn parse_vsock(text: &str) -> Result<VsockConfig, String> {
-    let options = Options::parse(text, &["cid", "socket", "id"])?;
-    let cid = options.get("cid")?.ok_or("cid is missing")?;
-    Ok(VsockConfig {
-        id: options.text("id").map(str::to_owned),
-        cid,
-        socket: options.required("socket")?.into(),
-    })
-}
-
-fn parse_rng(text: &str) -> Result<RngConfig, String> {
-    let options = Options::parse(text, &["src"])?;
-    Ok(RngConfig {
-        src: options.required("src")?.into(),
-    })
-}
-
-fn parse_balloon(text: &str) -> Result<BalloonConfig, String> {
-    let options = Options::parse(text, &["size", "deflate_on_oom", "free_page_reporting"])?;
-    Ok(BalloonConfig {
-        size: parse_size(options.required("size")?)?,
-        deflate_on_oom: options.switch("deflate_on_oom", false)?,
-        free_page_reporting: options.switch("free_page_reporting", false)?,
-    })
-}
-
-fn parse_serial(text: &str) -> Result<SerialConfig, String> {
-    let mode = match text {
-        "tty" => ConsoleMode::Tty,
-        "null" => ConsoleMode::Null,
-        "off" => ConsoleMode::Off,
-        _ => {
-            let path = text
-                .strip_prefix("file=")
-                .ok_or("expected tty, null, off or file=PATH")?;
-            return Ok(SerialConfig {
-                mode: ConsoleMode::File,
-                file: Some(path.into()),
-            });
-        }
-    };
-    Ok(SerialConfig { mode, file: None })
-}
-
-fn parse_console(text: &str) -> Result<ConsoleConfig, String> {
-    match text {
-        "off" => Ok(ConsoleConfig {
-            mode: ConsoleMode::Off,
-        }),
-        _ => Err("this VMM has no virtio console; use --serial and --console off".to_owned()),
-    }
-}
-
-fn parse_api_target(text: &str) -> Result<ApiTarget, String> {
-    match text.split_once('=') {
-        Some(("fd", number)) => {
-            // 0 to 2 are the terminal's.
-            let fd = number.parse().ok().filter(|fd| *fd > 2);
-            fd.map(ApiTarget::Fd)
-                .ok_or_else(|| format!("fd={number}: expected a descriptor above 2"))
-        }
-        Some(("path", path)) if !path.is_empty() => Ok(ApiTarget::Path(path.into())),
-        None if !text.is_empty() => Ok(ApiTarget::Path(text.into())),
-        _ => Err("expected path=PATH or fd=N".to_owned()),
-    }
-}
-
-fn parse_jail(text: &str) -> Result<JailConfig, String> {
-    if text.is_empty() {
-        return Ok(JailConfig::default());
-    }
-    let options = Options::parse(text, &["uid", "gid", "cgroup"])?;
-    Ok(JailConfig {
-        uid: options.get("uid")?,
-        gid: options.get("gid")?,
-        cgroup: options.text("cgroup").map(PathBuf::from),
-    })
-}
-
-fn parse_event_target(text: &str) -> Result<EventTarget, String> {
-    match text.split_once('=') {
-        Some(("fd", number)) => {
-            // 0 to 2 are the terminal's: taking one over would mix events into other output.
-            let fd = number.parse().ok().filter(|fd| *fd > 2);
-            fd.map(EventTarget::Fd)
-                .ok_or_else(|| format!("fd={number}: expected a descriptor above 2"))
-        }
-        Some(("path", path)) => Ok(EventTarget::Path(path.into())),
-        _ => Err("expected fd=N or path=PATH".to_owned()),
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::rate_limiter::{RateLimiterConfig, TokenBucketConfig};
-
-    fn parse(arguments: &str) -> Result<Cli, clap::Error> {
-        Cli::try_parse_from(std::iter::once("vmm").chain(arguments.split(' ')))
-    }
-
-    #[test]
-    fn flags_become_a_configuration() {
-        let cli = parse(
-            "--kernel k --initramfs i --cpus boot=4 \
-             --memory size=1G,hotplug_method=virtio-mem,hotplug_size=2G,hotplugged_size=512M \
-             --disk path=a.qcow2,image_type=qcow2,backing_files=on --disk path=b,readonly=on \
-             --net tap=tap0,mac=52:54:00:12:34:56 --vsock cid=3,socket=/s --serial file=log \
-             --balloon size=64M,free_page_reporting=on --event-monitor fd=5",
-        )
-        .unwrap();
-        let Start::Boot(config) = cli.boot.start().unwrap() else {
-            panic!("no machine to boot")
-        };
-        assert_eq!(
-            config.cpus,
-            CpusConfig {
-                boot_vcpus: 4,
-                max_vcpus: 4
-            }
-        );
-        let expected = MemoryConfig {
-            size: 1 << 30,
-            thp: true,
-            hotplug_method: HotplugMethod::VirtioMem,
-            hotplug_size: Some(2 << 30),
-            hotplugged_size: Some(512 << 20),
-        };
-        assert_eq!(config.memory, expected);
-        assert_eq!(config.disks[0].image_type, ImageType::Qcow2);
-        assert!(config.disks[0].backing_files && !config.disks[0].readonly);
-        assert!(config.disks[1].readonly);
-        assert_eq!(config.net[0].mac.unwrap().to_string(), "52:54:00:12:34:56");
-        assert_eq!(config.vsock.as_ref().unwrap().cid, 3);
-        assert_eq!(
-            config.balloon.unwrap(),
-            BalloonConfig {
-                size: 64 << 20,
-                deflate_on_oom: false,
-                free_page_reporting: true
-            }
-        );
-        assert_eq!(config.serial.file.as_deref().unwrap().to_str(), Some("log"));
-        assert_eq!(cli.boot.event_monitor, Some(EventTarget::Fd(5)));
-    }
-
-    #[test]
-    fn queues_limits_and_descriptors_are_those_of_cloud_hypervisor() {
-        let cli = parse(
-            "--kernel k --net fd=[5,6],num_queues=4,queue_size=64,offload_tso=off,ops_size=10,\
-             ops_refill_time=1000 --disk path=a,num_queues=2,queue_size=32,direct=on,sparse=off,\
-             bw_size=4096,bw_one_time_burst=8192,bw_refill_time=100",
-        )
-        .unwrap();
-        let [card] = &cli.boot.net[..] else {
-            panic!("one card");
-        };
-        let bucket = |size, one_time_burst, refill_time| {
-            Some(TokenBucketConfig {
-                size,
-                one_time_burst,
-                refill_time,
-            })
-        };
-        let expected = NetConfig {
-            fds: Some(vec![5, 6]),
-            num_queues: 4,
-            queue_size: 64,
-            offload_tso: false,
-            rate_limiter_config: Some(RateLimiterConfig {
-                bandwidth: None,
-                ops: bucket(10, None, 1000),
-            }),
-            ..NetConfig::default()
-        };
-        assert_eq!(*card, expected);
-        let expected = DiskConfig {
-            num_queues: 2,
-            queue_size: 32,
-            direct: true,
-            sparse: false,
-            rate_limiter_config: Some(RateLimiterConfig {
-                bandwidth: bucket(4096, Some(8192), 100),
-                ops: None,
-            }),
-            ..DiskConfig::new("a")
-        };
-        assert_eq!(cli.boot.disks[0], expected);
-    }
-
-    #[test]
-    fn mistakes_are_named() {
-        for (arguments, named) in [
-            ("--kernel k --cpus boots=4", "known are boot, max"),
-            ("--kernel k --cpus boot=300", "boot=300"),
-            ("--kernel k --memory size=much", "512M"),
-            (
-                "--kernel k --memory size=1G,hotplug_method=dimm",
-                "acpi or virtio-mem",
-            ),
-            ("--kernel k --memory size=99999999999G", "no size"),
-            ("--kernel k --disk readonly=on", "path is missing"),
-            ("--kernel k --disk path=a,path=b", "twice"),
-            ("--kernel k --disk path=a,readonly=maybe", "on or off"),
-            (
-                "--kernel k --net tap=t,mac=01:00:5e:00:00:01",
-                "group address",
-            ),
-            ("--kernel k --net fd=2", "above 2"),
-            ("--kernel k --net fd=[3,x]", "[3,4]"),
-            ("--kernel k --net tap=t,num_queues=-2", "num_queues=-2"),
-            ("--kernel k --disk path=a,bw_size=1", "bw_refill_time"),
-            ("--kernel k --disk path=a,ops_one_time_burst=1", "ops_size"),
-            ("--kernel k --vsock socket=/s", "cid is missing"),
-            ("--kernel k --balloon deflate_on_oom=on", "size is missing"),
-            ("--kernel k --serial printer", "expected tty"),
-            ("--kernel k --console tty", "no virtio console"),
-            ("--kernel k --event-monitor fd=1", "above 2"),
-            ("--cpus boot=1", "--kernel"),
-            ("--api-socket fd=2", "above 2"),
-            ("--api-socket port=80", "path=PATH or fd=N"),
-            ("--kernel k --no-shutdown", "--api-socket"),
-            ("--api-socket /s --cpus boot=2", "--kernel"),
-            ("--api-socket /s --disk path=d", "--kernel"),
-        ] {
-            let error = parse(arguments).unwrap_err().to_string();
-            assert!(error.contains(named), "{arguments}: {error}");
-        }
-    }
-
-    #[test]
-    fn a_machine_goes_on_as_it_was_or_as_the_flags_say() {
-        let restore = |arguments| match parse(arguments).unwrap().boot.start() {
-            Ok(Start::Restore(restore)) => Ok(restore),
-            Ok(other) => panic!("{other:?}"),
-            Err(error) => Err(error),
-        };
-        let as_it_was = restore(
-            "--restore source_url=file:///s,base_url=[file:///b,file:///a],resume=off \
-             --disk path=d,image_type=qcow2,backing=[qcow2:/e,raw:/f]",
-        )
-        .unwrap();
-        let snapshot = &as_it_was.snapshot;
-        assert_eq!(snapshot.source, PathBuf::from("/s"));
-        assert_eq!(snapshot.bases, [PathBuf::from("/b"), PathBuf::from("/a")]);
-        assert!(!as_it_was.resume && as_it_was.config.is_none());
-        let disk = &as_it_was.changes.disks[0];
-        let image = |image_type, path: &str| BackingImage {
-            image_type,
-            path: path.into(),
-        };
-        let chain = [image(ImageType::Qcow2, "/e"), image(ImageType::Raw, "/f")];
-        assert_eq!(disk.backing, chain);
-
-        let flags = "--restore source_url=file:///s,config=flags --memory size=64M --cpus boot=2";
-        let as_flags_say = restore(flags).unwrap();
-        let config = as_flags_say.config.unwrap();
-        assert_eq!((config.memory.size, config.cpus.boot_vcpus), (64 << 20, 2));
-        assert!(config.payload.is_none() && as_flags_say.resume);
-
-        let error = restore("--restore source_url=file:///s --memory size=64M").unwrap_err();
-        assert!(error.starts_with("--memory has no say"), "{error}");
-        for bad in [
-            "--restore source_url=/s",
-            "--restore base_url=file:///s",
-            "--restore source_url=file:///s,config=what",
-            "--restore source_url=file:///s --kernel k",
-            "--memory size=64M",
-        ] {
-            assert!(parse(bad).is_err(), "{bad}");
-        }
-    }
-
-    #[test]
-    fn the_api_needs_no_kernel() {
-        let cli = parse("--api-socket /run/api.sock --no-shutdown").unwrap();
-        let path = ApiTarget::Path("/run/api.sock".into());
-        assert_eq!(cli.boot.api_socket, Some(path.clone()));
-        assert!(cli.boot.no_shutdown);
-        assert!(matches!(cli.boot.start(), Ok(Start::Nothing)));
-        let cli = parse("--api-socket path=/run/api.sock --kernel k").unwrap();
-        assert_eq!(cli.boot.api_socket, Some(path));
-        let cli = parse("--api-socket fd=7").unwrap();
-        assert_eq!(cli.boot.api_socket, Some(ApiTarget::Fd(7)));
-    }
-
-    #[test]
-    fn a_jail_may_be_as_it_comes_or_given_an_identity() {
-        let jail = |arguments| parse(arguments).unwrap().boot.jail;
-        assert_eq!(jail("--kernel k"), None);
-        assert_eq!(jail("--jail --kernel k"), Some(JailConfig::default()));
-        let config = JailConfig {
-            uid: Some(7),
-            gid: Some(8),
-            cgroup: Some("/c".into()),
-        };
-        assert_eq!(
-            jail("--kernel k --jail uid=7,gid=8,cgroup=/c"),
-            Some(config)
-        );
-        let error = parse("--kernel k --jail uid=-1").unwrap_err();
-        assert!(error.to_string().contains("uid=-1"));
-    }
-
-    #[test]
-    fn doctor_needs_no_kernel() {
-        assert!(matches!(
-            parse("doctor --json").unwrap().command,
-            Some(Command::Doctor { json: true })
-        ));
-    }
-}
+mod tests;

@@ -6,16 +6,22 @@
 
 pub mod api;
 pub mod arch;
+pub mod boot_timer;
+pub mod bounded_log;
 pub mod builder;
 pub mod cli;
 pub mod config;
 pub mod control;
 pub mod core_dump;
+pub mod debugging;
 pub mod devices;
 pub mod doctor;
 pub mod events;
 pub mod exit;
+pub mod gdb;
+pub mod inspect;
 pub mod kvm;
+pub mod log;
 pub mod machine;
 pub mod memory;
 pub mod rate_limiter;

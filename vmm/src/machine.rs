@@ -24,6 +24,7 @@ use crate::devices::events::{PlatformEvent, PlatformEvents};
 use crate::devices::legacy::serial::SerialPort;
 use crate::devices::virtio::{ControlError, Counters, DeviceHandle};
 use crate::exit::{ExitReason, ExitSignal};
+use crate::gdb::Debugger;
 use crate::kvm::vcpu::{Buses, StoppedError, VcpuHandle};
 use crate::kvm::vm::Vm;
 use crate::memory::{GuestMemory, Ram};
@@ -48,13 +49,14 @@ pub struct Machine {
 }
 
 /// What a machine consists of besides its event loop, in the order in which it is dropped: first
-/// the vCPUs, whose threads end; then the devices, which remove what they made on the host; then
-/// the virtual machine; and its memory last.
+/// the debugger, which waits for vCPUs; the vCPUs, whose threads end; then the devices, which remove
+/// what they made on the host; then the virtual machine; and its memory last.
 pub(crate) struct Parts {
+    pub(crate) _debugger: Option<Debugger>,
     pub(crate) vcpus: Vec<VcpuHandle>,
     pub(crate) devices: Vec<DeviceHandle>,
-    pub(crate) _buses: Arc<Buses>,
     pub(crate) vm: Vm,
+    pub(crate) buses: Arc<Buses>,
     pub(crate) platform_events: PlatformEvents,
     pub(crate) cpu_hotplug: CpuHotplug,
     pub(crate) serial: Option<SerialPort>,
@@ -173,6 +175,11 @@ impl RunningMachine {
         devices
             .filter_map(|device| Some((device.name().to_owned(), device.counters().ok()?)))
             .collect()
+    }
+
+    /// The registers of all devices.
+    pub fn buses(&self) -> &Buses {
+        &self.parts.buses
     }
 
     /// The guest's memory.

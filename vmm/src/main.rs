@@ -1,20 +1,22 @@
 //! The `vmm` program.
 
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Parser;
-use tracing_subscriber::filter::{LevelFilter, Targets};
-use tracing_subscriber::prelude::*;
 
-use vmm::api::{ApiServer, Listener};
+use vmm::api::{ApiServer, ApiTarget, Listener};
+use vmm::boot_timer::{BootTimer, Phase};
 use vmm::cli::{BootArgs, Cli, Command, EventTarget, Start};
 use vmm::control::request::{Fault, Refusal};
 use vmm::control::{Control, KvmLauncher};
+use vmm::debugging::DebuggingAids;
 use vmm::doctor;
 use vmm::error_chain;
 use vmm::events::{Event, EventStream};
 use vmm::exit::ExitReason;
+use vmm::log;
 use vmm::signals::Signals;
 
 const STATUS_FAILED: u8 = 1;
@@ -34,21 +36,11 @@ fn main() -> ExitCode {
 }
 
 fn boot(args: &BootArgs, start: Instant) -> ExitCode {
-    let level = match args.verbose {
-        0 => LevelFilter::WARN,
-        1 => LevelFilter::INFO,
-        2 => LevelFilter::DEBUG,
-        _ => LevelFilter::TRACE,
+    let log_file = match args.log_file.as_deref().map(log::open).transpose() {
+        Ok(file) => file,
+        Err(error) => return failure(&format!("--log-file: {error}"), STATUS_USAGE),
     };
-    // The crate that reads the rings logs an error for each that is malformed, as often as the
-    // guest likes. The device tells of it too, and not as often.
-    let filter = Targets::new()
-        .with_default(level)
-        .with_target("virtio_queue", LevelFilter::OFF);
-    tracing_subscriber::registry()
-        .with(tracing_subscriber::fmt::layer().with_writer(std::io::stderr))
-        .with(filter)
-        .init();
+    log::start(args.verbose, log_file);
 
     match run(args, start) {
         Ok(reason) if reason.status() == 0 => ExitCode::SUCCESS,
@@ -68,17 +60,21 @@ fn run(args: &BootArgs, start: Instant) -> Result<ExitReason, Failure> {
     let events = EventStream::new(start, sink);
     // The jail gives it another.
     let pid = std::process::id();
+    let boot_timer = args.boot_timer.as_ref().map(EventTarget::open);
+    let boot_timer = boot_timer
+        .transpose()
+        .map_err(|error| (format!("--boot-timer: {error}"), STATUS_USAGE))?
+        .map_or_else(BootTimer::default, |sink| BootTimer::new(start, sink));
+    boot_timer.reached(Phase::ArgumentsParsed);
     // Before there is any other thread.
     let signals = Signals::new().map_err(|error| (format!("signals: {error}"), STATUS_FAILED))?;
-    let listener = args.api_socket.as_ref().map(Listener::open);
-    let listener = listener.transpose().map_err(|error| {
-        (
-            format!("--api-socket: {}", error_chain(&error)),
-            STATUS_USAGE,
-        )
-    })?;
+    let listener = listen(args.api_socket.as_ref(), "--api-socket")?;
+    let aids = DebuggingAids {
+        boot_timer,
+        gdb: listen(args.gdb.as_ref(), "--gdb")?.map(Arc::new),
+    };
 
-    let launcher = KvmLauncher::new(events.clone(), args.jail.clone());
+    let launcher = KvmLauncher::new(events.clone(), args.jail.clone(), aids);
     let mut control = Control::new(launcher, events.clone(), args.no_shutdown)
         .map_err(|error| (format!("eventfd: {error}"), STATUS_FAILED))?;
     let started = match args.start().map_err(|error| (error, STATUS_USAGE))? {
@@ -93,6 +89,11 @@ fn run(args: &BootArgs, start: Instant) -> Result<ExitReason, Failure> {
         .transpose()
         .map_err(|error| (format!("the API's thread: {error}"), STATUS_FAILED))?;
     Ok(control.run(&signals))
+}
+
+fn listen(target: Option<&ApiTarget>, flag: &str) -> Result<Option<Listener>, Failure> {
+    let listener = target.map(Listener::open).transpose();
+    listener.map_err(|error| (format!("{flag}: {}", error_chain(&error)), STATUS_USAGE))
 }
 
 fn refused(refusal: &Refusal, events: &EventStream) -> Failure {

@@ -10,9 +10,10 @@ use std::path::{Path, PathBuf};
 use kvm_ioctls::Kvm;
 
 use crate::arch::x86_64::boot::BootFile;
+use crate::bounded_log::BoundedLog;
 use crate::builder::BuildError;
 use crate::config::{ConfigError, ConsoleMode, SerialConfig, VmConfig};
-use crate::devices::legacy::serial::{BoundedLog, LOG_LIMIT, Output};
+use crate::devices::legacy::serial::{LOG_LIMIT, Output};
 use crate::devices::virtio::block::{Block, ImageFiles};
 use crate::devices::virtio::net::Net;
 use crate::devices::virtio::rng::Rng;

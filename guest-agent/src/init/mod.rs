@@ -1,7 +1,7 @@
 //! From the kernel's start of `/init` to a guest that programs can run in.
 //!
 //! ```text
-//! initramfs:   /dev /proc /sys ─> modules ─> root device ─> root mounted at /root
+//! initramfs:   /sys /dev /proc ─> modules ─> root device ─> root mounted at /root
 //! root disk:   moved to / ─> /run /dev/pts /dev/shm /tmp /sys/fs/cgroup ─> lo, host name
 //! ```
 //!
@@ -83,10 +83,12 @@ pub enum InitError {
 pub fn run() -> Result<(), InitError> {
     let device_flags = MountFlags::NOSUID | MountFlags::NOEXEC;
     let kernel_flags = device_flags | MountFlags::NODEV;
+    mount_new("sysfs", "/sys", kernel_flags, c"")?;
+    // Before anything else: this moment is what a boot timer waits for.
+    tell_boot_timer();
     mount_new("devtmpfs", "/dev", device_flags, c"mode=0755")?;
     use_kernel_log();
     mount_new("proc", "/proc", kernel_flags, c"")?;
-    mount_new("sysfs", "/sys", kernel_flags, c"")?;
     hotplug::online_memory();
     let line = fs::read_to_string("/proc/cmdline").map_err(InitError::Cmdline)?;
     let options = BootOptions::parse(&line);
@@ -160,6 +162,13 @@ fn switch_root() -> io::Result<()> {
     chroot(".")?;
     chdir("/")?;
     Ok(())
+}
+
+/// Tells the boot timer of the VMM, if it has one, that the first process runs: reading the
+/// attribute makes the kernel evaluate an ACPI method, which writes to the timer's register.
+fn tell_boot_timer() {
+    // Fails without a timer.
+    let _ = fs::read("/sys/bus/acpi/devices/MVSB0001:00/sun");
 }
 
 /// What programs expect to find. None of it is worth giving the guest up for.

@@ -154,7 +154,7 @@ impl Listener {
     }
 
     /// The socket itself, which does not block.
-    pub(super) fn socket(&self) -> &UnixListener {
+    pub(crate) fn socket(&self) -> &UnixListener {
         &self.socket
     }
 }

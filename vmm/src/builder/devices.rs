@@ -11,10 +11,11 @@ use vmm_sys_util::eventfd::EventFd;
 use super::BuildError;
 use crate::arch::x86_64::acpi::VirtioMmioSlot;
 use crate::arch::x86_64::layout::{
-    CPU_HOTPLUG_PORT, EVENT_PORT, EVENT_PORT_COUNT, GED_GSI, I8042_COMMAND_PORT, I8042_DATA_PORT,
-    MAX_VIRTIO_DEVICES, PVPANIC_PORT, RESET_PORT, SERIAL_GSI, SERIAL_PORT, SERIAL_PORT_COUNT,
-    SLEEP_CONTROL_PORT, VIRTIO_GSI_START, VIRTIO_MMIO_SIZE, VIRTIO_MMIO_START,
+    BOOT_TIMER_PORT, CPU_HOTPLUG_PORT, EVENT_PORT, EVENT_PORT_COUNT, GED_GSI, I8042_COMMAND_PORT,
+    I8042_DATA_PORT, MAX_VIRTIO_DEVICES, PVPANIC_PORT, RESET_PORT, SERIAL_GSI, SERIAL_PORT,
+    SERIAL_PORT_COUNT, SLEEP_CONTROL_PORT, VIRTIO_GSI_START, VIRTIO_MMIO_SIZE, VIRTIO_MMIO_START,
 };
+use crate::boot_timer::BootTimer;
 use crate::config::{ConfigError, VmConfig};
 use crate::devices::bus::{BusDevice, OverlapError};
 use crate::devices::cpu_hotplug::{self, CpuHotplug, Gate};
@@ -61,6 +62,7 @@ pub(super) struct Board<'a> {
     pub(super) events: &'a EventStream,
     pub(super) exit: &'a ExitSignal,
     pub(super) event_loop: &'a mut EventLoop,
+    pub(super) boot_timer: &'a BootTimer,
 }
 
 impl Board<'_> {
@@ -93,6 +95,10 @@ impl Board<'_> {
             .serial
             .map(|output| devices.add_serial(output, registers))
             .transpose()?;
+        if devices.board.boot_timer.is_on() {
+            let register = devices.board.boot_timer.register();
+            devices.add_ports(BOOT_TIMER_PORT, 1, register)?;
+        }
         // Disks come first, then cards, since the guest names them in the order of their slots.
         for (index, (disk, files)) in config.disks.iter().zip(host.disks).enumerate() {
             let name = name(&disk.id, "disk", index);

@@ -133,6 +133,10 @@ pub trait Guest {
     /// The memory that the guest has now, in bytes.
     fn memory_size(&self) -> u64;
 
+    /// The registers of its vCPUs and the state of its devices, as lines for people. The guest
+    /// goes on as it did.
+    fn describe(&self) -> Vec<String>;
+
     /// Ends the machine, unless it has ended, takes it down, and returns why it ended.
     fn stop(self: Box<Self>) -> ExitReason;
 }

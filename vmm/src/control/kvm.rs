@@ -4,13 +4,16 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::guest::{Guest, GuestError, LaunchError, Launcher};
+use crate::boot_timer::Phase;
 use crate::builder::{self, BuildError};
 use crate::config::{ConsoleMode, VmConfig};
 use crate::core_dump;
+use crate::debugging::DebuggingAids;
 use crate::devices::virtio::block::ImageFiles;
 use crate::devices::virtio::{Control, ControlError, Counters, DeviceHandle};
 use crate::events::EventStream;
 use crate::exit::ExitReason;
+use crate::inspect;
 use crate::kvm::vcpu::VcpuHandle;
 use crate::machine::RunningMachine;
 use crate::resources::HostResources;
@@ -22,6 +25,7 @@ use crate::terminal::RawTerminal;
 pub struct KvmLauncher {
     events: EventStream,
     jail: Jail,
+    aids: DebuggingAids,
 }
 
 /// Whether the process is to be jailed.
@@ -34,14 +38,15 @@ enum Jail {
 }
 
 impl KvmLauncher {
-    /// Machines whose devices report to `events`.
+    /// Machines whose devices report to `events`, with these `aids` for debugging.
     ///
     /// With `jail`, the process is jailed when it has opened what the first machine needs, and can
     /// open nothing for a second one. It must have no other thread then, and goes on as another
     /// process (see [`sandboxing::enter`](crate::sandboxing::enter)).
-    pub fn new(events: EventStream, jail: Option<JailConfig>) -> Self {
+    pub fn new(events: EventStream, jail: Option<JailConfig>, aids: DebuggingAids) -> Self {
         Self {
             events,
+            aids,
             jail: jail.map_or(Jail::No, Jail::Wanted),
         }
     }
@@ -54,6 +59,7 @@ impl KvmLauncher {
     ) -> Result<(HostResources, Option<RawTerminal>), LaunchError> {
         self.check()?;
         let host = HostResources::open(config, snapshot)?;
+        self.aids.boot_timer.reached(Phase::HostOpened);
         // Before the jail: a process in a PID namespace cannot tell whose terminal it is.
         let terminal = if config.serial.mode == ConsoleMode::Tty {
             RawTerminal::enter().map_err(LaunchError::Terminal)?
@@ -65,6 +71,7 @@ impl KvmLauncher {
             Jail::No | Jail::Entered => return Ok((host, terminal)),
         };
         self.jail = Jail::Entered;
+        self.aids.boot_timer.reached(Phase::Jailed);
         Ok((host, terminal))
     }
 }
@@ -84,7 +91,7 @@ impl Launcher for KvmLauncher {
         ended: Box<dyn FnOnce() + Send>,
     ) -> Result<Box<dyn Guest>, LaunchError> {
         let (host, terminal) = self.open(config, snapshot)?;
-        let machine = builder::build(config, host, self.events.clone())?;
+        let machine = builder::build(config, host, self.events.clone(), &self.aids)?;
         let machine = machine.start(ended).map_err(LaunchError::Thread)?;
         Ok(Box::new(KvmGuest {
             machine,
@@ -232,6 +239,10 @@ impl Guest for KvmGuest {
         };
         // Of the memory device and of the balloon.
         (self.memory_size + sum("plugged_bytes")).saturating_sub(sum("actual_bytes"))
+    }
+
+    fn describe(&self) -> Vec<String> {
+        inspect::describe(&self.machine)
     }
 
     fn stop(self: Box<Self>) -> ExitReason {

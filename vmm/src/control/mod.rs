@@ -40,15 +40,17 @@ use std::mem;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 
 pub use kvm::KvmLauncher;
 
 use crate::config::VmConfig;
 use crate::events::{Event, EventStream};
 use crate::exit::ExitReason;
+use crate::log;
 use crate::sandboxing::ThreadKind;
 use crate::sandboxing::seccomp;
-use crate::signals::Signals;
+use crate::signals::{Received, Signals};
 use crate::snapshot::{self, Destination, RestoreConfig};
 use guest::{Guest, Launcher};
 use request::{
@@ -170,7 +172,15 @@ impl<L: Launcher> Control<L> {
             return reason;
         }
         loop {
-            if wait(signals, &self.inbox) {
+            let result = wait(signals, &self.inbox);
+            while let Some(signal) = signals.next() {
+                match signal {
+                    Received::End => return self.stop_guest().unwrap_or(ExitReason::Requested),
+                    Received::Describe => self.log_state(),
+                }
+            }
+            if let Err(error) = result {
+                tracing::error!(%error, "poll");
                 return self.stop_guest().unwrap_or(ExitReason::Requested);
             }
             self.inbox.clear_event();
@@ -180,6 +190,21 @@ impl<L: Launcher> Control<L> {
                 }
             }
         }
+    }
+
+    fn log_state(&self) {
+        for line in self.describe() {
+            tracing::info!(target: log::ON_REQUEST, "{line}");
+        }
+    }
+
+    /// What is known about the virtual machine, as lines for people.
+    fn describe(&self) -> Vec<String> {
+        let mut lines = vec![format!("the virtual machine is {}", self.state.name())];
+        if let State::Running(vm) | State::Paused(vm) = &self.state {
+            lines.extend(vm.guest.describe());
+        }
+        lines
     }
 
     /// Takes one message. `Some` is the end of the process.
@@ -494,20 +519,14 @@ impl<L: Launcher> Control<L> {
     }
 }
 
-/// Waits until there is something to do. Returns whether that is to end the process.
-fn wait(signals: &Signals, inbox: &Inbox) -> bool {
-    loop {
-        let mut polled = [
-            PollFd::new(signals, PollFlags::IN),
-            PollFd::new(inbox, PollFlags::IN),
-        ];
-        match poll(&mut polled, None) {
-            Err(rustix::io::Errno::INTR) => {}
-            Err(error) => {
-                tracing::error!(%error, "poll");
-                return true;
-            }
-            Ok(_) => return !polled[0].revents().is_empty(),
-        }
+/// Waits until there is something to do.
+fn wait(signals: &Signals, inbox: &Inbox) -> Result<(), Errno> {
+    let mut polled = [
+        PollFd::new(signals, PollFlags::IN),
+        PollFd::new(inbox, PollFlags::IN),
+    ];
+    match poll(&mut polled, None) {
+        Ok(_) | Err(Errno::INTR) => Ok(()),
+        Err(error) => Err(error),
     }
 }

@@ -176,6 +176,10 @@ impl Guest for FakeGuest {
         1 << 30
     }
 
+    fn describe(&self) -> Vec<String> {
+        vec![format!("runs: {}", self.runs)]
+    }
+
     fn stop(self: Box<Self>) -> ExitReason {
         self.note("stop");
         let reason = self.reason.lock().unwrap().clone();

@@ -1,9 +1,10 @@
+use std::path::Path;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
 
-use super::request::Fault;
+use super::request::{Changes, Fault};
 use super::testing::{Ending, FakeLauncher, Journal, config};
 use super::*;
 use crate::config::{DiskConfig, VsockConfig};
@@ -84,6 +85,93 @@ fn a_machine_lives() {
         "resume", "pause", "core", "resume", "nmi", "stop", "resume", "stop",
     ];
     assert_eq!(bench.journal(), told);
+}
+
+/// A snapshot in a directory, as far as the owner of the machine looks at it.
+fn restore(directory: &Path) -> Action {
+    Action::Restore(Box::new(Restore {
+        snapshot: RestoreConfig {
+            source: directory.to_owned(),
+            bases: Vec::new(),
+            prefault: false,
+            verify: false,
+        },
+        config: None,
+        changes: Changes::default(),
+        descriptors: Vec::new(),
+        resume: false,
+    }))
+}
+
+fn snapshot(directory: &Path) -> Action {
+    Action::Snapshot {
+        target: SnapshotTarget::Directory(directory.to_owned()),
+        keep: 0,
+    }
+}
+
+#[test]
+fn a_machine_comes_back() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    let mut bench = Bench::new(OnGuestEnd::RebootOrExit);
+    let mut machine = config();
+    machine.disks = vec![disk(None)];
+    bench.act(Action::Create(machine)).unwrap();
+    bench.act(Action::Boot).unwrap();
+    assert!(matches!(
+        bench.act(snapshot(path)),
+        Err(Refusal::State { .. })
+    ));
+    bench.act(Action::Pause).unwrap();
+    bench.act(snapshot(path)).unwrap();
+    // The fake writes nothing, so that it came to nothing. The configuration is written first.
+    assert_eq!(std::fs::read_dir(path).unwrap().count(), 0);
+    assert_eq!(bench.state(), "paused");
+    let exists = bench.act(restore(path)).unwrap_err();
+    assert!(matches!(exists, Refusal::VmExists));
+    bench.act(Action::Delete).unwrap();
+
+    let missing = bench.act(restore(path)).unwrap_err();
+    assert_eq!((missing.fault(), bench.state()), (Fault::Request, "absent"));
+    let saved = serde_json::to_vec(&*config()).unwrap();
+    std::fs::write(path.join("config.json"), saved).unwrap();
+    *bench.fails.lock().unwrap() = true;
+    bench.act(restore(path)).unwrap_err();
+    assert_eq!(bench.state(), "absent", "it can be tried again");
+    *bench.fails.lock().unwrap() = false;
+    bench.journal();
+    bench.act(restore(path)).unwrap();
+    assert_eq!(bench.state(), "paused");
+    bench.act(Action::Resume).unwrap();
+    assert_eq!(bench.journal(), ["resume"]);
+    std::fs::write(path.join("config.json"), b"{}").unwrap();
+    bench.act(Action::Delete).unwrap();
+    bench.act(restore(path)).unwrap();
+}
+
+#[test]
+fn changes_take_the_place_of_what_was_saved_and_keep_its_id() {
+    let mut saved = *config();
+    saved.disks = vec![disk(Some("root")), disk(Some("data"))];
+    let changes = Changes {
+        disks: vec![disk(None), disk(Some("new"))],
+        vsock: Some(VsockConfig {
+            id: None,
+            cid: 9,
+            socket: "/t".into(),
+        }),
+        ..Changes::default()
+    };
+    changes.apply(&mut saved);
+    let ids: Vec<_> = saved
+        .disks
+        .iter()
+        .flat_map(|disk| disk.id.clone())
+        .collect();
+    assert_eq!(ids, ["root", "new"]);
+    assert_eq!(saved.vsock.unwrap().cid, 9);
+    assert!(saved.net.is_empty());
 }
 
 /// Every request in every state: it either works, or says what is wrong and changes nothing.
@@ -293,4 +381,19 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn the_state_is_described_whatever_it_is() {
+    let mut bench = Bench::new(OnGuestEnd::Stay);
+    let describe = |bench: &Bench| bench.control.describe();
+    assert_eq!(describe(&bench), ["the virtual machine is absent"]);
+    bench.act(Action::Create(config())).unwrap();
+    assert_eq!(describe(&bench), ["the virtual machine is created"]);
+    bench.act(Action::Boot).unwrap();
+    let running = ["the virtual machine is running", "runs: true"];
+    assert_eq!(describe(&bench), running);
+    bench.act(Action::Pause).unwrap();
+    let paused = ["the virtual machine is paused", "runs: false"];
+    assert_eq!(describe(&bench), paused);
 }

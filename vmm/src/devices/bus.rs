@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::memory::GuestMemory;
+
 /// What answers at a range of addresses. Offsets are relative to the start of the range;
 /// accesses are 1 to 8 bytes long and lie inside the range.
 pub trait BusDevice: Send {
@@ -12,6 +14,11 @@ pub trait BusDevice: Send {
 
     /// The guest writes `data`.
     fn write(&mut self, offset: u64, data: &[u8]);
+
+    /// What state the device is in, as lines for people; nothing if it has none.
+    fn describe(&self, _memory: &GuestMemory) -> Vec<String> {
+        Vec::new()
+    }
 }
 
 /// Two devices claim the same address, or one claims nothing.
@@ -84,6 +91,15 @@ impl Bus {
                 .unwrap_or_else(PoisonError::into_inner)
                 .write(offset, data);
         }
+    }
+
+    /// What state the devices are in, each with the address that it starts at.
+    pub fn describe(&self, memory: &GuestMemory) -> Vec<(u64, Vec<String>)> {
+        let describe = |(start, entry): (&u64, &Entry)| {
+            let device = entry.device.lock().unwrap_or_else(PoisonError::into_inner);
+            (*start, device.describe(memory))
+        };
+        self.devices.iter().map(describe).collect()
     }
 
     fn find(&self, address: u64, length: usize) -> Option<(&Entry, u64)> {

@@ -34,6 +34,7 @@ use super::bus::BusDevice;
 use super::events::{PlatformEvent, PlatformEvents};
 use crate::events::{Event, EventStream};
 use crate::kvm::vcpu::VcpuGate;
+use crate::memory::GuestMemory;
 
 /// Size of the registers in bytes.
 pub const REGISTERS_SIZE: u16 = 20;
@@ -325,6 +326,14 @@ impl BusDevice for CpuRegisters {
             STATUS => self.0.outcome(value),
             _ => {}
         }
+    }
+
+    fn describe(&self, _memory: &GuestMemory) -> Vec<String> {
+        let state = self.0.state();
+        vec![format!(
+            "vCPU hotplug present={:#x} leaving={:#x} unseen_inserted={:#x} unseen_leaving={:#x}",
+            state.present, state.leaving, state.unseen_inserted, state.unseen_leaving
+        )]
     }
 }
 

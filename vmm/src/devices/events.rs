@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::bus::BusDevice;
+use crate::memory::GuestMemory;
 
 /// Something that ACPI tells the guest's system of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,6 +93,11 @@ impl BusDevice for EventRegister {
             self.0
                 .fetch_and(!u32::from_le_bytes(data), Ordering::SeqCst);
         }
+    }
+
+    fn describe(&self, _memory: &GuestMemory) -> Vec<String> {
+        let pending = self.0.load(Ordering::SeqCst);
+        vec![format!("platform events pending={pending:#x}")]
     }
 }
 

@@ -14,17 +14,17 @@
 //!
 //! A vCPU that the guest does not have at the moment is parked by its [`VcpuGate`]: its thread
 //! counts as running, but does not enter the guest. KVM cannot destroy a vCPU, so all that a
-//! machine may ever have are made with it.
+//! machine may ever have are made with it. The same gate holds vCPUs that a debugger has stopped.
 
 use std::cell::Cell;
 use std::io;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvError, Sender, TryRecvError};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 
-use kvm_bindings::{CpuId, Msrs, kvm_run};
+use kvm_bindings::{CpuId, Msrs, kvm_debug_exit_arch, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use vm_memory::GuestAddress;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
@@ -77,7 +77,12 @@ pub struct Vcpu {
     index: u8,
     fd: VcpuFd,
     gate: Arc<VcpuGate>,
+    on_first_entry: Option<Box<dyn FnOnce() + Send>>,
+    on_debug_exit: Option<DebugExitHandler>,
 }
+
+/// Told what KVM says about an exit for the debugger. The vCPU is held by then.
+pub type DebugExitHandler = Box<dyn Fn(kvm_debug_exit_arch) + Send>;
 
 impl Vcpu {
     /// Creates the vCPU and gives it its CPUID.
@@ -98,6 +103,8 @@ impl Vcpu {
             index,
             fd,
             gate: Arc::default(),
+            on_first_entry: None,
+            on_debug_exit: None,
         })
     }
 
@@ -144,6 +151,17 @@ impl Vcpu {
         &self.gate
     }
 
+    /// Has `tell` called right before the vCPU enters the guest for the first time, unless its gate
+    /// keeps it waiting then.
+    pub fn on_first_entry(&mut self, tell: Box<dyn FnOnce() + Send>) {
+        self.on_first_entry = Some(tell);
+    }
+
+    /// Has `tell` called whenever the guest stops for a debugger. Without, it never does.
+    pub fn on_debug_exit(&mut self, tell: DebugExitHandler) {
+        self.on_debug_exit = Some(tell);
+    }
+
     /// Starts a thread for the vCPU, paused.
     ///
     /// # Errors
@@ -156,6 +174,8 @@ impl Vcpu {
         let runner = Runner {
             fd: self.fd,
             gate: self.gate.clone(),
+            on_first_entry: self.on_first_entry,
+            on_debug_exit: self.on_debug_exit,
             buses,
             exit,
             commands: received,
@@ -188,7 +208,7 @@ pub struct Buses {
 enum Command {
     Resume,
     Pause,
-    /// Something to do with the vCPU between two instructions.
+    /// Something to do with the vCPU between two instructions. Not acknowledged: it answers itself.
     Do(Box<dyn FnOnce(&VcpuFd) + Send>),
     /// The gate has moved. Not acknowledged.
     Look,
@@ -213,40 +233,90 @@ impl Link {
         }
         Ok(())
     }
+
+    /// See [`VcpuHandle::with_fd`].
+    fn with_fd<T: Send + 'static>(
+        &self,
+        task: impl FnOnce(&VcpuFd) -> T + Send + 'static,
+    ) -> Result<T, StoppedError> {
+        let (send, result) = mpsc::sync_channel(1);
+        self.send(Command::Do(Box::new(move |fd| {
+            // The receiver waits in this very function.
+            let _ = send.send(task(fd));
+        })))?;
+        result.recv().map_err(|_| StoppedError)
+    }
 }
 
 /// Keeps a vCPU out of the guest, or lets it in. Open at first.
 ///
-/// Independent of pausing: a vCPU runs if it is neither paused nor parked.
+/// Independent of pausing: a vCPU runs if it is neither paused nor parked nor held.
 #[derive(Default)]
 pub struct VcpuGate {
-    parked: AtomicBool,
+    /// The reasons for which it is closed: [`PARKED`], [`HELD`].
+    closed: AtomicU8,
     link: OnceLock<Arc<Link>>,
 }
+
+/// The guest does not have the vCPU.
+const PARKED: u8 = 1 << 0;
+/// A debugger has stopped it.
+const HELD: u8 = 1 << 1;
 
 impl VcpuGate {
     /// Keeps the vCPU out of the guest from its next exit on, which this brings about but does
     /// not wait for: so it may be called by a vCPU's own thread.
     pub fn park(&self) {
-        self.set(true);
+        self.close(PARKED);
     }
 
     /// Lets the vCPU into the guest, where it goes on as it was, or starts if the guest sends it
     /// the interrupts for that.
     pub fn unpark(&self) {
-        self.set(false);
+        self.open(PARKED);
     }
 
-    fn set(&self, parked: bool) {
-        self.parked.store(parked, Ordering::SeqCst);
+    /// Keeps the vCPU out of the guest for a debugger, like [`park`](Self::park).
+    pub fn hold(&self) {
+        self.close(HELD);
+    }
+
+    /// Lets it go on.
+    pub fn release(&self) {
+        self.open(HELD);
+    }
+
+    /// As [`VcpuHandle::with_fd`], for those who do not own the vCPU. Of a vCPU that is held,
+    /// KVM has nothing under way then.
+    ///
+    /// # Errors
+    /// The thread has ended, or not begun.
+    pub fn with_fd<T: Send + 'static>(
+        &self,
+        task: impl FnOnce(&VcpuFd) -> T + Send + 'static,
+    ) -> Result<T, StoppedError> {
+        self.link.get().ok_or(StoppedError)?.with_fd(task)
+    }
+
+    fn close(&self, reason: u8) {
+        self.closed.fetch_or(reason, Ordering::SeqCst);
+        self.tell();
+    }
+
+    fn open(&self, reason: u8) {
+        self.closed.fetch_and(!reason, Ordering::SeqCst);
+        self.tell();
+    }
+
+    fn tell(&self) {
         if let Some(link) = self.link.get() {
             // A thread that has ended needs to know no more.
             let _ = link.send(Command::Look);
         }
     }
 
-    fn is_parked(&self) -> bool {
-        self.parked.load(Ordering::SeqCst)
+    fn reasons(&self) -> u8 {
+        self.closed.load(Ordering::SeqCst)
     }
 }
 
@@ -292,12 +362,7 @@ impl VcpuHandle {
         &self,
         task: impl FnOnce(&VcpuFd) -> T + Send + 'static,
     ) -> Result<T, StoppedError> {
-        let (send, result) = mpsc::sync_channel(1);
-        self.command(Command::Do(Box::new(move |fd| {
-            // The receiver waits in this very function.
-            let _ = send.send(task(fd));
-        })))?;
-        result.recv().map_err(|_| StoppedError)
+        self.link.with_fd(task)
     }
 
     fn command(&self, command: Command) -> Result<(), StoppedError> {
@@ -347,6 +412,8 @@ extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_v
 struct Runner {
     fd: VcpuFd,
     gate: Arc<VcpuGate>,
+    on_first_entry: Option<Box<dyn FnOnce() + Send>>,
+    on_debug_exit: Option<DebugExitHandler>,
     buses: Arc<Buses>,
     exit: ExitSignal,
     commands: Receiver<Command>,
@@ -391,17 +458,27 @@ impl Runner {
 
     /// State Running.
     fn running(&mut self) -> Next {
+        if let Some(tell) = self.on_first_entry.take() {
+            tell();
+        }
         loop {
             // Every command is looked at before the guest is entered: a kick that came between
             // two commands is not repeated.
             loop {
-                let command = if self.gate.is_parked() {
-                    self.commands.recv()
-                } else {
-                    match self.commands.try_recv() {
+                let command = match self.gate.reasons() {
+                    0 => match self.commands.try_recv() {
                         Err(TryRecvError::Empty) => break,
                         Err(TryRecvError::Disconnected) => Err(RecvError),
                         Ok(command) => Ok(command),
+                    },
+                    reasons => {
+                        if reasons & HELD != 0
+                            && let Err(reason) = self.complete_access()
+                        {
+                            self.exit.end(reason);
+                            return Next::End;
+                        }
+                        self.commands.recv()
                     }
                 };
                 match self.obey(command) {
@@ -427,7 +504,7 @@ impl Runner {
             Ok(Command::Pause) => Some(Next::Paused),
             Ok(Command::Do(task)) => {
                 task(&self.fd);
-                None
+                return None;
             }
             Ok(Command::End) | Err(RecvError) => return Some(Next::End),
         };
@@ -444,6 +521,17 @@ impl Runner {
             Ok(VcpuExit::MmioRead(address, data)) => self.buses.mmio.read(address, data),
             Ok(VcpuExit::MmioWrite(address, data)) => self.buses.mmio.write(address, data),
             Ok(VcpuExit::Intr) => {}
+            Ok(VcpuExit::Debug(exit)) => match &self.on_debug_exit {
+                Some(tell) => {
+                    self.gate.hold();
+                    tell(exit);
+                }
+                None => {
+                    return Err(ExitReason::Error(
+                        "KVM reports a breakpoint, but nobody has set one".to_owned(),
+                    ));
+                }
+            },
             Ok(VcpuExit::Shutdown) => return Err(ExitReason::TripleFault),
             Ok(VcpuExit::InternalError) => return Err(self.internal_error()),
             Ok(VcpuExit::FailEntry(reason, cpu)) => {
@@ -461,6 +549,20 @@ impl Runner {
             Err(error) => return Err(ExitReason::Error(format!("KVM_RUN failed: {error}"))),
         }
         Ok(())
+    }
+
+    /// Has KVM complete the access to a device that the guest was left for, without entering the
+    /// guest again: before that, its registers are those of neither instruction (Linux,
+    /// Documentation/virt/kvm/api.rst, 5, `KVM_EXIT_IO` and `immediate_exit`).
+    fn complete_access(&mut self) -> Result<(), ExitReason> {
+        loop {
+            self.fd.set_kvm_immediate_exit(1);
+            self.enter_guest()?;
+            // It takes the flag back when KVM has done nothing but return for it.
+            if self.fd.get_kvm_run().immediate_exit == 0 {
+                return Ok(());
+            }
+        }
     }
 
     fn internal_error(&mut self) -> ExitReason {

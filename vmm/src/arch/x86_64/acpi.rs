@@ -1,6 +1,7 @@
 //! ACPI tables: hardware-reduced, so that there is no SCI, no PM timer and no legacy interrupt
 //! controller, and every device is found in the DSDT (ACPI 6.5).
 
+mod boot_timer;
 mod cpus;
 mod events;
 
@@ -38,6 +39,17 @@ pub struct VirtioMmioSlot {
     pub gsi: u32,
 }
 
+/// The devices that only some machines have.
+#[derive(Debug, Clone, Copy)]
+pub struct Devices<'a> {
+    /// Whether there is a serial port.
+    pub serial: bool,
+    /// Whether there is the register of the boot timer.
+    pub boot_timer: bool,
+    /// The virtio devices.
+    pub virtio: &'a [VirtioMmioSlot],
+}
+
 /// Why the tables could not be written.
 #[derive(Debug, thiserror::Error)]
 pub enum AcpiError {
@@ -61,14 +73,13 @@ pub enum AcpiError {
 pub fn write_tables(
     memory: &GuestMemory,
     cpus: CpusConfig,
-    serial: bool,
-    virtio: &[VirtioMmioSlot],
+    devices: Devices<'_>,
 ) -> Result<(), AcpiError> {
     let mut area = TableArea {
         next: ACPI_ADDR.0 + Rsdp::len().next_multiple_of(16) as u64,
         tables: Vec::new(),
     };
-    let dsdt = area.add(&dsdt(cpus, serial, virtio));
+    let dsdt = area.add(&dsdt(cpus, devices));
     let fadt = area.add(&fadt(dsdt));
     let madt = area.add(&madt(cpus));
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
@@ -153,13 +164,16 @@ fn madt(cpus: CpusConfig) -> impl Aml {
     madt
 }
 
-fn dsdt(cpus: CpusConfig, serial: bool, virtio: &[VirtioMmioSlot]) -> impl Aml + use<> {
+fn dsdt(cpus: CpusConfig, devices: Devices<'_>) -> impl Aml + use<> {
     let mut body = Vec::new();
-    for (index, slot) in virtio.iter().enumerate() {
+    for (index, slot) in devices.virtio.iter().enumerate() {
         virtio_device(&mut body, index, *slot);
     }
-    if serial {
+    if devices.serial {
         serial_device(&mut body);
+    }
+    if devices.boot_timer {
+        boot_timer::append(&mut body);
     }
     cpus::append(&mut body, cpus);
     events::append(&mut body);
@@ -294,7 +308,12 @@ mod tests {
             size: 0x1000,
             gsi: 6 + index as u32,
         });
-        write_tables(&memory, cpus, true, &slots).unwrap();
+        let devices = Devices {
+            serial: true,
+            boot_timer: true,
+            virtio: &slots,
+        };
+        write_tables(&memory, cpus, devices).unwrap();
 
         let mut rsdp = [0; 36];
         memory.read_slice(&mut rsdp, ACPI_ADDR).unwrap();

@@ -105,6 +105,8 @@ pub const EVENT_PORT: u16 = 0x610;
 pub const EVENT_PORT_COUNT: u16 = 4;
 /// CPU hotplug registers ([`crate::devices::cpu_hotplug`]).
 pub const CPU_HOTPLUG_PORT: u16 = 0x620;
+/// Register that takes the guest's marker for the boot timer ([`crate::boot_timer`]), one byte.
+pub const BOOT_TIMER_PORT: u16 = 0x640;
 
 const _: () = assert!(MAX_VIRTIO_DEVICES == 18);
 const _: () =

@@ -1,11 +1,8 @@
 //! The serial port COM1: a 16550A whose output goes to a bounded sink and whose input comes
 //! from the terminal, if there is one.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Seek, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
@@ -15,8 +12,10 @@ use vm_superio::{Serial, Trigger};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::bounded_log::BoundedLog;
 use crate::devices::bus::BusDevice;
 use crate::exit::{ExitReason, ExitSignal};
+use crate::memory::GuestMemory;
 
 /// Size at which the log of a serial port starts over, in bytes.
 pub const LOG_LIMIT: u64 = 4 << 20;
@@ -48,67 +47,6 @@ impl Write for Output {
             Self::Stdout => io::stdout().flush(),
             Self::Null | Self::Log(_) => Ok(()),
         }
-    }
-}
-
-/// A log that starts over when it is full, since a guest may write without end.
-pub struct BoundedLog {
-    file: File,
-    size: u64,
-    limit: u64,
-}
-
-impl BoundedLog {
-    /// Creates the log, readable by its owner only; what the file held is gone.
-    ///
-    /// # Errors
-    /// The file cannot be created.
-    pub fn create(path: &Path, limit: u64) -> io::Result<Self> {
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .custom_flags(libc::O_CLOEXEC)
-            .open(path)?;
-        Ok(Self {
-            file,
-            size: 0,
-            limit,
-        })
-    }
-
-    /// Opens the log to go on behind what it holds, or creates it.
-    ///
-    /// # Errors
-    /// The file cannot be opened.
-    pub fn append(path: &Path, limit: u64) -> io::Result<Self> {
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .custom_flags(libc::O_CLOEXEC)
-            .open(path)?;
-        let size = file.seek(io::SeekFrom::End(0))?;
-        Ok(Self { file, size, limit })
-    }
-}
-
-impl Write for BoundedLog {
-    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        if self.size.saturating_add(data.len() as u64) > self.limit {
-            self.file.set_len(0)?;
-            self.file.rewind()?;
-            self.size = 0;
-        }
-        let written = self.file.write(data)?;
-        self.size += written as u64;
-        Ok(written)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }
 
@@ -239,6 +177,21 @@ impl BusDevice for SerialPort {
             // the guest cannot do anything about it.
             let _ = self.with_uart(|uart| uart.write(offset as u8, *value));
         }
+    }
+
+    fn describe(&self, _memory: &GuestMemory) -> Vec<String> {
+        let state = self.with_uart(|uart| uart.state());
+        vec![format!(
+            "serial port interrupt_enable={:#x} interrupt_identification={:#x} line_control={:#x} \
+             line_status={:#x} modem_control={:#x} modem_status={:#x} unread_input={}",
+            state.interrupt_enable,
+            state.interrupt_identification,
+            state.line_control,
+            state.line_status,
+            state.modem_control,
+            state.modem_status,
+            state.in_buffer.len(),
+        )]
     }
 }
 

@@ -14,6 +14,8 @@
 //! and reset happen on the event loop ([`super::worker`]) while the vCPU waits for the outcome,
 //! so the driver never sees a state that has not been reached.
 
+mod describe;
+
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -40,6 +42,7 @@ use super::state::{RestoreError, SavedQueue, TransportState, restore_queues};
 use super::worker::{Link, Notifier};
 use super::{Interrupt, VirtioDevice};
 use crate::devices::bus::BusDevice;
+use crate::memory::GuestMemory;
 
 /// "virt", little-endian.
 const MAGIC: u32 = 0x7472_6976;
@@ -328,5 +331,9 @@ impl BusDevice for MmioTransport {
         } else if let Ok(register) = <[u8; 4]>::try_from(data) {
             self.write_register(offset, u32::from_le_bytes(register));
         }
+    }
+
+    fn describe(&self, memory: &GuestMemory) -> Vec<String> {
+        self.lines(memory)
     }
 }

@@ -9,7 +9,7 @@ use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
 use proptest::prelude::*;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_queue::QueueT;
-use vm_memory::GuestAddress;
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::mmio::MmioTransport;
@@ -281,6 +281,32 @@ fn a_driver_that_keeps_to_the_rules_gets_the_device() {
     assert_eq!(guest.calls.recv().unwrap(), Call::Reset);
     assert_eq!((guest.read(STATUS), guest.read(QUEUE_READY)), (0, 0));
     guest.negotiate();
+}
+
+#[test]
+fn registers_and_rings_are_described() {
+    let mut guest = Guest::new(false);
+    let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+    // The indices, behind the flags of each ring.
+    memory.write_obj(7_u16, GuestAddress(0x2002)).unwrap();
+    memory.write_obj(5_u16, GuestAddress(0x3002)).unwrap();
+    let lines = guest.registers.lock().unwrap().describe(&memory);
+    assert!(lines[0].contains("status=0x0 (reset)"), "{lines:?}");
+    assert_eq!(lines[1], "queue 0: not ready max_size=64");
+
+    guest.negotiate();
+    guest.set_up_queue(0, 0x1000);
+    // Rings that are not in the guest's memory are described as well.
+    guest.set_up_queue(1, 0xfff0_0000);
+    let lines = guest.registers.lock().unwrap().describe(&memory);
+    assert!(
+        lines[0].contains("(ACKNOWLEDGE DRIVER FEATURES_OK)"),
+        "{lines:?}"
+    );
+    assert!(lines[0].contains("accepted=0x100000000"), "{lines:?}");
+    assert!(lines[1].ends_with("available=7 used=5"), "{lines:?}");
+    assert!(lines[2].contains("available=("), "{lines:?}");
+    assert_eq!(lines.len(), 3);
 }
 
 #[test]
