@@ -257,6 +257,14 @@ async fn a_machine_that_is_not_saved_goes_on_and_nothing_is_left() {
     let base = bench.paused().await;
     bench.start(&bench.id, &base).await.unwrap();
     bench.log();
+    bench.spoil("no-pause");
+    let (_, saved) = bench.pause(&base).await;
+    let text = saved.unwrap_err().to_string();
+    assert!(
+        text.contains("runs on") && text.contains("a device does not stop"),
+        "{text}"
+    );
+    bench.mend("no-pause");
     bench.spoil("no-space");
     for goes_on in [false, true] {
         let (_, saved) = match goes_on {

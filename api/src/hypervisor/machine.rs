@@ -368,7 +368,8 @@ impl Drop for Machine {
     }
 }
 
-fn micros(duration: Duration) -> u64 {
+/// Whole microseconds.
+pub(super) fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 

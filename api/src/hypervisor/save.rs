@@ -14,12 +14,13 @@
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tracing::{debug, warn};
 
 use super::control::{Control, ControlError};
 use super::layers::{Draft, LayerFiles};
+use super::machine::micros;
 use super::paths::Paths;
 use crate::chain;
 use crate::domain::{HostError, LayerId, SaveRequest, SaveTimings, Saved};
@@ -79,6 +80,14 @@ impl Saving<'_> {
         let begun = Instant::now();
         // As many as there are, for all that is known here; the caller takes no more than it has.
         let mut keep = usize::MAX;
+        if let Err(source) = self.control.pause().await {
+            // If it was not stopped, it need not be started; if that is not known, this is to be safe.
+            let _ = self.control.resume().await;
+            return Err(SaveError::NotSaved(HostError::NotSaved {
+                reason: chain(&source),
+                keep,
+            }));
+        }
         let steps = self.steps(goes_on, begun, &mut keep).await;
         let resumed = if goes_on || steps.is_err() {
             self.control.resume().await
@@ -118,7 +127,6 @@ impl Saving<'_> {
             (Some(memory), Some(disk)) => (memory, disk),
             _ => return Err(StepError::NoLayers.into()),
         };
-        self.control.pause().await.map_err(StepError::from)?;
         let draft = self.begin("memory", memory)?;
         let mut files = draft.memory_files().map_err(layer("memory"))?;
         if goes_on {
@@ -248,8 +256,4 @@ async fn blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(work)
         .await
         .unwrap_or(Err(StepError::Interrupted))
-}
-
-fn micros(duration: Duration) -> u64 {
-    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }

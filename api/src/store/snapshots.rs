@@ -178,3 +178,125 @@ pub fn remove_warm(connection: &mut Connection, key: &str) -> rusqlite::Result<V
     )
     .map(|(_, released)| released)
 }
+
+#[cfg(test)]
+mod tests {
+    use jiff::Timestamp;
+
+    use super::super::SqliteStore;
+    use super::*;
+    use crate::domain::{Layers, LayersInfo, Sandbox, SandboxId, Store, Transition};
+
+    fn spec() -> Spec {
+        Spec {
+            template: "minimal".into(),
+            vcpus: 1,
+            memory_mb: 512,
+            timeout_sec: 300,
+        }
+    }
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    fn layers() -> Layers {
+        Layers::default().saved(LayerId::random(), LayerId::random())
+    }
+
+    fn snapshot(name: Option<&str>, layers: &Layers) -> Snapshot {
+        Snapshot {
+            id: SnapshotId::random(),
+            name: name.map(str::to_owned),
+            description: None,
+            sandbox: SandboxId::random(),
+            spec: spec(),
+            layers: layers.clone(),
+            content: None,
+            created_at: at(1),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_layer_is_released_by_the_last_who_holds_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("db");
+        let store = SqliteStore::open(&path).unwrap();
+        let (shared, own) = (layers(), layers());
+        let mut sandbox = Sandbox::new(SandboxId::random(), spec(), shared.clone(), at(1));
+        assert!(store.insert(&sandbox).await.unwrap());
+        let named = snapshot(Some("one"), &shared);
+        assert!(store.insert_snapshot(&named).await.unwrap());
+        let same_name = snapshot(Some("one"), &own);
+        assert!(!store.insert_snapshot(&same_name).await.unwrap());
+        let warm = WarmSnapshot {
+            key: "key".into(),
+            template: "minimal".into(),
+            vcpus: 1,
+            memory_mb: 512,
+            layers: shared.clone(),
+            size_bytes: u64::from(u32::MAX) + 1,
+            used_at: at(2),
+        };
+        store.put_warm(&warm).await.unwrap();
+        let held = shared.all().cloned().collect();
+        assert_eq!(store.held_layers().await.unwrap(), held);
+
+        // What it is being saved to is held from the beginning.
+        let transition = Transition::Started(crate::domain::Timings::default());
+        sandbox.apply(transition, at(2)).unwrap();
+        let next = shared.saved(own.memory[0].clone(), own.disk[0].clone());
+        sandbox.apply(Transition::Pausing(next), at(3)).unwrap();
+        assert_eq!(store.update(&sandbox).await.unwrap(), []);
+        assert_eq!(store.held_layers().await.unwrap().len(), 4);
+
+        // A crash: no connection is closed.
+        Box::leak(Box::new(store));
+        let store = SqliteStore::open(&path).unwrap();
+        let stopped = Transition::Stopped { reason: None };
+        sandbox.apply(stopped, at(4)).unwrap();
+        let mut released = store.update(&sandbox).await.unwrap();
+        released.sort();
+        let mut expected: Vec<_> = own.all().cloned().collect();
+        expected.sort();
+        assert_eq!(released, expected);
+        assert_eq!(store.remove_snapshot(&named.id).await.unwrap(), []);
+        assert_eq!(store.remove_snapshot(&named.id).await.unwrap(), []);
+        let listed = store.list_warm().await.unwrap();
+        assert_eq!(listed, [(warm, false)]);
+        let mut released = store.remove_warm("key").await.unwrap();
+        released.sort();
+        let mut expected: Vec<_> = shared.all().cloned().collect();
+        expected.sort();
+        assert_eq!(released, expected);
+        assert!(store.held_layers().await.unwrap().is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_snapshot_is_read_as_it_was_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = SqliteStore::open(&dir.path().join("db")).unwrap();
+        let (mut first, second) = (snapshot(Some("one"), &layers()), snapshot(None, &layers()));
+        for snapshot in [&first, &second] {
+            assert!(store.insert_snapshot(snapshot).await.unwrap());
+        }
+        first.content = Some(LayersInfo {
+            size_bytes: 7,
+            checksum: "c0ffee".into(),
+        });
+        store.update_snapshot(&first).await.unwrap();
+        assert_eq!(
+            store.get_snapshot(&first.id).await.unwrap(),
+            Some(first.clone())
+        );
+        assert_eq!(
+            store.find_snapshot("one").await.unwrap(),
+            Some(first.clone())
+        );
+        assert_eq!(store.find_snapshot("two").await.unwrap(), None);
+        assert_eq!(store.list_snapshots().await.unwrap(), [second, first]);
+        let unknown = snapshot(None, &layers());
+        assert!(store.update_snapshot(&unknown).await.is_err());
+        assert_eq!(store.get_snapshot(&unknown.id).await.unwrap(), None);
+    }
+}

@@ -144,6 +144,7 @@ impl Vmm {
         let what = path.strip_prefix("/api/v1/").unwrap();
         self.log(&format!("{what} {body} {}", files.len()));
         let result = match what {
+            "vm.pause" if self.has("no-pause") => Err("a device does not stop".to_owned()),
             "vm.pause" => self.set_paused(true),
             "vm.resume" => self.set_paused(false),
             "vm.snapshot" => self.snapshot(body, files),
