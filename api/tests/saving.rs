@@ -14,6 +14,7 @@ mod vmm;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
@@ -219,6 +220,13 @@ async fn a_machine_that_goes_on_writes_to_a_new_overlay() {
     let bench = Bench::new().await;
     let mut layers = Layers::default();
     bench.start(&bench.id, &layers).await.unwrap();
+    let api = bench
+        .dir
+        .path()
+        .join("run/sandboxes")
+        .join(bench.id.as_str());
+    let api = fs::metadata(api.join("api.sock")).unwrap();
+    assert_eq!(api.permissions().mode() & 0o777, 0o600, "no other may ask");
     for generation in 1..=3 {
         bench.log();
         let keep = layers.kept_memory();

@@ -1,8 +1,10 @@
 //! One `vmm` process, from its first file to its end.
 
 use std::fmt::Write as _;
+use std::fs::Permissions;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
@@ -153,8 +155,7 @@ impl Machine {
         };
         let (events, event_writer) = event_pipe().map_err(channel("event pipe"))?;
         let api = paths.api(&id);
-        let api_listener =
-            std::os::unix::net::UnixListener::bind(&api).map_err(channel("vmm's API socket"))?;
+        let api_listener = private_listener(&api).map_err(channel("vmm's API socket"))?;
 
         let inherited = Inherited {
             events: event_writer.as_raw_fd(),
@@ -371,6 +372,13 @@ impl Drop for Machine {
 /// Whole microseconds.
 pub(super) fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// A socket that nobody but this user may connect to.
+fn private_listener(path: &Path) -> io::Result<std::os::unix::net::UnixListener> {
+    let listener = std::os::unix::net::UnixListener::bind(path)?;
+    std::fs::set_permissions(path, Permissions::from_mode(0o600))?;
+    Ok(listener)
 }
 
 fn event_pipe() -> io::Result<(pipe::Receiver, OwnedFd)> {
