@@ -2,13 +2,13 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::process::Command;
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use e2e_tests::daemon::{Daemon, Sandbox};
-use e2e_tests::until;
-use e2e_tests::{process::children_of, report};
+use e2e_tests::process::children_of;
+use e2e_tests::{report, until};
+use rustix::mount::{MountFlags, UnmountFlags};
 use serde_json::{Value, json};
 
 /// How far a guest's clock may be off, in nanoseconds.
@@ -259,19 +259,16 @@ struct Full<'a>(&'a std::path::Path);
 
 impl<'a> Full<'a> {
     fn over(directory: &'a std::path::Path) -> Self {
-        let mounted = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", "size=2m", "tmpfs"])
-            .arg(directory)
-            .status();
-        assert!(mounted.unwrap().success());
+        let flags = MountFlags::empty();
+        rustix::mount::mount("none", directory, "tmpfs", flags, c"size=2m").unwrap();
         Self(directory)
     }
 }
 
 impl Drop for Full<'_> {
     fn drop(&mut self) {
-        let unmounted = Command::new("umount").arg(self.0).status();
-        assert!(unmounted.unwrap().success() || thread::panicking());
+        let unmounted = rustix::mount::unmount(self.0, UnmountFlags::DETACH);
+        assert!(unmounted.is_ok() || thread::panicking());
     }
 }
 
