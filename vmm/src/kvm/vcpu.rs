@@ -481,6 +481,14 @@ impl Runner {
                         self.commands.recv()
                     }
                 };
+                // A paused vCPU is looked at, and may be saved: its registers have to be those
+                // between two instructions.
+                if matches!(command, Ok(Command::Pause))
+                    && let Err(reason) = self.complete_access()
+                {
+                    self.exit.end(reason);
+                    return Next::End;
+                }
                 match self.obey(command) {
                     None | Some(Next::Running) => {}
                     Some(next) => return next,
