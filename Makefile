@@ -17,7 +17,7 @@ test: ## all tests: native ones, then scenarios with real guests
 
 soak: prepare ## the scenarios that can go on for long, for long
 	MVS_SOAK_SEEDS=$${MVS_SOAK_SEEDS:-50} MVS_SOAK_OPERATIONS=$${MVS_SOAK_OPERATIONS:-1000} \
-		tests/run hostile vmm_api $(ARGS)
+		MVS_SOAK_CYCLES=$${MVS_SOAK_CYCLES:-50} tests/run hostile vmm_api snapshots $(ARGS)
 
 bench: prepare ## measure, beside peers, and print the table
 	benches/run $(ARGS)

@@ -115,6 +115,8 @@ pub struct LimitsConfig {
     pub exec_output_bytes: u64,
     /// Output of one stream of a command that is kept in memory, in bytes; more goes to disk.
     pub exec_memory_bytes: usize,
+    /// Warm snapshots of templates on the disk, in bytes; 0 is none.
+    pub warm_disk_bytes: u64,
 }
 
 /// Logs.
@@ -161,6 +163,7 @@ impl Default for LimitsConfig {
             upload_bytes: 100 << 20,
             exec_output_bytes: 1 << 30,
             exec_memory_bytes: 256 << 10,
+            warm_disk_bytes: 4 << 30,
         }
     }
 }
@@ -253,6 +256,10 @@ pub struct Flags {
     /// [default: 262144, 256 KiB]
     #[arg(long, env = "SANDBOXD_EXEC_MEMORY_BYTES", value_name = "BYTES")]
     exec_memory_bytes: Option<usize>,
+    /// Disk space for warm snapshots of templates, from which sandboxes start in less time, in
+    /// bytes; 0 is none [default: 4294967296, 4 GiB]
+    #[arg(long, env = "SANDBOXD_WARM_DISK_BYTES", value_name = "BYTES")]
+    warm_disk_bytes: Option<u64>,
     /// How log lines look [default: text]
     #[arg(long, env = "SANDBOXD_LOG_FORMAT", value_name = "FORMAT")]
     log_format: Option<LogFormat>,
@@ -347,6 +354,7 @@ impl Config {
         set(&mut self.limits.upload_bytes, flags.upload_bytes);
         set(&mut self.limits.exec_output_bytes, flags.exec_output_bytes);
         set(&mut self.limits.exec_memory_bytes, flags.exec_memory_bytes);
+        set(&mut self.limits.warm_disk_bytes, flags.warm_disk_bytes);
         set(&mut self.log.format, flags.log_format);
         set(&mut self.log.filter, flags.log);
     }

@@ -3,7 +3,7 @@
 //! Start, in this order, so that a daemon that cannot work says so before it changes anything:
 //! check what it needs, lock its directories, take its ports, open its database, end what an
 //! earlier daemon left, settle the records, serve. End: take no more requests, wait for those in
-//! flight, end every sandbox, write that down.
+//! flight, end every sandbox that runs, write that down.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::config::Config;
-use crate::domain::{ExecLimits, Host, Limits, Manager, StoreError};
+use crate::domain::{ExecLimits, Host, Limits, Manager, RecoverError};
 use crate::http::{self, AppState, OpenApiError};
 use crate::hypervisor::{HostConfig, LeftoverError, LocalHost, Paths, PathsError};
 use crate::images::{ImageError, Images};
@@ -86,12 +86,12 @@ pub enum DaemonError {
     /// The database is not usable.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// The database failed.
-    #[error(transparent)]
-    Store(#[from] StoreError),
     /// An earlier daemon's remains are in the way.
     #[error(transparent)]
     Leftover(#[from] LeftoverError),
+    /// What an earlier daemon left cannot be settled.
+    #[error(transparent)]
+    Recover(#[from] RecoverError),
     /// The API's description cannot be written.
     #[error(transparent)]
     OpenApi(#[from] OpenApiError),
@@ -148,6 +148,7 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
             memory_threshold: config.limits.exec_memory_bytes,
             spool_dir,
         },
+        warm_bytes: config.limits.warm_disk_bytes,
     };
     let events = host.events().await;
     let manager = Manager::new(Arc::new(host), Arc::new(store), limits);

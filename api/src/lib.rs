@@ -2,7 +2,7 @@
 //!
 //! Dependencies point inwards: [`dialects`] and [`http`] know [`domain`]; [`hypervisor`],
 //! [`agent`], [`images`] and [`store`] do its work behind its two traits,
-//! [`Host`](domain::Host) and [`SandboxStore`](domain::SandboxStore); [`daemon`] puts them
+//! [`Host`](domain::Host) and [`Store`](domain::Store); [`daemon`] puts them
 //! together as [`config`] says.
 
 pub mod agent;

@@ -3,13 +3,19 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on may panic")]
 
+#[path = "support/agent.rs"]
+mod agent;
+#[path = "support/vmm.rs"]
+mod vmm;
+
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::{Child, ChildStderr, Command, Output, Stdio};
+use std::thread;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -53,7 +59,9 @@ impl Place {
         command
             .env_clear()
             .arg("serve")
-            .args(["--listen=127.0.0.1:0", "--log-format=json"]);
+            .args(["--listen=127.0.0.1:0", "--log-format=json"])
+            // What boots in the background is told of elsewhere.
+            .arg("--warm-disk-bytes=0");
         for (flag, name) in [
             ("--data-dir", "data"),
             ("--runtime-dir", "run"),
@@ -171,12 +179,97 @@ impl Daemon {
     }
 }
 
+/// Does as an agent that takes its identity, and returns what it is told.
+fn take_identity(listener: UnixListener) -> Value {
+    let (mut stream, _) = listener.accept().unwrap();
+    let mut reader = BufReader::new(stream.try_clone().unwrap());
+    let mut line = || {
+        let mut line = String::new();
+        reader.read_line(&mut line).unwrap();
+        line.trim_end().to_owned()
+    };
+    assert_eq!(line(), "CONNECT 1024");
+    stream.write_all(b"OK 1073741824\n").unwrap();
+    assert_eq!(line(), "POST /v1/resumed HTTP/1.1");
+    let mut length = 0;
+    loop {
+        let header = line();
+        match header.split_once(": ") {
+            Some((name, value)) if name.eq_ignore_ascii_case("content-length") => {
+                length = value.parse().unwrap();
+            }
+            Some(_) => {}
+            None => break,
+        }
+    }
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body).unwrap();
+    let done = json!({"realtime_ns": 0, "seeded": false, "clock": false, "hostname": false,
+                      "machine_id": false, "problems": []});
+    let done = done.to_string();
+    write!(
+        stream,
+        "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{done}",
+        done.len()
+    )
+    .unwrap();
+    serde_json::from_slice(&body).unwrap()
+}
+
 fn answer(mut stream: TcpStream) -> (u16, Value) {
     let mut text = String::new();
     stream.read_to_string(&mut text).unwrap();
     let (head, body) = text.split_once("\r\n\r\n").unwrap();
     let status = head.split(' ').nth(1).unwrap().parse().unwrap();
     (status, serde_json::from_str(body).unwrap_or_default())
+}
+
+/// What the script of [`vmm::install`] starts; does nothing in a run of the tests.
+#[test]
+fn as_a_vmm() {
+    vmm::run();
+}
+
+#[test]
+fn after_a_crash_in_a_pause_the_sandbox_is_as_before_or_as_after() {
+    let place = Place::new();
+    vmm::install(&place.path(""), "as_a_vmm", agent::binary());
+    let mut daemon = Daemon::start(&place);
+    let create = |daemon: &Daemon| {
+        let (status, sandbox) = answer(daemon.send("POST", "/v1/sandboxes", "{}"));
+        assert_eq!(status, 201, "{sandbox}");
+        format!("/v1/sandboxes/{}", sandbox["id"].as_str().unwrap())
+    };
+    let layers = || fs::read_dir(place.path("data/layers")).unwrap().count();
+    let (paused, lost) = (create(&daemon), create(&daemon));
+    let (status, _) = answer(daemon.send("POST", &format!("{paused}/pause"), ""));
+    assert_eq!((status, layers()), (200, 2));
+
+    let fifo = place.path("hang");
+    let made = Command::new("mkfifo").arg(&fifo).status().unwrap();
+    assert!(made.success());
+    let pausing = daemon.send("POST", &format!("{lost}/pause"), "");
+    // Opening it waits until the VMM is at it.
+    let hung = fs::File::options().write(true).open(&fifo).unwrap();
+    assert_eq!(daemon.get(&lost)["status"], "paused", "or on the way there");
+    daemon.signal(Signal::KILL);
+    daemon.process.wait().unwrap();
+    drop((pausing, hung));
+    fs::remove_file(fifo).unwrap();
+
+    let daemon = Daemon::start(&place);
+    assert_eq!(layers(), 2, "what was not complete is gone");
+    let row = daemon.get(&lost);
+    assert_eq!(row["status"], "error");
+    let reason = row["status_reason"].as_str().unwrap();
+    assert!(
+        reason.contains("while the sandbox was being paused"),
+        "{reason}"
+    );
+    assert_eq!(daemon.get(&paused)["status"], "paused");
+    let (status, row) = answer(daemon.send("POST", &format!("{paused}/resume"), ""));
+    assert_eq!((status, &row["status"]), (200, &json!("running")), "{row}");
+    daemon.signal(Signal::TERM);
 }
 
 #[test]
@@ -252,6 +345,8 @@ fn after_a_crash_the_next_daemon_cleans_up() {
     let request = daemon.send("POST", "/v1/sandboxes", "{}");
     let vmm = place.vmm();
     let id = place.id();
+    let vsock = place.path("run/sandboxes").join(&id).join("vsock.sock");
+    let agent = thread::spawn(|| take_identity(UnixListener::bind(vsock).unwrap()));
     let ready = json!({"version": "1", "kernel": "6", "entered_us": 1, "serving_us": 2});
     let socket = place
         .path("run/sandboxes")
@@ -263,6 +358,8 @@ fn after_a_crash_the_next_daemon_cleans_up() {
         .unwrap();
     let (status, sandbox) = answer(request);
     assert_eq!((status, &sandbox["status"]), (201, &json!("running")));
+    let told = agent.join().unwrap();
+    assert_eq!(told["hostname"], json!(id));
     daemon.signal(Signal::KILL);
     daemon.process.wait().unwrap();
     assert!(runs(&vmm), "the VMM has ended with the daemon");

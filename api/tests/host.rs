@@ -7,17 +7,20 @@
     reason = "a test that cannot go on may panic"
 )]
 
+#[path = "support/agent.rs"]
+mod agent;
+
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use agent_protocol::Ready;
 use api::domain::{
     CreateRequest, Created, End, ExecEvent, ExecRequest, ExitInfo, Host, HostError, HostEvent,
-    ReadFileRequest, SandboxId, WriteFileRequest,
+    Identity, Layers, ReadFileRequest, SandboxId, Shape, Start, WriteFileRequest,
 };
 use api::hypervisor::{HostConfig, LocalHost, Paths};
 use api::images::Images;
@@ -27,33 +30,30 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinHandle;
 
-/// The guest agent's binary, built if it is not up to date.
-fn agent_binary() -> &'static Path {
-    static BINARY: OnceLock<PathBuf> = OnceLock::new();
-    BINARY.get_or_init(|| {
-        let status = Command::new(env!("CARGO"))
-            .args([
-                "build",
-                "--quiet",
-                "-p",
-                "guest-agent",
-                "--bin",
-                "guest-agent",
-            ])
-            .status()
-            .unwrap();
-        assert!(status.success(), "the guest agent does not build");
-        let own = std::env::current_exe().unwrap();
-        own.parent().unwrap().parent().unwrap().join("guest-agent")
-    })
-}
-
 /// A host whose VMM is a script. The script tells of its first guest instruction, lets the test
 /// know that it is up, and then does as the test says.
 struct Bench {
     dir: tempfile::TempDir,
     paths: Paths,
     host: Arc<LocalHost>,
+}
+
+/// Boot this sandbox.
+fn request(id: &SandboxId) -> CreateRequest {
+    CreateRequest {
+        id: id.clone(),
+        shape: Shape {
+            template: "minimal".into(),
+            vcpus: 2,
+            memory_mb: 256,
+        },
+        identity: Identity {
+            hostname: id.to_string(),
+            machine_id: "1".repeat(32),
+        },
+        layers: Layers::default(),
+        start: Start::Cold,
+    }
 }
 
 /// Waits for a word from the test, then ends with this status.
@@ -106,12 +106,7 @@ impl Bench {
 
     /// Starts a sandbox, and waits until its VMM is up.
     async fn create(&self, id: &SandboxId) -> JoinHandle<Result<Created, HostError>> {
-        let request = CreateRequest {
-            id: id.clone(),
-            template: "minimal".into(),
-            vcpus: 2,
-            memory_mb: 256,
-        };
+        let request = request(id);
         let host = Arc::clone(&self.host);
         let created = tokio::spawn(async move { host.create(request).await });
         let up = tokio::fs::read_to_string(self.dir.path().join("up"))
@@ -174,7 +169,7 @@ struct Agent {
 impl Agent {
     async fn start(dir: &Path, vsock: &Path) -> Self {
         let socket = dir.join("agent.sock");
-        let mut process = tokio::process::Command::new(agent_binary())
+        let mut process = tokio::process::Command::new(agent::binary())
             .arg("--listen")
             .arg(format!("unix:{}", socket.display()))
             .stdout(Stdio::piped())
@@ -413,14 +408,19 @@ async fn files_go_in_and_come_out_of_the_agent() {
 async fn the_vmm_is_started_as_agreed() {
     let bench = Bench::new(&format!("echo up > $DIR/up; {UNTIL_TOLD}"), LONG).await;
     let id = SandboxId::random();
-    let created = bench.create(&id).await;
-    bench.say_ready(&id).await;
-    created.await.unwrap().unwrap();
+    let _agent = bench.create_with_agent(&id).await;
     let arguments = std::fs::read_to_string(bench.dir.path().join("args")).unwrap();
     let arguments: Vec<_> = arguments.lines().collect();
     let disk = format!(
-        "path={},image_type=qcow2,backing_files=on",
-        bench.paths.disk(&id).display()
+        "path={},image_type=qcow2,backing=[raw:{}]",
+        bench.paths.disk(&id).display(),
+        bench
+            .dir
+            .path()
+            .join("minimal.ext4")
+            .canonicalize()
+            .unwrap()
+            .display()
     );
     let vsock = format!("cid=3,socket={}", bench.paths.vsock(&id).display());
     let serial = format!("file={}", bench.paths.console(&id).display());
@@ -490,12 +490,7 @@ async fn an_agent_that_does_not_answer_is_given_up() {
 async fn a_vmm_that_cannot_be_executed_leaves_nothing() {
     let bench = Bench::new("", LONG).await;
     std::fs::remove_file(bench.dir.path().join("vmm")).unwrap();
-    let request = CreateRequest {
-        id: SandboxId::random(),
-        template: "minimal".into(),
-        vcpus: 1,
-        memory_mb: 128,
-    };
+    let request = request(&SandboxId::random());
     let error = bench.host.create(request).await.unwrap_err();
     assert!(error.to_string().contains("cannot be executed"), "{error}");
     std::fs::write(bench.dir.path().join("pid"), "none").unwrap();
@@ -534,9 +529,7 @@ async fn the_end_of_a_vmm_is_an_event_with_its_reason() {
         let bench = Bench::new(&body, LONG).await;
         let mut events = bench.host.events().await;
         let id = SandboxId::random();
-        let created = bench.create(&id).await;
-        bench.say_ready(&id).await;
-        created.await.unwrap().unwrap();
+        let _agent = bench.create_with_agent(&id).await;
         tokio::fs::write(bench.dir.path().join("go"), format!("{word}\n"))
             .await
             .unwrap();

@@ -18,6 +18,7 @@ pub mod random;
 pub mod report;
 pub mod rounds;
 pub mod running;
+pub mod sandboxes;
 pub mod stage;
 pub mod stats;
 pub mod trace;

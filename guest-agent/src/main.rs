@@ -10,6 +10,7 @@
 mod body;
 mod exec;
 mod files;
+mod identity;
 mod init;
 mod log;
 mod reaper;

@@ -8,7 +8,7 @@ use std::{
 use agent_protocol as protocol;
 use agent_protocol::{
     EXEC_UPGRADE, ErrorBody, ErrorCode, ErrorDetail, ExecRequest, FileQuery, FileQueryError,
-    Health, MAX_JSON_BODY, ShutdownRequest,
+    Health, MAX_JSON_BODY, Resumed, ResumedRequest, ShutdownRequest,
 };
 use bytes::{Bytes, BytesMut};
 use http_body_util::{BodyExt, Limited};
@@ -28,6 +28,7 @@ use crate::{
     body::Body,
     exec::{self, Cgroups, Running},
     files::{self, FileError, Listing, Reading, write::Writing},
+    identity,
     log::{chain, warning},
     reaper::Reaper,
     shutdown, system,
@@ -68,6 +69,8 @@ enum RequestError {
     Body(#[source] Box<dyn std::error::Error + Send + Sync>),
     #[error("the body is not the JSON that this operation takes")]
     Json(#[source] serde_json::Error),
+    #[error("{0}")]
+    Identity(&'static str),
     #[error("exec needs the headers Connection: Upgrade and Upgrade: {EXEC_UPGRADE}")]
     NoUpgrade,
     #[error("the program was not started")]
@@ -88,9 +91,11 @@ impl RequestError {
             Self::UnknownOperation(_) => ErrorCode::UnknownOperation,
             Self::Method(_) => ErrorCode::MethodNotAllowed,
             Self::Query(FileQueryError::PathTooLong(_)) => ErrorCode::BadPath,
-            Self::Query(_) | Self::Body(_) | Self::Json(_) | Self::NoUpgrade => {
-                ErrorCode::BadRequest
-            }
+            Self::Query(_)
+            | Self::Body(_)
+            | Self::Json(_)
+            | Self::Identity(_)
+            | Self::NoUpgrade => ErrorCode::BadRequest,
             Self::BodyTooLarge => ErrorCode::BodyTooLarge,
             Self::NotInit => ErrorCode::NotInit,
             Self::Thread(_) | Self::Answer(_) => ErrorCode::Internal,
@@ -139,12 +144,14 @@ impl Agent {
             (protocol::PATH_FILES, Method::GET) => get(&query(&request)?).await,
             (protocol::PATH_STAT, Method::GET) => stat(&query(&request)?).await,
             (protocol::PATH_DIR, Method::GET) => list(&query(&request)?).await,
+            (protocol::PATH_RESUMED, Method::POST) => self.resumed(request).await,
             (protocol::PATH_SHUTDOWN, Method::POST) => self.shutdown(request).await,
             (protocol::PATH_HEALTH, _) => Err(RequestError::Method(protocol::PATH_HEALTH)),
             (protocol::PATH_EXEC, _) => Err(RequestError::Method(protocol::PATH_EXEC)),
             (protocol::PATH_FILES, _) => Err(RequestError::Method(protocol::PATH_FILES)),
             (protocol::PATH_STAT, _) => Err(RequestError::Method(protocol::PATH_STAT)),
             (protocol::PATH_DIR, _) => Err(RequestError::Method(protocol::PATH_DIR)),
+            (protocol::PATH_RESUMED, _) => Err(RequestError::Method(protocol::PATH_RESUMED)),
             (protocol::PATH_SHUTDOWN, _) => Err(RequestError::Method(protocol::PATH_SHUTDOWN)),
             _ => Err(RequestError::UnknownOperation(path)),
         }
@@ -194,6 +201,21 @@ impl Agent {
             }
         }
         self.execs.set(self.execs.get() - 1);
+    }
+
+    async fn resumed(&self, request: Request<Incoming>) -> Answer {
+        let order: ResumedRequest = read_json(request.into_body()).await?;
+        order.check().map_err(RequestError::Identity)?;
+        let done = if self.init {
+            tokio::task::spawn_blocking(move || identity::assume(&order)).await?
+        } else {
+            Resumed {
+                realtime_ns: identity::realtime_ns(),
+                problems: vec!["the agent is not process 1, and left all as it was".to_owned()],
+                ..Resumed::default()
+            }
+        };
+        json(StatusCode::OK, &done)
     }
 
     async fn shutdown(self: Rc<Self>, request: Request<Incoming>) -> Answer {

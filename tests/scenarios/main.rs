@@ -22,4 +22,5 @@ mod jail;
 mod refusals;
 mod resize;
 mod restore;
+mod snapshots;
 mod vmm_api;

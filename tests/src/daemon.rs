@@ -5,6 +5,7 @@ use std::io::{self, Read};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -21,7 +22,10 @@ pub struct Daemon {
     /// The process.
     pub process: Process,
     address: SocketAddr,
-    directory: TempDir,
+    /// Shared with the daemon that comes after this one.
+    directory: Arc<TempDir>,
+    data: PathBuf,
+    arguments: Vec<String>,
 }
 
 /// What the daemon holds on the host.
@@ -51,7 +55,7 @@ impl Daemon {
     pub fn start_with(arguments: &[&str]) -> Self {
         let directory = scratch();
         let data = directory.path().join("data");
-        Self::start_in(directory, &data, arguments)
+        Self::start_first(directory, data, arguments)
     }
 
     /// The same, with its data in this directory.
@@ -59,25 +63,43 @@ impl Daemon {
     /// # Panics
     /// It does not.
     pub fn start_on(data: &Path, arguments: &[&str]) -> Self {
-        Self::start_in(scratch(), data, arguments)
+        Self::start_first(scratch(), data.to_owned(), arguments)
     }
 
-    fn start_in(directory: TempDir, data: &Path, arguments: &[&str]) -> Self {
+    fn start_first(directory: TempDir, data: PathBuf, arguments: &[&str]) -> Self {
+        let arguments = arguments.iter().map(|&argument| argument.to_owned());
+        Self::start_in(Arc::new(directory), data, arguments.collect())
+    }
+
+    /// Kills the daemon, and starts another one in its place.
+    ///
+    /// # Panics
+    /// That does not start.
+    pub fn crash(mut self) -> Self {
+        self.process.signal(Signal::KILL);
+        self.process.wait();
+        let directory = Arc::clone(&self.directory);
+        Self::start_in(directory, self.data.clone(), self.arguments.clone())
+    }
+
+    fn start_in(directory: Arc<TempDir>, data: PathBuf, arguments: Vec<String>) -> Self {
         let mut command = Command::new(&setup().sandboxd);
         command
             .arg("serve")
             .args(["--listen", "127.0.0.1:0", "--log-format", "json"])
             .args(["--log", "info,api=debug", "--boot-timeout-sec", "120"])
             .arg("--data-dir")
-            .arg(data)
+            .arg(&data)
             .arg("--runtime-dir")
             .arg(directory.path().join("run"))
             .arg("--vmm")
             .arg(&setup().vmm)
             .arg("--images-dir")
             .arg(&setup().images)
-            .args(arguments)
+            .args(&arguments)
             .env_remove("SANDBOXD_CONFIG")
+            // What boots in the background, and what it leaves, is asked for by argument.
+            .env("SANDBOXD_WARM_DISK_BYTES", "0")
             .stdin(Stdio::null())
             .stdout(Stdio::null());
         let process = Process::spawn("sandboxd", command, &[]);
@@ -97,6 +119,8 @@ impl Daemon {
             process,
             address,
             directory,
+            data,
+            arguments,
         }
     }
 
@@ -210,7 +234,8 @@ impl Daemon {
             .count()
     }
 
-    /// Asks it to end, and checks that it does so with status 0 and leaves nothing behind.
+    /// Asks it to end, and checks that it does so with status 0 and leaves nothing behind but what is
+    /// kept.
     ///
     /// # Panics
     /// It does not.
@@ -228,9 +253,33 @@ impl Daemon {
         files_below(self.directory.path(), &mut files);
         files.retain(|path| {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
-            !name.starts_with("sandboxd.")
+            !name.starts_with("sandboxd.") && !path.starts_with(self.layers_directory())
         });
         assert!(files.is_empty(), "left behind: {files:?}");
+    }
+
+    /// Where it keeps what was saved.
+    pub fn layers_directory(&self) -> PathBuf {
+        self.directory.path().join("data/layers")
+    }
+
+    /// The names of the layers that it keeps.
+    ///
+    /// # Panics
+    /// They cannot be listed.
+    pub fn layers(&self) -> BTreeSet<String> {
+        let entries = std::fs::read_dir(self.layers_directory()).unwrap();
+        entries
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect()
+    }
+
+    /// The sandbox of this id.
+    pub fn sandbox(&self, id: &str) -> Sandbox<'_> {
+        Sandbox {
+            id: id.to_owned(),
+            daemon: self,
+        }
     }
 
     /// Where it keeps the sockets and console of a sandbox.
@@ -457,6 +506,29 @@ impl Sandbox<'_> {
             .send(Request::new("DELETE", &self.path("")), io::empty(), 0);
         assert_eq!(response.status, 204);
         assert_eq!(response.bytes(), b"");
+    }
+
+    /// Pauses it.
+    ///
+    /// # Panics
+    /// It is not paused.
+    pub fn pause(&self) {
+        let (status, body) = self.daemon.call("POST", &self.path("/pause"), "");
+        assert_eq!((status, &body["status"]), (200, &json!("paused")), "{body}");
+    }
+
+    /// Resumes it, and returns its record.
+    ///
+    /// # Panics
+    /// It is not resumed.
+    pub fn resume(&self) -> Value {
+        let (status, body) = self.daemon.call("POST", &self.path("/resume"), "");
+        assert_eq!(
+            (status, &body["status"]),
+            (200, &json!("running")),
+            "{body}"
+        );
+        body
     }
 
     /// Reads its record again and again until it is no longer `running`, and returns that.

@@ -7,6 +7,7 @@
 mod connect;
 mod exec;
 mod files;
+mod identity;
 
 use std::io;
 use std::path::PathBuf;

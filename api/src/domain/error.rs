@@ -2,7 +2,8 @@
 
 use super::exec::CollectError;
 use super::host::HostError;
-use super::sandbox::{SandboxId, Status};
+use super::id::SandboxId;
+use super::sandbox::Status;
 use super::store::StoreError;
 
 /// Why a sandbox was not created.
@@ -64,6 +65,112 @@ pub enum DestroyError {
     Host(#[source] HostError),
     /// The task that destroyed it is gone.
     #[error("the deletion was interrupted")]
+    Interrupted,
+}
+
+/// Why a sandbox was not paused.
+#[derive(Debug, thiserror::Error)]
+pub enum PauseError {
+    /// There is none of that id, or the store failed.
+    #[error(transparent)]
+    Lookup(#[from] LookupError),
+    /// It does not run.
+    #[error("sandbox is not running (status: {0})")]
+    NotRunning(Status),
+    /// Its disk has too many layers.
+    #[error(
+        "the sandbox's disk has {0} layers, and can have no more; make a new sandbox and copy what \
+         is needed"
+    )]
+    TooManyLayers(usize),
+    /// The host did not save it.
+    #[error("the sandbox could not be paused")]
+    Host(#[source] HostError),
+    /// The task that paused it is gone.
+    #[error("the pause was interrupted")]
+    Interrupted,
+}
+
+/// Why a sandbox was not resumed.
+#[derive(Debug, thiserror::Error)]
+pub enum ResumeError {
+    /// There is none of that id, or the store failed.
+    #[error(transparent)]
+    Lookup(#[from] LookupError),
+    /// It is not paused.
+    #[error("sandbox is not paused (status: {0})")]
+    NotPaused(Status),
+    /// The daemon is ending.
+    #[error("the daemon is shutting down and resumes no more sandboxes")]
+    ShuttingDown,
+    /// The host did not start it. It is paused as before.
+    #[error("the sandbox could not be resumed, and is paused as before")]
+    Host(#[source] HostError),
+    /// It ended before it was ready to be used.
+    #[error("sandbox {id} ended as soon as it was resumed: {reason}")]
+    EndedAtOnce {
+        /// Its record.
+        id: SandboxId,
+        /// Why.
+        reason: String,
+    },
+    /// The task that resumed it is gone.
+    #[error("the resume was interrupted")]
+    Interrupted,
+}
+
+/// Why there is no snapshot.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// There is no such sandbox, or the store failed.
+    #[error(transparent)]
+    Lookup(#[from] LookupError),
+    /// There is no such snapshot.
+    #[error("snapshot not found")]
+    NotFound,
+    /// The request makes no sense.
+    #[error("{0}")]
+    Invalid(String),
+    /// Another snapshot has the name.
+    #[error("a snapshot named {0:?} exists already; delete it, or choose another name")]
+    NameTaken(String),
+    /// It neither runs nor is paused.
+    #[error("sandbox is neither running nor paused (status: {0})")]
+    NotSaveable(Status),
+    /// Its disk has too many layers.
+    #[error(
+        "the sandbox's disk has {0} layers, and can have no more; make a new sandbox and copy what \
+         is needed"
+    )]
+    TooManyLayers(usize),
+    /// The host did not save it.
+    #[error("no snapshot could be taken")]
+    Host(#[source] HostError),
+    /// The task that took it is gone.
+    #[error("the snapshot was interrupted")]
+    Interrupted,
+}
+
+impl From<StoreError> for SnapshotError {
+    fn from(source: StoreError) -> Self {
+        Self::Lookup(source.into())
+    }
+}
+
+/// Why nothing was forked.
+#[derive(Debug, thiserror::Error)]
+pub enum ForkError {
+    /// The request makes no sense.
+    #[error("{0}")]
+    Invalid(String),
+    /// The daemon is ending.
+    #[error("the daemon is shutting down and starts no more sandboxes")]
+    ShuttingDown,
+    /// There is nothing to fork from.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// The task that forked is gone.
+    #[error("the fork was interrupted")]
     Interrupted,
 }
 

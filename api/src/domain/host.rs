@@ -4,6 +4,7 @@
 //! responses and events are plain serializable values, bulk data are streams, and things are
 //! named by id, never by a path on the other side. Today the call is a function call.
 
+use std::collections::BTreeSet;
 use std::io;
 
 use async_trait::async_trait;
@@ -11,7 +12,10 @@ use bytes::Bytes;
 use futures_util::stream::BoxStream;
 use serde::{Deserialize, Serialize};
 
-use super::sandbox::{SandboxId, Timings};
+use super::id::{LayerId, SandboxId};
+use super::layer::Layers;
+use super::snapshot::LayersInfo;
+use super::timings::{SaveTimings, Start, Timings};
 
 /// A machine that runs sandboxes.
 #[async_trait]
@@ -22,12 +26,51 @@ pub trait Host: Send + Sync {
     /// It cannot tell.
     async fn describe(&self) -> Result<HostInfo, HostError>;
 
-    /// Starts a sandbox and waits until its agent answers. The start goes on if the caller goes
-    /// away.
+    /// Boots a sandbox, or starts it from layers, and waits until its agent has answered and the
+    /// guest knows who it is. The start goes on if the caller goes away.
     ///
     /// # Errors
-    /// It did not start; nothing of it is left on the host.
+    /// It did not start; nothing of it is left on the host but the layers.
     async fn create(&self, request: CreateRequest) -> Result<Created, HostError>;
+
+    /// Saves a sandbox to two new layers and ends it. It goes on if the caller goes away.
+    ///
+    /// # Errors
+    /// [`HostError::NotSaved`]: it runs on, and the new layers are not there. With any other error it
+    /// does not run.
+    async fn pause(&self, request: SaveRequest) -> Result<Saved, HostError>;
+
+    /// Saves a sandbox to two new layers and lets it run on, based on them. It goes on if the
+    /// caller goes away.
+    ///
+    /// # Errors
+    /// As for [`Host::pause`].
+    async fn snapshot(&self, request: SaveRequest) -> Result<Saved, HostError>;
+
+    /// What there is to say of these layers; `None` if one of them is not there.
+    ///
+    /// # Errors
+    /// It cannot tell.
+    async fn inspect(&self, layers: &Layers) -> Result<Option<LayersInfo>, HostError>;
+
+    /// Removes layers that nobody refers to any more. Those that are not there are removed.
+    ///
+    /// # Errors
+    /// One of them is left.
+    async fn discard(&self, layers: &[LayerId]) -> Result<(), HostError>;
+
+    /// Removes all layers but these. Only while nothing is being saved.
+    ///
+    /// # Errors
+    /// One of them is left.
+    async fn retain(&self, layers: &BTreeSet<LayerId>) -> Result<(), HostError>;
+
+    /// A digest of all that a snapshot of a freshly booted machine of this shape depends on:
+    /// kernel, initramfs, template, VMM, processor. It changes when one of them does.
+    ///
+    /// # Errors
+    /// It cannot tell.
+    async fn warm_key(&self, shape: &Shape) -> Result<String, HostError>;
 
     /// Ends a sandbox and removes all that the host holds for it; also one that is still
     /// starting. Unknown ids are fine: the end is reached.
@@ -84,11 +127,9 @@ pub struct HostInfo {
     pub memory_mb: u64,
 }
 
-/// Start this sandbox.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CreateRequest {
-    /// Its name.
-    pub id: SandboxId,
+/// What a machine is made of.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Shape {
     /// Template of its root disk.
     pub template: String,
     /// Virtual CPUs.
@@ -97,11 +138,55 @@ pub struct CreateRequest {
     pub memory_mb: u32,
 }
 
+/// Who a guest is, and keeps being whenever it is resumed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// Its host name.
+    pub hostname: String,
+    /// Its machine id, as in machine-id(5).
+    pub machine_id: String,
+}
+
+/// Start this sandbox.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CreateRequest {
+    /// Its name.
+    pub id: SandboxId,
+    /// What it is made of.
+    pub shape: Shape,
+    /// Who its guest is.
+    pub identity: Identity,
+    /// What it is started from; booted, if there are none.
+    pub layers: Layers,
+    /// What kind of start this is, for the timings.
+    pub start: Start,
+}
+
 /// A sandbox was started.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Created {
     /// How long it took.
     pub timings: Timings,
+}
+
+/// Save this sandbox.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SaveRequest {
+    /// Its name.
+    pub id: SandboxId,
+    /// How many of the memory layers that it is based on stay its base, from the bottom.
+    pub keep: usize,
+    /// What it is based on afterwards: kept layers, and on top of each kind a new one.
+    pub layers: Layers,
+}
+
+/// A sandbox was saved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Saved {
+    /// Size on the disk, in bytes, of the two new layers.
+    pub new_bytes: u64,
+    /// How long it took.
+    pub timings: SaveTimings,
 }
 
 /// Run this command.
@@ -204,6 +289,20 @@ pub enum HostError {
         /// Why, as a sentence.
         reason: String,
     },
+    /// It was not saved, and runs on.
+    #[error("the sandbox was not saved and runs on: {reason}")]
+    NotSaved {
+        /// Why, as a sentence.
+        reason: String,
+        /// How many of the memory layers that it was based on it is still based on, from the
+        /// bottom: as many as can be kept when it is saved again.
+        keep: usize,
+    },
+    /// It was paused in the midst of it.
+    #[error(
+        "the sandbox was paused in the meantime; what was under way in it through the API has ended"
+    )]
+    Paused,
     /// It was destroyed in the meantime.
     #[error("the sandbox was destroyed in the meantime")]
     Destroyed,

@@ -3,22 +3,32 @@
 mod error;
 mod exec;
 mod host;
+mod id;
+mod layer;
 mod manager;
 mod request;
 mod sandbox;
+mod snapshot;
 mod spool;
 mod store;
+mod timings;
+mod turns;
 
-pub use error::{CreateError, DestroyError, ExecError, FileError, LookupError};
+pub use error::{
+    CreateError, DestroyError, ExecError, FileError, ForkError, LookupError, PauseError,
+    ResumeError, SnapshotError,
+};
 pub use exec::{CollectError, ExecEnd, ExecLimits, ExecOutput};
 pub use host::{
     CreateRequest, Created, End, ExecEvent, ExecRequest, ExitInfo, FileContent, Host, HostError,
-    HostEvent, HostInfo, ReadFileRequest, WriteFileRequest,
+    HostEvent, HostInfo, Identity, ReadFileRequest, SaveRequest, Saved, Shape, WriteFileRequest,
 };
-pub use manager::{Limits, Manager};
-pub use request::{Command, CreateSpec};
-pub use sandbox::{
-    Desired, IllegalTransition, ParseIdError, Sandbox, SandboxId, Spec, Status, Timings, Transition,
-};
+pub use id::{Id, Kind, LayerId, ParseIdError, SandboxId, SnapshotId};
+pub use layer::{Layers, MAX_DISK};
+pub use manager::{Forked, Limits, Manager, RecoverError};
+pub use request::{Command, CreateSpec, SnapshotSpec};
+pub use sandbox::{Desired, IllegalTransition, Sandbox, Spec, Status, Transition};
+pub use snapshot::{LayersInfo, Snapshot, WarmSnapshot};
 pub use spool::{Spool, Spooled};
-pub use store::{SandboxStore, StoreError};
+pub use store::{Store, StoreError};
+pub use timings::{SaveTimings, Start, Timings};

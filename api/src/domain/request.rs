@@ -13,6 +13,10 @@ const MAX_MEMORY_MB: i64 = 1 << 20;
 const MAX_TIMEOUT_SEC: i64 = 30 * 24 * 3600;
 /// The longest time of one command in seconds: a day.
 const MAX_EXEC_TIMEOUT_SEC: i64 = 24 * 3600;
+/// The most sandboxes of one fork.
+const MAX_FORKS: i64 = 100;
+/// The longest description of a snapshot in bytes.
+const MAX_DESCRIPTION: usize = 4096;
 /// The longest path in the guest in bytes: `PATH_MAX` of Linux, with its final zero byte.
 const MAX_PATH: usize = 4095;
 
@@ -29,6 +33,15 @@ pub struct CreateSpec {
     pub timeout_sec: i64,
 }
 
+/// A snapshot as it is asked for, unchecked.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct SnapshotSpec {
+    /// A name for it.
+    pub name: Option<String>,
+    /// What to say of it.
+    pub description: Option<String>,
+}
+
 /// A command as it is asked for, unchecked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Command {
@@ -40,12 +53,8 @@ pub struct Command {
 
 /// The sandbox that is asked for, if `host` can run it.
 pub fn check_spec(spec: CreateSpec, host: &HostInfo) -> Result<Spec, String> {
-    if !is_template_name(&spec.template) {
-        return Err(
-            "template must be 1 to 64 letters, digits, `.`, `_` or `-`, and begin with a \
-                    letter or digit"
-                .to_owned(),
-        );
+    if !is_name(&spec.template) {
+        return Err(bad_name("template"));
     }
     if !host.templates.contains(&spec.template) {
         let known = if host.templates.is_empty() {
@@ -115,7 +124,32 @@ pub fn check_path(path: &str) -> Result<(), String> {
     Err(problem.to_owned())
 }
 
-fn is_template_name(name: &str) -> bool {
+/// Checks a snapshot as it is asked for.
+pub fn check_snapshot(spec: &SnapshotSpec) -> Result<(), String> {
+    if spec.name.as_deref().is_some_and(|name| !is_name(name)) {
+        return Err(bad_name("name"));
+    }
+    match &spec.description {
+        Some(text) if text.len() > MAX_DESCRIPTION => Err(format!(
+            "description has {} bytes; at most {MAX_DESCRIPTION} are kept",
+            text.len()
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// How many sandboxes are to be forked.
+pub fn check_count(count: i64) -> Result<usize, String> {
+    in_range("count", count, 1, MAX_FORKS, "")
+}
+
+fn bad_name(what: &str) -> String {
+    format!(
+        "{what} must be 1 to 64 letters, digits, `.`, `_` or `-`, and begin with a letter or digit"
+    )
+}
+
+fn is_name(name: &str) -> bool {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
     name.len() <= 64
         && name.bytes().all(allowed)

@@ -1,90 +1,39 @@
 //! A sandbox and the states that it goes through.
 //!
 //! ```text
-//!              create
-//!                │
-//!                ▼
-//!           ┌─────────┐   the agent answered   ┌─────────┐
-//!           │ pending │───────────────────────►│ running │
-//!           └─┬─────┬─┘                        └─┬─────┬─┘
-//!     did not │     │ deleted,       its vmm died│     │ deleted, powered off,
-//!      start  │     │ daemon ended   or panicked │     │ rebooted, daemon ended
-//!             ▼     └──────────┐  ┌──────────────┘     │
-//!         ┌───────┐            │  │    ┌───────────────┘
-//!         │ error │◄───────────┼──┘    │
-//!         └───┬───┘            ▼       ▼
-//!             │ deleted      ┌───────────┐
-//!             └─────────────►│  stopped  │
-//!                            └───────────┘
+//!              create, fork                 not saved
+//!                │                     ┌──────────────────┐
+//!                ▼                     ▼                  │
+//!           ┌─────────┐ answered  ┌─────────┐  pause  ┌───┴─────┐
+//!           │ pending │──────────►│ running │────────►│ pausing │
+//!           └────┬────┘           └─┬───────┘         └─┬─────┬─┘
+//!                │         its vmm  │  ▲                │     │ saved
+//!        did not │         died or  │  │ the agent      │     ▼
+//!         start  │         panicked │  │ answered       │  ┌────────┐
+//!                ▼                  │ ┌┴─────────┐      │  │ paused │
+//!             ┌───────┐ ◄───────────┘ │ resuming │◄─────┼──┤        │
+//!             │ error │ ◄─────────────┼──────────┼──────┘  └────────┘
+//!             └───┬───┘               └────┬─────┘ resume   ▲   │ what was saved
+//!                 │                        └────────────────┘   │ is gone: error
+//!                 │ deleted                 not resumed
+//!                 ▼
+//!           ┌─────────┐  from each state: deleted. From pending, running and pausing also:
+//!           │ stopped │  powered off or rebooted by the guest, daemon ended
+//!           └─────────┘
 //! ```
 //!
-//! `stopped` is final. The [`Manager`](super::Manager) alone makes transitions, each by
-//! [`Sandbox::apply`], which refuses one that is not drawn here.
+//! `stopped` is final. A sandbox that is `running` or on the way there has processes on the host;
+//! one that is `paused` has files only. The [`Manager`](super::Manager) alone makes transitions,
+//! each by [`Sandbox::apply`], which refuses one that is not drawn here.
 
 use std::fmt;
-use std::str::FromStr;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-/// Name of a sandbox: `sb-` and eight hexadecimal digits.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct SandboxId(String);
-
-impl SandboxId {
-    /// Length of every id in bytes.
-    pub const LEN: usize = 11;
-
-    /// A random id. Two may collide: whoever stores it tries again.
-    pub fn random() -> Self {
-        Self(format!("sb-{:08x}", rand::random::<u32>()))
-    }
-
-    /// The id as text.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl fmt::Display for SandboxId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-/// A string is not the id of a sandbox.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("a sandbox id is `sb-` and eight hexadecimal digits")]
-pub struct ParseIdError;
-
-impl FromStr for SandboxId {
-    type Err = ParseIdError;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let digits = text.strip_prefix("sb-").ok_or(ParseIdError)?;
-        let is_digit = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
-        if digits.len() == 8 && digits.bytes().all(is_digit) {
-            Ok(Self(text.to_owned()))
-        } else {
-            Err(ParseIdError)
-        }
-    }
-}
-
-impl TryFrom<String> for SandboxId {
-    type Error = ParseIdError;
-
-    fn try_from(text: String) -> Result<Self, Self::Error> {
-        text.parse()
-    }
-}
-
-impl From<SandboxId> for String {
-    fn from(id: SandboxId) -> Self {
-        id.0
-    }
-}
+use super::id::SandboxId;
+use super::layer::Layers;
+use super::timings::Timings;
 
 /// Where a sandbox stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -94,6 +43,12 @@ pub enum Status {
     Pending,
     /// Its agent has answered.
     Running,
+    /// It is being saved, to be paused.
+    Pausing,
+    /// It is saved, and has no processes.
+    Paused,
+    /// It is being started from what was saved; its agent has not answered yet.
+    Resuming,
     /// It ended as it was meant to, and will not run again.
     Stopped,
     /// It did not start, or ended as it was not meant to.
@@ -106,6 +61,9 @@ impl Status {
         match self {
             Self::Pending => "pending",
             Self::Running => "running",
+            Self::Pausing => "pausing",
+            Self::Paused => "paused",
+            Self::Resuming => "resuming",
             Self::Stopped => "stopped",
             Self::Error => "error",
         }
@@ -113,14 +71,17 @@ impl Status {
 
     /// The state of that name.
     pub fn from_word(word: &str) -> Option<Self> {
-        [Self::Pending, Self::Running, Self::Stopped, Self::Error]
-            .into_iter()
-            .find(|status| status.as_str() == word)
-    }
-
-    /// Whether the host may hold anything for a sandbox in this state.
-    pub fn is_live(self) -> bool {
-        matches!(self, Self::Pending | Self::Running)
+        [
+            Self::Pending,
+            Self::Running,
+            Self::Pausing,
+            Self::Paused,
+            Self::Resuming,
+            Self::Stopped,
+            Self::Error,
+        ]
+        .into_iter()
+        .find(|status| status.as_str() == word)
     }
 }
 
@@ -137,6 +98,8 @@ impl fmt::Display for Status {
 pub enum Desired {
     /// It shall run.
     Running,
+    /// It shall be saved, and have no processes.
+    Paused,
     /// It shall be gone.
     Stopped,
 }
@@ -146,29 +109,17 @@ impl Desired {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Running => "running",
+            Self::Paused => "paused",
             Self::Stopped => "stopped",
         }
     }
 
     /// The wish of that name.
     pub fn from_word(word: &str) -> Option<Self> {
-        [Self::Running, Self::Stopped]
+        [Self::Running, Self::Paused, Self::Stopped]
             .into_iter()
             .find(|desired| desired.as_str() == word)
     }
-}
-
-/// How long each phase of a start took, in microseconds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct Timings {
-    /// Directories, disk overlay and sockets were made.
-    pub prepare_us: u64,
-    /// Start of the `vmm` process to just before the guest's first instruction.
-    pub vmm_us: u64,
-    /// The guest's first instruction to the agent's first words.
-    pub boot_us: u64,
-    /// All of it.
-    pub total_us: u64,
 }
 
 /// What a sandbox is made of, after defaults and limits.
@@ -196,7 +147,8 @@ pub struct Sandbox {
     pub desired: Desired,
     /// What it is.
     pub status: Status,
-    /// Why it is `stopped` or `error`, as a sentence.
+    /// Why it is `stopped` or `error`, or why it is `paused` still although it was to be resumed, as
+    /// a sentence.
     pub status_reason: Option<String>,
     /// When it was asked for.
     pub created_at: Timestamp,
@@ -206,17 +158,36 @@ pub struct Sandbox {
     pub last_active_at: Option<Timestamp>,
     /// When this record last changed.
     pub updated_at: Timestamp,
-    /// How long its start took.
+    /// How long its last start took.
     pub timings: Option<Timings>,
+    /// What it is based on while it lives: what it was restored from, or saved to since.
+    pub layers: Layers,
+    /// What it will be based on once it is paused, while it is `pausing`.
+    pub saving: Option<Layers>,
 }
 
 /// Something that happened to a sandbox.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Transition {
-    /// The agent answered.
+    /// The agent answered, for the first time or after a resume.
     Started(Timings),
     /// It was used.
     Used,
+    /// It is based on other layers than before.
+    Based(Layers),
+    /// It is to be paused, and will then be based on these layers.
+    Pausing(Layers),
+    /// It was saved.
+    Paused,
+    /// It was not saved, runs on, and is based on these layers.
+    NotPaused(Layers),
+    /// It is to be resumed.
+    Resuming,
+    /// It was not resumed.
+    NotResumed {
+        /// Why, as a sentence.
+        reason: String,
+    },
     /// It did not start, or ended as it was not meant to.
     Failed {
         /// Why, as a sentence.
@@ -242,8 +213,9 @@ pub struct IllegalTransition {
 }
 
 impl Sandbox {
-    /// A sandbox that was asked for at `now`.
-    pub fn new(id: SandboxId, spec: Spec, now: Timestamp) -> Self {
+    /// A sandbox that was asked for at `now`, to be started from `layers`, or booted if there are
+    /// none.
+    pub fn new(id: SandboxId, spec: Spec, layers: Layers, now: Timestamp) -> Self {
         Self {
             id,
             spec,
@@ -255,6 +227,8 @@ impl Sandbox {
             last_active_at: None,
             updated_at: now,
             timings: None,
+            layers,
+            saving: None,
         }
     }
 
@@ -267,49 +241,99 @@ impl Sandbox {
         transition: Transition,
         now: Timestamp,
     ) -> Result<(), IllegalTransition> {
+        use Status::{Error, Paused, Pausing, Pending, Resuming, Running};
         match (self.status, transition) {
-            (Status::Pending, Transition::Started(timings)) => {
-                self.status = Status::Running;
+            (Pending | Resuming, Transition::Started(timings)) => {
+                self.status = Running;
                 self.timings = Some(timings);
-                self.started_at = Some(now);
+                self.started_at.get_or_insert(now);
                 self.last_active_at = Some(now);
             }
-            (Status::Running, Transition::Used) => self.last_active_at = Some(now),
-            (Status::Pending | Status::Running, Transition::Failed { reason }) => {
-                self.status = Status::Error;
+            (Running, Transition::Used) => self.last_active_at = Some(now),
+            (Pending | Running, Transition::Based(layers)) => self.layers = layers,
+            (Running, Transition::Pausing(next)) => {
+                self.status = Pausing;
+                self.want(Desired::Paused);
+                self.saving = Some(next);
+            }
+            (Pausing, Transition::Paused) => {
+                self.status = Paused;
+                self.layers = self.saving.take().unwrap_or_default();
+            }
+            (Pausing, Transition::NotPaused(layers)) => {
+                self.status = Running;
+                self.want(Desired::Running);
+                self.saving = None;
+                self.layers = layers;
+            }
+            (Paused, Transition::Resuming) => {
+                self.status = Resuming;
+                self.want(Desired::Running);
+                self.status_reason = None;
+            }
+            (Resuming, Transition::NotResumed { reason }) => {
+                self.status = Paused;
+                self.want(Desired::Paused);
                 self.status_reason = Some(reason);
             }
+            (Pending | Running | Pausing | Paused, Transition::Failed { reason }) => {
+                self.end(Error, Some(reason));
+            }
             (_, Transition::Unwanted) => self.desired = Desired::Stopped,
-            (Status::Pending | Status::Running | Status::Error, Transition::Stopped { reason }) => {
-                self.status = Status::Stopped;
+            (
+                Pending | Running | Pausing | Paused | Resuming | Error,
+                Transition::Stopped { reason },
+            ) => {
                 self.desired = Desired::Stopped;
-                self.status_reason = reason.or_else(|| self.status_reason.take());
+                self.end(Status::Stopped, reason);
             }
             (from, transition) => return Err(IllegalTransition { from, transition }),
         }
         self.updated_at = now;
         Ok(())
     }
+
+    /// Whoever was asked to delete it does not forget it.
+    fn want(&mut self, desired: Desired) {
+        if self.desired != Desired::Stopped {
+            self.desired = desired;
+        }
+    }
+
+    fn end(&mut self, status: Status, reason: Option<String>) {
+        self.status = status;
+        self.status_reason = reason.or_else(|| self.status_reason.take());
+        self.layers = Layers::default();
+        self.saving = None;
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::id::LayerId;
     use super::*;
 
     fn at(second: i64) -> Timestamp {
         Timestamp::from_second(second).unwrap()
     }
 
-    fn sandbox_in(status: Status) -> Sandbox {
-        let spec = Spec {
+    fn spec() -> Spec {
+        Spec {
             template: "minimal".into(),
             vcpus: 1,
             memory_mb: 512,
             timeout_sec: 300,
-        };
-        let mut sandbox = Sandbox::new(SandboxId::random(), spec, at(1));
+        }
+    }
+
+    fn sandbox_in(status: Status) -> Sandbox {
+        let mut sandbox = Sandbox::new(SandboxId::random(), spec(), Layers::default(), at(1));
         sandbox.status = status;
         sandbox
+    }
+
+    fn layers() -> Layers {
+        Layers::default().saved(LayerId::random(), LayerId::random())
     }
 
     fn failed() -> Transition {
@@ -322,44 +346,113 @@ mod tests {
 
     #[test]
     fn the_state_machine_has_just_these_transitions() {
-        use Status::{Error, Pending, Running, Stopped};
-        let table = [
+        use Status::{Error, Paused, Pausing, Pending, Resuming, Running, Stopped};
+        const ALL: [Status; 7] = [Pending, Running, Pausing, Paused, Resuming, Stopped, Error];
+        let not_resumed = || Transition::NotResumed { reason: "x".into() };
+        let table: [(Transition, &[(Status, Status)]); 10] = [
             (
-                Pending,
                 Transition::Started(Timings::default()),
-                Some(Running),
+                &[(Pending, Running), (Resuming, Running)],
             ),
-            (Running, Transition::Started(Timings::default()), None),
-            (Stopped, Transition::Started(Timings::default()), None),
-            (Error, Transition::Started(Timings::default()), None),
-            (Pending, Transition::Used, None),
-            (Running, Transition::Used, Some(Running)),
-            (Stopped, Transition::Used, None),
-            (Error, Transition::Used, None),
-            (Pending, failed(), Some(Error)),
-            (Running, failed(), Some(Error)),
-            (Stopped, failed(), None),
-            (Error, failed(), None),
-            (Pending, stopped(), Some(Stopped)),
-            (Running, stopped(), Some(Stopped)),
-            (Error, stopped(), Some(Stopped)),
-            (Stopped, stopped(), None),
+            (Transition::Used, &[(Running, Running)]),
+            (
+                Transition::Based(layers()),
+                &[(Pending, Pending), (Running, Running)],
+            ),
+            (Transition::Pausing(layers()), &[(Running, Pausing)]),
+            (Transition::Paused, &[(Pausing, Paused)]),
+            (Transition::NotPaused(layers()), &[(Pausing, Running)]),
+            (Transition::Resuming, &[(Paused, Resuming)]),
+            (not_resumed(), &[(Resuming, Paused)]),
+            (
+                failed(),
+                &[
+                    (Pending, Error),
+                    (Running, Error),
+                    (Pausing, Error),
+                    (Paused, Error),
+                ],
+            ),
+            (
+                stopped(),
+                &[
+                    (Pending, Stopped),
+                    (Running, Stopped),
+                    (Pausing, Stopped),
+                    (Paused, Stopped),
+                    (Resuming, Stopped),
+                    (Error, Stopped),
+                ],
+            ),
         ];
-        for (from, transition, expected) in table {
-            let mut sandbox = sandbox_in(from);
-            let before = sandbox.clone();
-            let result = sandbox.apply(transition.clone(), at(9));
-            match expected {
-                Some(status) => {
-                    assert_eq!(result, Ok(()), "{from} {transition:?}");
-                    assert_eq!(sandbox.status, status, "{from} {transition:?}");
-                    assert_eq!(sandbox.updated_at, at(9));
-                }
-                None => {
-                    assert_eq!(result, Err(IllegalTransition { from, transition }));
-                    assert_eq!(sandbox, before);
+        for (transition, drawn) in table {
+            for from in ALL {
+                let mut sandbox = sandbox_in(from);
+                let before = sandbox.clone();
+                let result = sandbox.apply(transition.clone(), at(9));
+                match drawn.iter().find(|(start, _)| *start == from) {
+                    Some((_, status)) => {
+                        assert_eq!(result, Ok(()), "{from} {transition:?}");
+                        assert_eq!(sandbox.status, *status, "{from} {transition:?}");
+                        assert_eq!(sandbox.updated_at, at(9));
+                    }
+                    None => {
+                        let transition = transition.clone();
+                        assert_eq!(result, Err(IllegalTransition { from, transition }));
+                        assert_eq!(sandbox, before);
+                    }
                 }
             }
+        }
+    }
+
+    #[test]
+    fn a_sandbox_is_based_on_what_it_was_saved_to_until_it_ends() {
+        let mut sandbox = sandbox_in(Status::Running);
+        let (first, second) = (layers(), layers());
+        let mut apply = |transition| {
+            sandbox.apply(transition, at(2)).unwrap();
+            (sandbox.desired, sandbox.layers.clone())
+        };
+        let none = Layers::default();
+        let pausing = apply(Transition::Pausing(first.clone()));
+        assert_eq!(pausing, (Desired::Paused, none.clone()));
+        let running = apply(Transition::NotPaused(none.clone()));
+        assert_eq!(running, (Desired::Running, none.clone()));
+        apply(Transition::Pausing(first.clone()));
+        assert_eq!(apply(Transition::Paused), (Desired::Paused, first.clone()));
+        assert_eq!(
+            apply(Transition::Resuming),
+            (Desired::Running, first.clone())
+        );
+        let reason = "x".to_owned();
+        assert_eq!(
+            apply(Transition::NotResumed { reason }),
+            (Desired::Paused, first.clone())
+        );
+        apply(Transition::Resuming);
+        assert_eq!(
+            apply(Transition::Started(Timings::default())),
+            (Desired::Running, first)
+        );
+        assert_eq!(
+            apply(Transition::Based(second.clone())),
+            (Desired::Running, second)
+        );
+        assert_eq!(apply(failed()), (Desired::Running, none));
+    }
+
+    #[test]
+    fn a_wish_to_delete_is_never_forgotten() {
+        let mut sandbox = sandbox_in(Status::Pausing);
+        for transition in [
+            Transition::Unwanted,
+            Transition::Paused,
+            Transition::Resuming,
+            Transition::NotResumed { reason: "x".into() },
+        ] {
+            sandbox.apply(transition, at(2)).unwrap();
+            assert_eq!(sandbox.desired, Desired::Stopped);
         }
     }
 
@@ -384,26 +477,5 @@ mod tests {
         sandbox.apply(stopped(), at(3)).unwrap();
         assert_eq!(sandbox.status_reason.as_deref(), Some("x"));
         assert_eq!(sandbox.desired, Desired::Stopped);
-    }
-
-    #[test]
-    fn ids_parse_only_as_they_are_made() {
-        for _ in 0..100 {
-            let id = SandboxId::random();
-            assert_eq!(id.as_str().len(), SandboxId::LEN);
-            assert_eq!(id.as_str().parse(), Ok(id.clone()));
-        }
-        for bad in [
-            "",
-            "sb-",
-            "sb-1234567",
-            "sb-123456789",
-            "sb-1234567G",
-            "SB-12345678",
-            "../sb-12345678",
-            "sb-1234567A",
-        ] {
-            assert_eq!(bad.parse::<SandboxId>(), Err(ParseIdError), "{bad}");
-        }
     }
 }

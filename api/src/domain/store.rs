@@ -1,15 +1,21 @@
-//! Where sandboxes are written down.
+//! Where sandboxes and snapshots are written down.
 
+use std::collections::BTreeSet;
 use std::error::Error;
 
 use async_trait::async_trait;
 
-use super::sandbox::{Sandbox, SandboxId};
+use super::id::{LayerId, SandboxId, SnapshotId};
+use super::sandbox::Sandbox;
+use super::snapshot::{Snapshot, WarmSnapshot};
 
-/// The records of all sandboxes, gone ones included. What was written survives a crash of the
-/// daemon.
+/// The records of all sandboxes, gone ones included, and of all snapshots. What was written
+/// survives a crash of the daemon, and of the machine where a layer depends on it.
+///
+/// Each record holds the layers that it names. Changes of a record tell which layers nobody holds
+/// any more.
 #[async_trait]
-pub trait SandboxStore: Send + Sync {
+pub trait Store: Send + Sync {
     /// Adds a sandbox; `false` if its id is taken.
     ///
     /// # Errors
@@ -22,17 +28,79 @@ pub trait SandboxStore: Send + Sync {
     /// The store failed.
     async fn get(&self, id: &SandboxId) -> Result<Option<Sandbox>, StoreError>;
 
-    /// Replaces the record of a sandbox that is there.
+    /// Replaces the record of a sandbox that is there. Returns the layers that it was the last to
+    /// hold.
     ///
     /// # Errors
     /// The store failed; the record is as it was.
-    async fn update(&self, sandbox: &Sandbox) -> Result<(), StoreError>;
+    async fn update(&self, sandbox: &Sandbox) -> Result<Vec<LayerId>, StoreError>;
 
-    /// The sandboxes that are pending or running, newest first.
+    /// The sandboxes that are neither stopped nor in error, newest first.
     ///
     /// # Errors
     /// The store failed.
     async fn list_live(&self) -> Result<Vec<Sandbox>, StoreError>;
+
+    /// Adds a snapshot; `false` if its id or name is taken.
+    ///
+    /// # Errors
+    /// The store failed; nothing is added.
+    async fn insert_snapshot(&self, snapshot: &Snapshot) -> Result<bool, StoreError>;
+
+    /// Replaces the record of a snapshot that is there.
+    ///
+    /// # Errors
+    /// The store failed; the record is as it was.
+    async fn update_snapshot(&self, snapshot: &Snapshot) -> Result<(), StoreError>;
+
+    /// The snapshot of that id.
+    ///
+    /// # Errors
+    /// The store failed.
+    async fn get_snapshot(&self, id: &SnapshotId) -> Result<Option<Snapshot>, StoreError>;
+
+    /// The snapshot of that name.
+    ///
+    /// # Errors
+    /// The store failed.
+    async fn find_snapshot(&self, name: &str) -> Result<Option<Snapshot>, StoreError>;
+
+    /// All snapshots, newest first.
+    ///
+    /// # Errors
+    /// The store failed.
+    async fn list_snapshots(&self) -> Result<Vec<Snapshot>, StoreError>;
+
+    /// Removes a snapshot, if it is there. Returns the layers that it was the last to hold.
+    ///
+    /// # Errors
+    /// The store failed; it is as it was.
+    async fn remove_snapshot(&self, id: &SnapshotId) -> Result<Vec<LayerId>, StoreError>;
+
+    /// Adds a warm snapshot, or replaces the one of the same key. Returns the layers that the old
+    /// one was the last to hold.
+    ///
+    /// # Errors
+    /// The store failed; it is as it was.
+    async fn put_warm(&self, warm: &WarmSnapshot) -> Result<Vec<LayerId>, StoreError>;
+
+    /// All warm snapshots, least recently used first, each with whether others hold layers of it.
+    ///
+    /// # Errors
+    /// The store failed.
+    async fn list_warm(&self) -> Result<Vec<(WarmSnapshot, bool)>, StoreError>;
+
+    /// Removes a warm snapshot, if it is there. Returns the layers that it was the last to hold.
+    ///
+    /// # Errors
+    /// The store failed; it is as it was.
+    async fn remove_warm(&self, key: &str) -> Result<Vec<LayerId>, StoreError>;
+
+    /// All layers that are held.
+    ///
+    /// # Errors
+    /// The store failed.
+    async fn held_layers(&self) -> Result<BTreeSet<LayerId>, StoreError>;
 }
 
 /// The store failed.

@@ -1,11 +1,13 @@
 //! One `vmm` process, from its first file to its end.
 
 use std::fmt::Write as _;
+use std::fs::Permissions;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{ExitStatus, Stdio};
+use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use agent_protocol::Ready;
@@ -14,22 +16,20 @@ use tokio::fs::File;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncSeekExt, BufReader};
 use tokio::net::UnixListener;
 use tokio::net::unix::pipe;
-use tokio::process::{Child, Command};
+use tokio::process::Child;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tracing::{debug, info, warn};
 
 use super::HostConfig;
+use super::command::{self, Inherited, Jail};
+use super::control::Control;
 use super::monitor::{self, Seen};
 use super::paths;
-use crate::domain::{CreateRequest, Created, End, SandboxId, Timings};
-use crate::images::{OverlayError, create_overlay};
+use crate::agent::AgentClient;
+use crate::domain::{CreateRequest, Created, End, HostError, Identity, SandboxId, Start, Timings};
+use crate::images::{Chain, OverlayError};
 
-/// What every guest's kernel is told: console on the serial port and nearly silent, a reset one
-/// second after a panic that the VMM did not see, entropy from the CPU, and for the agent the
-/// root disk that it mounts.
-const CMDLINE: &str = "console=ttyS0 quiet loglevel=4 panic=1 random.trust_cpu=on \
-                       root=/dev/vda rootfstype=ext4 rw";
 /// How long the last words of a process that has ended may take to be read.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// The longest `Ready` line that is read, in bytes.
@@ -54,16 +54,8 @@ const SIGSYS: i32 = Signal::SYS.as_raw();
 pub struct Launch<'a> {
     pub config: &'a HostConfig,
     pub request: &'a CreateRequest,
-    pub template: &'a Path,
+    pub chain: &'a Chain,
     pub jail: Option<Jail<'a>>,
-}
-
-/// Where a VMM is jailed.
-#[derive(Debug, Clone, Copy)]
-pub struct Jail<'a> {
-    /// Its user and group; its daemon's without root.
-    pub user: Option<u32>,
-    pub cgroup: Option<&'a Path>,
 }
 
 /// How long a VMM may take to end when it is told to end at once.
@@ -107,6 +99,8 @@ pub enum NotReady {
     Exited(io::Result<ExitStatus>),
     /// The socket that it should have answered on failed.
     Listener(io::Error),
+    /// It was there, and then did not take its identity.
+    Identity(HostError),
     /// The sandbox is to be destroyed.
     Destroyed,
 }
@@ -116,9 +110,13 @@ pub struct Machine {
     id: SandboxId,
     child: Child,
     is_jailed: bool,
+    /// Where the agent of a booted guest says that it is ready.
     listener: Option<UnixListener>,
     ready_path: PathBuf,
     console: PathBuf,
+    control: Control,
+    identity: Identity,
+    start: Start,
     seen: watch::Receiver<Seen>,
     events: JoinHandle<()>,
     stderr: JoinHandle<String>,
@@ -134,7 +132,7 @@ impl Machine {
         let Launch {
             config,
             request,
-            template,
+            chain,
             jail,
         } = launch;
         let id = request.id.clone();
@@ -143,23 +141,34 @@ impl Machine {
 
         let user = jail.and_then(|jail| jail.user);
         paths.make(&id, user).map_err(SpawnError::Directories)?;
-        create_overlay(template.to_owned(), paths.disk(&id)).await?;
+        chain.overlay(paths.disk(&id)).await?;
         // Before the guest exists, so that its agent cannot come too early.
         let ready_path = paths.ready(&id);
-        let listener = UnixListener::bind(&ready_path).map_err(channel("agent's ready socket"))?;
-        if let Some(user) = user {
-            paths::share(&ready_path, user, 0o660).map_err(channel("agent's ready socket"))?;
-        }
+        let listener = if request.layers.memory.is_empty() {
+            let bound = UnixListener::bind(&ready_path);
+            if let (Ok(_), Some(user)) = (&bound, user) {
+                paths::share(&ready_path, user, 0o660).map_err(channel("agent's ready socket"))?;
+            }
+            Some(bound.map_err(channel("agent's ready socket"))?)
+        } else {
+            None
+        };
         let (events, event_writer) = event_pipe().map_err(channel("event pipe"))?;
+        let api = paths.api(&id);
+        let api_listener = private_listener(&api).map_err(channel("vmm's API socket"))?;
 
-        let mut command = vmm_command(config, request, jail, event_writer.as_raw_fd());
+        let inherited = Inherited {
+            events: event_writer.as_raw_fd(),
+            api: api_listener.as_raw_fd(),
+        };
+        let mut command = command::command(config, request, chain, jail, inherited);
         let spawned = Instant::now();
         let mut child = command.spawn().map_err(|source| SpawnError::Execute {
             vmm: config.vmm.clone(),
             source,
         })?;
-        // The process has its own; with ours gone, the pipe ends when the process does.
-        drop(event_writer);
+        // The process has its own; with ours gone, pipe and socket end when the process does.
+        drop((event_writer, api_listener));
         info!(sandbox = %id, pid = child.id(), "vmm started");
 
         let (seen_sender, seen) = watch::channel(Seen::default());
@@ -167,7 +176,10 @@ impl Machine {
         let stderr_id = id.clone();
         Ok(Self {
             console: paths.console(&id),
-            listener: Some(listener),
+            control: Control::new(api),
+            identity: request.identity.clone(),
+            start: request.start,
+            listener,
             ready_path,
             seen,
             events: tokio::spawn(monitor::follow_events(id.clone(), events, seen_sender)),
@@ -186,36 +198,77 @@ impl Machine {
         })
     }
 
-    /// Waits for the agent's first words, the process's end, or the timeout, whichever is first.
-    pub async fn ready(&mut self, timeout: Duration) -> Result<Created, NotReady> {
-        let Some(listener) = self.listener.take() else {
-            return Err(NotReady::Listener(io::ErrorKind::NotConnected.into()));
+    /// Waits until the guest runs, its agent has answered and it knows who it is; or for the
+    /// process's end, or the timeout, whichever is first.
+    pub async fn ready(
+        &mut self,
+        agent: &AgentClient,
+        timeout: Duration,
+    ) -> Result<Created, NotReady> {
+        let deadline = self.spawned + timeout;
+        let mut seen = self.seen.clone();
+        let listener = self.listener.take();
+        let words = async {
+            match &listener {
+                Some(listener) => {
+                    first_words(&self.id, listener)
+                        .await
+                        .map_err(NotReady::Listener)?;
+                }
+                // Its agent says nothing by itself. If the events end, so does the process.
+                None => {
+                    if seen
+                        .wait_for(|seen| seen.resumed_us.is_some())
+                        .await
+                        .is_err()
+                    {
+                        std::future::pending::<()>().await;
+                    }
+                }
+            }
+            let spoke = Instant::now();
+            agent
+                .resumed(&self.id, &self.identity, deadline.into())
+                .await
+                .map_err(NotReady::Identity)?;
+            Ok(spoke)
         };
-        tokio::select! {
+        let spoke = tokio::select! {
             biased;
-            ready = first_words(&self.id, &listener) => {
-                ready.map_err(NotReady::Listener)?;
-            }
-            status = self.child.wait() => {
-                return Err(NotReady::Exited(status));
-            }
-            () = tokio::time::sleep_until((self.spawned + timeout).into()) => {
+            spoke = words => spoke?,
+            status = self.child.wait() => return Err(NotReady::Exited(status)),
+            () = tokio::time::sleep_until(deadline.into()) => {
                 return Err(NotReady::TimedOut(timeout));
             }
-        }
+        };
         let now = Instant::now();
-        drop(listener);
-        if let Err(error) = std::fs::remove_file(&self.ready_path) {
+        if listener.is_some()
+            && let Err(error) = std::fs::remove_file(&self.ready_path)
+        {
             debug!(sandbox = %self.id, %error, "ready socket not removed");
         }
-        let vmm_us = self.seen.borrow().booting_us.unwrap_or(0);
+        let vmm_us = {
+            let seen = self.seen.borrow();
+            let runs_us = match listener {
+                Some(_) => seen.booting_us,
+                None => seen.resumed_us,
+            };
+            runs_us.unwrap_or(0)
+        };
         let timings = Timings {
+            start: self.start,
             prepare_us: micros(self.spawned - self.created),
             vmm_us,
-            boot_us: micros(now - self.spawned).saturating_sub(vmm_us),
+            boot_us: micros(spoke - self.spawned).saturating_sub(vmm_us),
+            identity_us: micros(now - spoke),
             total_us: micros(now - self.created),
         };
         Ok(Created { timings })
+    }
+
+    /// The API of the VMM.
+    pub fn control(&self) -> &Control {
+        &self.control
     }
 
     /// Waits for the end of the process.
@@ -260,6 +313,7 @@ impl Machine {
                 }
             },
             NotReady::Listener(error) => format!("the agent's ready socket failed: {error}"),
+            NotReady::Identity(error) => error.to_string(),
             NotReady::Destroyed => "the sandbox was destroyed in the meantime".to_owned(),
         };
         self.add_console(&mut text).await;
@@ -315,78 +369,16 @@ impl Drop for Machine {
     }
 }
 
-fn micros(duration: Duration) -> u64 {
+/// Whole microseconds.
+pub(super) fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// The value of the flag that jails a VMM.
-fn jail_options(jail: Jail<'_>) -> String {
-    let mut options = Vec::new();
-    if let Some(user) = jail.user {
-        options.push(format!("uid={user},gid={user}"));
-    }
-    if let Some(cgroup) = jail.cgroup {
-        options.push(format!("cgroup={}", cgroup.display()));
-    }
-    options.join(",")
-}
-
-fn vmm_command(
-    config: &HostConfig,
-    request: &CreateRequest,
-    jail: Option<Jail<'_>>,
-    events: i32,
-) -> Command {
-    let id = &request.id;
-    let paths = &config.paths;
-    let mut cmdline = CMDLINE.to_owned();
-    if !config.cmdline_extra.is_empty() {
-        cmdline.push(' ');
-        cmdline.push_str(&config.cmdline_extra);
-    }
-    let mut command = Command::new(&config.vmm);
-    command
-        .arg("--kernel")
-        .arg(&config.images.kernel)
-        .arg("--initramfs")
-        .arg(&config.images.initramfs)
-        .args(["--cmdline", &cmdline])
-        .args(["--cpus", &format!("boot={}", request.vcpus)])
-        .args(["--memory", &format!("size={}M", request.memory_mb)])
-        .arg("--disk")
-        .arg(format!(
-            "path={},image_type=qcow2,backing_files=on",
-            paths.disk(id).display()
-        ))
-        .args(["--vsock", &paths.vsock_arg(id)])
-        .arg("--serial")
-        .arg(format!("file={}", paths.console(id).display()))
-        .args(["--console", "off", "--rng", "src=/dev/urandom"])
-        .args(["--event-monitor", &format!("fd={events}")])
-        .args(
-            jail.into_iter()
-                .flat_map(|jail| ["--jail".to_owned(), jail_options(jail)]),
-        )
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .current_dir("/")
-        // Nothing that the daemon was told, such as secrets, is the VMM's business.
-        .env_clear()
-        // A signal from the terminal is for the daemon, which then ends its VMMs in order.
-        .process_group(0)
-        .kill_on_drop(true);
-    // SAFETY: between fork and exec only async-signal-safe functions may be called, and fcntl(2)
-    // is one. The descriptor is open: the caller holds it until after the spawn.
-    unsafe {
-        command.pre_exec(move || {
-            let events = BorrowedFd::borrow_raw(events);
-            // In the child alone, so that no other child can inherit it.
-            rustix::io::fcntl_setfd(events, rustix::io::FdFlags::empty())?;
-            Ok(())
-        });
-    }
-    command
+/// A socket that nobody but this user may connect to.
+fn private_listener(path: &Path) -> io::Result<std::os::unix::net::UnixListener> {
+    let listener = std::os::unix::net::UnixListener::bind(path)?;
+    std::fs::set_permissions(path, Permissions::from_mode(0o600))?;
+    Ok(listener)
 }
 
 fn event_pipe() -> io::Result<(pipe::Receiver, OwnedFd)> {

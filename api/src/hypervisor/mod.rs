@@ -1,29 +1,25 @@
 //! The host side: runs sandboxes on this machine, one `vmm` process each.
 //!
-//! Each sandbox has one task that owns it from its start to the removal of its last file, so its
-//! life is a straight line, and a caller that goes away leaves nothing half done:
-//!
-//! ```text
-//!   prepare ──► spawn ──► wait for the agent ──► running ──► release ──► gone
-//!      │          │               │                 │            ▲
-//!      └──────────┴───────────────┴─────────────────┴────────────┘
-//!         an error; the vmm's exit; the boot timeout; destroy
-//! ```
-//!
-//! `release` ends the process if it still lives and removes directories, sockets and the disk.
-//! Only then is the end told: to the creator, to the destroyer, or as an event.
+//! Each sandbox has one task that owns it from its start to the removal of its last file
+//! ([`life`]); what was saved of sandboxes are [`layers`], which nobody owns.
 
 mod cgroup;
+mod command;
+mod control;
 mod disk_limits;
 mod jail;
+mod layers;
 mod leftovers;
+mod life;
 mod machine;
 mod monitor;
 mod paths;
+mod save;
+mod warm_key;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -32,21 +28,21 @@ use futures_util::StreamExt;
 use futures_util::future::join_all;
 use futures_util::stream::{self, BoxStream};
 use tokio::sync::{mpsc, oneshot};
-use tokio_util::sync::CancellationToken;
-use tracing::{debug, error, warn};
+use tracing::warn;
 
-use crate::agent::AgentClient;
 use crate::domain::{
-    CreateRequest, Created, End, ExecEvent, ExecRequest, FileContent, Host, HostError, HostEvent,
-    HostInfo, ReadFileRequest, SandboxId, WriteFileRequest,
+    CreateRequest, Created, ExecEvent, ExecRequest, FileContent, Host, HostError, HostEvent,
+    HostInfo, LayerId, Layers, LayersInfo, ReadFileRequest, SandboxId, SaveRequest, Saved, Shape,
+    WriteFileRequest,
 };
-use crate::images::Images;
-use cgroup::{Cgroup, Cgroups};
+use crate::images::{Base, Chain, Images};
+use cgroup::Cgroups;
 pub use disk_limits::DiskLimits;
+use jail::Users;
 pub use jail::{CgroupParent, JailConfig};
-use jail::{User, Users};
+use layers::LayerFiles;
 pub use leftovers::LeftoverError;
-use machine::{Launch, Machine, NotReady};
+use life::{Entry, Order, Then};
 pub use paths::{Paths, PathsError};
 
 /// What this host runs sandboxes with.
@@ -76,6 +72,8 @@ struct Inner {
     cgroups: Option<Cgroups>,
     /// `None` if VMMs do not get users of their own.
     users: Option<Arc<Users>>,
+    /// See [`warm_key::machine`]; why it is not known, otherwise.
+    machine: Result<String, String>,
     state: Mutex<State>,
 }
 
@@ -84,42 +82,6 @@ struct State {
     closing: bool,
     sandboxes: HashMap<SandboxId, Arc<Entry>>,
     listeners: Vec<mpsc::UnboundedSender<HostEvent>>,
-}
-
-/// A sandbox that this host holds something for.
-struct Entry {
-    agent: AgentClient,
-    /// Its agent has answered, and it has not ended.
-    running: std::sync::atomic::AtomicBool,
-    /// Asks its task to end it.
-    end: CancellationToken,
-    /// Its task is done.
-    gone: CancellationToken,
-    /// What could not be removed, once it is gone.
-    leftover: OnceLock<String>,
-}
-
-/// What a sandbox has of the host for its jail.
-struct Held {
-    user: Option<User>,
-    cgroup: Option<Cgroup>,
-}
-
-/// Removes a sandbox's cgroup, whose processes have been ended. The error is a sentence.
-async fn remove_cgroup(cgroup: Option<Cgroup>) -> Result<(), String> {
-    let Some(cgroup) = cgroup else { return Ok(()) };
-    let path = cgroup.path.clone();
-    let removed = tokio::task::spawn_blocking(move || cgroup.remove()).await;
-    removed
-        .unwrap_or_else(|error| Err(std::io::Error::other(error)))
-        .map_err(|error| format!("{} cannot be removed: {error}", path.display()))
-}
-
-/// How the task of a sandbox came to its end.
-enum Outcome {
-    NotStarted(HostError),
-    Ended(End),
-    Destroyed,
 }
 
 impl LocalHost {
@@ -163,6 +125,7 @@ impl LocalHost {
             config,
             cgroups,
             users,
+            machine: warm_key::machine().map_err(|error| error.to_string()),
             state: Mutex::default(),
         });
         Ok(Self { inner })
@@ -171,8 +134,22 @@ impl LocalHost {
     fn running(&self, id: &SandboxId) -> Result<Arc<Entry>, HostError> {
         let entry = self.inner.state().sandboxes.get(id).cloned();
         entry
-            .filter(|entry| entry.running.load(std::sync::atomic::Ordering::Acquire))
+            .filter(|entry| entry.is_running())
             .ok_or_else(|| HostError::NotRunning { id: id.clone() })
+    }
+
+    async fn save(&self, request: SaveRequest, then: Then) -> Result<Saved, HostError> {
+        let entry = self.running(&request.id)?;
+        let id = request.id.clone();
+        let (reply, outcome) = oneshot::channel();
+        let order = Order {
+            request,
+            then,
+            reply,
+        };
+        let gone = || HostError::NotRunning { id: id.clone() };
+        entry.orders.send(order).await.map_err(|_| gone())?;
+        outcome.await.unwrap_or_else(|_| Err(gone()))
     }
 }
 
@@ -182,147 +159,42 @@ impl Inner {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The life of one sandbox.
-    async fn live(
-        &self,
-        entry: &Entry,
-        request: CreateRequest,
-        template: PathBuf,
-        started: oneshot::Sender<Result<Created, HostError>>,
-    ) {
-        let id = request.id.clone();
-        let mut started = Some(started);
-        // The user stays this sandbox's until its last file is gone.
-        let mut user = None;
-        let outcome = match self.prepare_jail(&request) {
-            Ok(jail) => {
-                let outcome = self
-                    .start_and_follow(entry, request, template, jail.as_ref(), &mut started)
-                    .await;
-                let (held, cgroup) = jail.map(|jail| (jail.user, jail.cgroup)).unzip();
-                user = held.flatten();
-                let cgroup = cgroup.flatten();
-                if let Err(reason) = remove_cgroup(cgroup).await {
-                    error!(sandbox = %id, reason, "the cgroup of the sandbox is left");
-                    let _ = entry.leftover.set(reason);
-                }
-                outcome
-            }
-            Err(reason) => Outcome::NotStarted(HostError::Start { reason }),
-        };
-        if let Err(reason) = self.config.paths.remove(&id).await {
-            error!(sandbox = %id, reason, "files of the sandbox are left");
-            let _ = entry.leftover.set(reason);
-        }
-        drop(user);
-        let listeners = {
-            let mut state = self.state();
-            state.sandboxes.remove(&id);
-            state.listeners.retain(|listener| !listener.is_closed());
-            state.listeners.clone()
-        };
-        entry.gone.cancel();
-        match (outcome, started) {
-            (Outcome::NotStarted(error), Some(started)) => drop(started.send(Err(error))),
-            (Outcome::Ended(end), _) => {
-                for listener in listeners {
-                    // A listener that went away in the meantime misses nothing.
-                    let _ = listener.send(HostEvent::Ended {
-                        id: id.clone(),
-                        end: end.clone(),
-                    });
-                }
-            }
-            (Outcome::Destroyed, Some(started)) => drop(started.send(Err(HostError::Destroyed))),
-            (Outcome::NotStarted(_) | Outcome::Destroyed, None) => {}
-        }
-    }
-
-    /// What the jail of a sandbox needs. The error is a sentence.
-    fn prepare_jail(&self, request: &CreateRequest) -> Result<Option<Held>, String> {
-        if self.config.jail.is_none() {
-            return Ok(None);
-        }
-        let user = match &self.users {
-            Some(users) => Some(users.take().ok_or("no user is free for another sandbox")?),
-            None => None,
-        };
-        let cgroup = match &self.cgroups {
-            Some(cgroups) => Some(
-                cgroups
-                    .create(&request.id, request.vcpus, request.memory_mb)
-                    .map_err(|error| format!("the sandbox's cgroup cannot be made: {error}"))?,
-            ),
-            None => None,
-        };
-        Ok(Some(Held { user, cgroup }))
-    }
-
-    async fn start_and_follow(
-        &self,
-        entry: &Entry,
-        request: CreateRequest,
-        template: PathBuf,
-        jail: Option<&Held>,
-        started: &mut Option<oneshot::Sender<Result<Created, HostError>>>,
-    ) -> Outcome {
-        let launch = Launch {
-            config: &self.config,
-            request: &request,
-            template: &template,
-            jail: jail.map(|held| machine::Jail {
-                user: held.user.as_ref().map(User::id),
-                cgroup: held.cgroup.as_ref().map(|cgroup| cgroup.path.as_path()),
+    /// What the disk of a sandbox is made on. The error is a sentence.
+    fn chain(&self, request: &CreateRequest) -> Result<Chain, HostError> {
+        let failed = |reason| HostError::Start { reason };
+        let files = LayerFiles(self.config.paths.layers());
+        let frozen = files
+            .chain(&request.layers.disk)
+            .map_err(|error| failed(format!("the layers of its disk cannot be read: {error}")))?;
+        match frozen {
+            Some(chain) => Ok(chain),
+            None => Ok(Chain {
+                base: Base::of(self.template(&request.shape)?)
+                    .map_err(|error| failed(crate::chain(&error)))?,
+                layers: Vec::new(),
             }),
-        };
-        let mut machine = match Machine::spawn(launch).await {
-            Ok(machine) => machine,
-            Err(error) => {
-                return Outcome::NotStarted(HostError::Start {
-                    reason: crate::chain(&error),
-                });
-            }
-        };
-        let ready = tokio::select! {
-            biased;
-            () = entry.end.cancelled() => Err(NotReady::Destroyed),
-            ready = machine.ready(self.config.boot_timeout) => ready,
-        };
-        let created = match ready {
-            Ok(created) => created,
-            Err(NotReady::Destroyed) => {
-                machine.kill().await;
-                return Outcome::Destroyed;
-            }
-            Err(why) => {
-                machine.kill().await;
-                return Outcome::NotStarted(HostError::Start {
-                    reason: machine.explain_start(why).await,
-                });
-            }
-        };
-        entry
-            .running
-            .store(true, std::sync::atomic::Ordering::Release);
-        if let Some(started) = started.take()
-            && started.send(Ok(created)).is_err()
-        {
-            debug!(sandbox = %request.id, "nobody waits for this sandbox any more");
         }
-        let ended = tokio::select! {
-            biased;
-            () = entry.end.cancelled() => false,
-            () = machine.exited() => true,
-        };
-        entry
-            .running
-            .store(false, std::sync::atomic::Ordering::Release);
-        if ended {
-            Outcome::Ended(machine.explain_end().await)
-        } else {
-            machine.kill().await;
-            Outcome::Destroyed
-        }
+    }
+
+    fn template(&self, shape: &Shape) -> Result<&PathBuf, HostError> {
+        let template = self.config.images.templates.get(&shape.template);
+        template.ok_or_else(|| HostError::UnknownTemplate {
+            name: shape.template.clone(),
+        })
+    }
+
+    /// Works on the layers on a thread that may block.
+    async fn with_layers<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(LayerFiles<'_>) -> std::io::Result<T> + Send + 'static,
+    ) -> Result<T, HostError> {
+        let inner = Arc::clone(self);
+        tokio::task::spawn_blocking(move || work(LayerFiles(inner.config.paths.layers())))
+            .await
+            .unwrap_or_else(|error| Err(std::io::Error::other(error)))
+            .map_err(|error| HostError::Internal {
+                reason: format!("layers cannot be read or removed: {error}"),
+            })
     }
 }
 
@@ -338,23 +210,8 @@ impl Host for LocalHost {
     }
 
     async fn create(&self, request: CreateRequest) -> Result<Created, HostError> {
-        let template = self
-            .inner
-            .config
-            .images
-            .templates
-            .get(&request.template)
-            .cloned()
-            .ok_or_else(|| HostError::UnknownTemplate {
-                name: request.template.clone(),
-            })?;
-        let entry = Arc::new(Entry {
-            agent: AgentClient::new(self.inner.config.paths.vsock(&request.id)),
-            running: false.into(),
-            end: CancellationToken::new(),
-            gone: CancellationToken::new(),
-            leftover: OnceLock::new(),
-        });
+        let chain = self.inner.chain(&request)?;
+        let (entry, orders) = Entry::new(self.inner.config.paths.vsock(&request.id));
         {
             let mut state = self.inner.state();
             if state.closing {
@@ -373,7 +230,7 @@ impl Host for LocalHost {
         }
         let (started, outcome) = oneshot::channel();
         let inner = Arc::clone(&self.inner);
-        tokio::spawn(async move { inner.live(&entry, request, template, started).await });
+        tokio::spawn(async move { inner.live(&entry, request, chain, orders, started).await });
         outcome.await.unwrap_or_else(|_| {
             Err(HostError::Internal {
                 reason: "the sandbox's task ended early".into(),
@@ -381,17 +238,49 @@ impl Host for LocalHost {
         })
     }
 
+    async fn pause(&self, request: SaveRequest) -> Result<Saved, HostError> {
+        self.save(request, Then::End).await
+    }
+
+    async fn snapshot(&self, request: SaveRequest) -> Result<Saved, HostError> {
+        self.save(request, Then::GoOn).await
+    }
+
+    async fn inspect(&self, layers: &Layers) -> Result<Option<LayersInfo>, HostError> {
+        let layers = layers.clone();
+        self.inner
+            .with_layers(move |files| files.inspect(&layers))
+            .await
+    }
+
+    async fn discard(&self, layers: &[LayerId]) -> Result<(), HostError> {
+        let layers = layers.to_vec();
+        self.inner
+            .with_layers(move |files| layers.iter().try_for_each(|id| files.remove(id)))
+            .await
+    }
+
+    async fn retain(&self, layers: &BTreeSet<LayerId>) -> Result<(), HostError> {
+        let layers = layers.clone();
+        self.inner
+            .with_layers(move |files| files.retain(&layers))
+            .await
+    }
+
+    async fn warm_key(&self, shape: &Shape) -> Result<String, HostError> {
+        let internal = |reason| HostError::Internal { reason };
+        let machine = self.inner.machine.as_ref().map_err(|error| {
+            internal(format!("the processor's features are not known: {error}"))
+        })?;
+        let template = self.inner.template(shape)?;
+        warm_key::key(&self.inner.config, machine, template, shape)
+            .map_err(|error| internal(format!("a part of the machine is missing: {error}")))
+    }
+
     async fn destroy(&self, id: &SandboxId) -> Result<(), HostError> {
         let entry = self.inner.state().sandboxes.get(id).cloned();
-        let Some(entry) = entry else {
-            return Ok(());
-        };
-        entry.end.cancel();
-        entry.gone.cancelled().await;
-        match entry.leftover.get() {
-            Some(reason) => Err(HostError::Internal {
-                reason: reason.clone(),
-            }),
+        match entry {
+            Some(entry) => entry.destroy().await,
             None => Ok(()),
         }
     }
@@ -401,7 +290,9 @@ impl Host for LocalHost {
         id: &SandboxId,
         request: ExecRequest,
     ) -> Result<BoxStream<'static, Result<ExecEvent, HostError>>, HostError> {
-        self.running(id)?.agent.exec(request).await
+        let entry = self.running(id)?;
+        let events = entry.unless_paused(entry.agent.exec(request)).await?;
+        Ok(entry.until_paused(events, HostError::Paused))
     }
 
     async fn write_file(
@@ -410,7 +301,10 @@ impl Host for LocalHost {
         request: WriteFileRequest,
         content: BoxStream<'static, std::io::Result<Bytes>>,
     ) -> Result<(), HostError> {
-        self.running(id)?.agent.write_file(request, content).await
+        let entry = self.running(id)?;
+        entry
+            .unless_paused(entry.agent.write_file(request, content))
+            .await
     }
 
     async fn read_file(
@@ -418,7 +312,13 @@ impl Host for LocalHost {
         id: &SandboxId,
         request: ReadFileRequest,
     ) -> Result<FileContent, HostError> {
-        self.running(id)?.agent.read_file(request).await
+        let entry = self.running(id)?;
+        let file = entry.unless_paused(entry.agent.read_file(request)).await?;
+        let paused = std::io::Error::other(HostError::Paused);
+        Ok(FileContent {
+            size: file.size,
+            content: entry.until_paused(file.content, paused),
+        })
     }
 
     async fn events(&self) -> BoxStream<'static, HostEvent> {
@@ -437,9 +337,7 @@ impl Host for LocalHost {
             state.closing = true;
             state.sandboxes.values().cloned().collect()
         };
-        for entry in &entries {
-            entry.end.cancel();
-        }
-        join_all(entries.iter().map(|entry| entry.gone.cancelled())).await;
+        // Each says itself what it has left behind.
+        let _ = join_all(entries.iter().map(|entry| entry.destroy())).await;
     }
 }

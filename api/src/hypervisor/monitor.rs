@@ -20,6 +20,8 @@ pub struct Seen {
     /// When the guest's first instruction was about to run, in microseconds since the start of
     /// the process.
     pub booting_us: Option<u64>,
+    /// When a restored guest ran again, in microseconds since the start of the process.
+    pub resumed_us: Option<u64>,
     /// Why the machine ended, as a sentence.
     pub end: Option<String>,
 }
@@ -50,6 +52,9 @@ pub async fn follow_events(id: SandboxId, pipe: impl AsyncRead + Unpin, seen: wa
             ("booting", _) => {
                 seen.send_modify(|seen| seen.booting_us = Some(event.timestamp_us));
             }
+            ("resumed", _) => seen.send_modify(|seen| {
+                seen.resumed_us.get_or_insert(event.timestamp_us);
+            }),
             ("device_error", reason) => {
                 warn!(sandbox = %id, reason, "the guest can no longer use a device");
             }
@@ -144,6 +149,8 @@ mod tests {
             "{\"timestamp_us\":5123,\"event\":\"booting\"}\n",
             "what?\n",
             "{\"timestamp_us\":9000,\"event\":\"booted\",\"more\":[1]}\n",
+            "{\"timestamp_us\":9010,\"event\":\"resumed\"}\n",
+            "{\"timestamp_us\":9020,\"event\":\"resumed\"}\n",
             "{\"timestamp_us\":9100,\"event\":\"device_error\",\"reason\":\"a bad ring\"}\n",
             "{\"timestamp_us\":9999,\"event\":\"panic\",\"reason\":\"it panicked\"}\n",
         );
@@ -151,6 +158,7 @@ mod tests {
         follow_events(SandboxId::random(), input.as_bytes(), sender).await;
         let expected = Seen {
             booting_us: Some(5123),
+            resumed_us: Some(9010),
             end: Some("it panicked".into()),
         };
         assert_eq!(*seen.borrow(), expected);

@@ -5,7 +5,9 @@
 //! | `<runtime_dir>/sandboxes/<id>/vsock.sock` | the host's side of the guest's vsock |
 //! | `<runtime_dir>/sandboxes/<id>/vsock.sock_1025` | where the agent says that it is ready |
 //! | `<runtime_dir>/sandboxes/<id>/console.log` | what the guest writes to its serial console |
+//! | `<runtime_dir>/sandboxes/<id>/api.sock` | the API of its VMM, for the daemon alone |
 //! | `<data_dir>/sandboxes/<id>/disk.qcow2` | its own disk |
+//! | `<data_dir>/layers/<id>/` | what was saved, of this sandbox or another |
 
 use std::fs::{DirBuilder, Permissions};
 use std::io;
@@ -25,6 +27,7 @@ const MAX_SOCKET_PATH: usize = 107;
 pub struct Paths {
     runtime: PathBuf,
     data: PathBuf,
+    layers: PathBuf,
 }
 
 /// A directory is not usable for sandboxes.
@@ -86,6 +89,7 @@ impl Paths {
         let paths = Self {
             runtime: runtime_dir.join("sandboxes"),
             data: data_dir.join("sandboxes"),
+            layers: data_dir.join("layers"),
         };
         let longest =
             paths.runtime.as_os_str().len() + 1 + SandboxId::LEN + "/vsock.sock_1025".len();
@@ -95,7 +99,11 @@ impl Paths {
                 len: longest,
             });
         }
-        for (what, path) in [("runtime_dir", &paths.runtime), ("data_dir", &paths.data)] {
+        for (what, path) in [
+            ("runtime_dir", &paths.runtime),
+            ("data_dir", &paths.data),
+            ("data_dir", &paths.layers),
+        ] {
             DirBuilder::new()
                 .recursive(true)
                 .mode(0o700)
@@ -171,6 +179,21 @@ impl Paths {
     /// What the guest writes to its serial console.
     pub fn console(&self, id: &SandboxId) -> PathBuf {
         self.runtime.join(id.as_str()).join("console.log")
+    }
+
+    /// The API of its VMM.
+    pub fn api(&self, id: &SandboxId) -> PathBuf {
+        self.runtime.join(id.as_str()).join("api.sock")
+    }
+
+    /// Where layers are.
+    pub(super) fn layers(&self) -> &Path {
+        &self.layers
+    }
+
+    /// Where the sandbox's next disk is made, before it becomes its own disk.
+    pub(super) fn next_disk(&self, id: &SandboxId) -> PathBuf {
+        self.data.join(id.as_str()).join("next.qcow2")
     }
 
     /// The sandbox's own disk.

@@ -1,7 +1,7 @@
 //! What sandboxes are made from: kernel, initramfs, and a root disk for each template.
 //!
 //! A template is a raw ext4 image that is only ever read. Each sandbox writes to a qcow2 overlay
-//! of its own on it, so creating one copies nothing.
+//! of its own on it, or on what another one has written, so creating one copies nothing.
 
 mod overlay;
 
@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
-pub use overlay::{OverlayError, create_overlay};
+pub use overlay::{Base, Chain, OverlayError};
 
 /// The images of this host.
 #[derive(Debug, Clone, PartialEq, Eq)]

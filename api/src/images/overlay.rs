@@ -1,19 +1,24 @@
-//! A sandbox's own disk: an empty qcow2 image whose backing file is its template's.
+//! A sandbox's own disk: an empty qcow2 image on top of frozen ones, on top of its template's.
+//!
+//! What a sandbox has written is frozen when it is saved, and a new overlay is stacked on it, which
+//! takes the same time whatever its size. An image that was open for writing in a VMM is what that
+//! made of it. So the daemon reads none of it, and tells the VMM which images build on which: the
+//! names in them are ignored.
 
 use std::fs::OpenOptions;
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use imago::file::File;
 use imago::qcow2::Qcow2;
 use imago::{FormatCreateBuilder, Storage, StorageOpenOptions};
+use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 use tokio::task::spawn_blocking;
 
 /// Disks are counted in sectors of this many bytes.
 const SECTOR: u64 = 512;
-
 /// Why a sandbox has no disk.
 #[derive(Debug, thiserror::Error)]
 pub enum OverlayError {
@@ -25,6 +30,16 @@ pub enum OverlayError {
         /// Why.
         #[source]
         source: io::Error,
+    },
+    /// The template's image is not what the disk was made on.
+    #[error(
+        "the template's disk {path} has changed since this disk was made on it; put the old image \
+         back",
+        path = path.display()
+    )]
+    TemplateChanged {
+        /// Where it is.
+        path: PathBuf,
     },
     /// The overlay cannot be made.
     #[error("the disk overlay {path} cannot be made", path = path.display())]
@@ -40,45 +55,99 @@ pub enum OverlayError {
     Interrupted,
 }
 
-/// Makes the overlay `path` on the raw image `template`. It has the template's size, and can be
-/// read and written by its owner alone.
-///
-/// # Errors
-/// Either image is unusable, or `path` is there already.
-pub async fn create_overlay(template: PathBuf, path: PathBuf) -> Result<(), OverlayError> {
-    let runtime = Handle::current();
-    // The library's file accesses block, and its futures stay on one thread.
-    let task = spawn_blocking(move || runtime.block_on(create(&template, &path)));
-    task.await.unwrap_or(Err(OverlayError::Interrupted))
+/// The image of a template, as it was when a disk was made on it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Base {
+    /// Where it is, without symbolic links.
+    pub path: PathBuf,
+    /// Its size in bytes, which is that of all disks on it.
+    pub size: u64,
+    /// Its last modification, in nanoseconds since the Unix epoch.
+    pub modified_ns: i128,
 }
 
-async fn create(template: &Path, path: &Path) -> Result<(), OverlayError> {
-    let bad_template = |source| OverlayError::Template {
-        path: template.to_owned(),
-        source,
-    };
+/// What a new overlay is made on: the image of a template, and frozen overlays on it, bottom first.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Chain {
+    /// The template's.
+    pub base: Base,
+    /// The frozen ones.
+    pub layers: Vec<PathBuf>,
+}
+
+impl Base {
+    /// The image at `path` as it is now.
+    ///
+    /// # Errors
+    /// It cannot be used.
+    pub fn of(path: &Path) -> Result<Self, OverlayError> {
+        let bad = |source| OverlayError::Template {
+            path: path.to_owned(),
+            source,
+        };
+        // The name goes into images on it, where a relative one would be relative to those.
+        let path = path.canonicalize().map_err(bad)?;
+        let metadata = std::fs::metadata(&path).map_err(bad)?;
+        let size = metadata.len();
+        if size == 0 || size % SECTOR != 0 {
+            let text = format!("its size of {size} bytes is not a multiple of {SECTOR}");
+            return Err(bad(io::Error::new(io::ErrorKind::InvalidData, text)));
+        }
+        let modified_ns =
+            i128::from(metadata.mtime()) * 1_000_000_000 + i128::from(metadata.mtime_nsec());
+        Ok(Self {
+            path,
+            size,
+            modified_ns,
+        })
+    }
+}
+
+impl Chain {
+    /// Checks that the template's image is still what the layers were made on.
+    ///
+    /// # Errors
+    /// It is not, or cannot be read.
+    pub fn check(&self) -> Result<(), OverlayError> {
+        if Base::of(&self.base.path)? == self.base {
+            Ok(())
+        } else {
+            Err(OverlayError::TemplateChanged {
+                path: self.base.path.clone(),
+            })
+        }
+    }
+
+    /// Makes the empty overlay `path` on top. It has the template's size, and can be read and
+    /// written by its owner alone.
+    ///
+    /// # Errors
+    /// The images below are unusable, or `path` is there already.
+    pub async fn overlay(&self, path: PathBuf) -> Result<(), OverlayError> {
+        let runtime = Handle::current();
+        let chain = self.clone();
+        // The library's file accesses block, and its futures stay on one thread.
+        let task = spawn_blocking(move || {
+            chain.check()?;
+            runtime.block_on(create(&chain, &path))
+        });
+        task.await.unwrap_or(Err(OverlayError::Interrupted))
+    }
+}
+
+async fn create(chain: &Chain, path: &Path) -> Result<(), OverlayError> {
     let bad_overlay = |source| OverlayError::Create {
         path: path.to_owned(),
         source,
     };
-
-    // The name goes into the image, where a relative one would be relative to the overlay.
-    let backing = template.canonicalize().map_err(bad_template)?;
-    let size = std::fs::metadata(&backing).map_err(bad_template)?.len();
-    if size == 0 || size % SECTOR != 0 {
-        let text = format!("its size of {size} bytes is not a multiple of {SECTOR}");
-        return Err(bad_template(io::Error::new(
-            io::ErrorKind::InvalidData,
-            text,
-        )));
-    }
-    let backing = backing.into_os_string().into_string().map_err(|_| {
-        bad_template(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "its path is not UTF-8",
-        ))
+    let (below, format) = match chain.layers.last() {
+        Some(layer) => (layer.canonicalize().map_err(bad_overlay)?, "qcow2"),
+        None => (chain.base.path.clone(), "raw"),
+    };
+    let below = below.into_os_string().into_string().map_err(|_| {
+        let text = "the path of the image below is not UTF-8";
+        bad_overlay(io::Error::new(io::ErrorKind::InvalidInput, text))
     })?;
-
     OpenOptions::new()
         .write(true)
         .create_new(true)
@@ -88,8 +157,8 @@ async fn create(template: &Path, path: &Path) -> Result<(), OverlayError> {
     let options = StorageOpenOptions::new().write(true).filename(path);
     let file = File::open(options).await.map_err(bad_overlay)?;
     Qcow2::<File>::create_builder(file)
-        .size(size)
-        .backing(backing, "raw".to_owned())
+        .size(chain.base.size)
+        .backing(below, format.to_owned())
         .create()
         .await
         .map_err(bad_overlay)
@@ -102,6 +171,17 @@ mod tests {
     use imago::{FormatAccess, FormatDriverBuilder, PermissiveImplicitOpenGate};
 
     use super::*;
+
+    fn chain(template: &Path, layers: &[&Path]) -> Result<Chain, OverlayError> {
+        Ok(Chain {
+            base: Base::of(template)?,
+            layers: layers.iter().map(|&layer| layer.to_owned()).collect(),
+        })
+    }
+
+    async fn create(template: &Path, path: &Path) -> Result<(), OverlayError> {
+        chain(template, &[])?.overlay(path.to_owned()).await
+    }
 
     #[tokio::test]
     async fn a_guest_reads_the_template_and_writes_the_overlay() {
@@ -160,5 +240,67 @@ mod tests {
         let result = create(&template, &overlay).await;
         assert!(matches!(result, Err(OverlayError::Create { .. })));
         assert_eq!(std::fs::read(&overlay).unwrap(), b"taken");
+    }
+
+    async fn open(path: &Path, write: bool) -> FormatAccess<File> {
+        let disk = Qcow2::<File>::builder_path(path)
+            .write(write)
+            .open(PermissiveImplicitOpenGate::default())
+            .await
+            .unwrap();
+        FormatAccess::new(disk)
+    }
+
+    #[tokio::test]
+    async fn overlays_are_stacked_and_those_below_do_not_change() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        std::fs::write(path("base.ext4"), vec![0; 1 << 20]).unwrap();
+        let mut layers = Vec::new();
+        for number in 1..=5_u8 {
+            let top = path(&format!("{number}.qcow2"));
+            let below: Vec<&Path> = layers.iter().map(PathBuf::as_path).collect();
+            let chain = chain(&path("base.ext4"), &below).unwrap();
+            chain.overlay(top.clone()).await.unwrap();
+            let disk = open(&top, true).await;
+            let at = u64::from(number) * 4096;
+            disk.write(&[number; 4096][..], at).await.unwrap();
+            disk.write(&[number; 4096][..], 0).await.unwrap();
+            disk.flush().await.unwrap();
+            layers.push(top);
+        }
+        for (index, layer) in layers.iter().enumerate() {
+            let disk = open(layer, false).await;
+            let top = u8::try_from(index + 1).unwrap();
+            for number in 0..=5 {
+                let mut read = [0; 4096];
+                disk.read(&mut read[..], u64::from(number) * 4096)
+                    .await
+                    .unwrap();
+                let expected = match number {
+                    0 => top,
+                    number if number <= top => number,
+                    _ => 0,
+                };
+                assert_eq!(read, [expected; 4096], "{number} in {top}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_template_that_was_changed_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        std::fs::write(path("base.ext4"), vec![0; 1 << 20]).unwrap();
+        create(&path("base.ext4"), &path("a")).await.unwrap();
+        let chain = chain(&path("base.ext4"), &[&path("a")]).unwrap();
+        chain.overlay(path("b")).await.unwrap();
+        std::fs::write(path("base.ext4"), vec![0; 2 << 20]).unwrap();
+        let error = chain.overlay(path("c")).await.unwrap_err();
+        assert!(
+            matches!(error, OverlayError::TemplateChanged { .. }),
+            "{error}"
+        );
+        assert!(!path("c").exists());
     }
 }

@@ -6,7 +6,8 @@
 use rusqlite::Connection;
 
 /// The steps. Applied ones are never changed; new ones are added at the end.
-const STEPS: &[&str] = &["
+const STEPS: &[&str] = &[
+    "
     CREATE TABLE sandboxes (
         id             TEXT PRIMARY KEY,
         template       TEXT NOT NULL,
@@ -24,7 +25,68 @@ const STEPS: &[&str] = &["
     ) STRICT;
     CREATE INDEX live_sandboxes ON sandboxes (created_at)
         WHERE status IN ('pending', 'running');
-"];
+",
+    "
+    -- A CHECK cannot be changed in place.
+    CREATE TABLE new_sandboxes (
+        id             TEXT PRIMARY KEY,
+        template       TEXT NOT NULL,
+        vcpus          INTEGER NOT NULL,
+        memory_mb      INTEGER NOT NULL,
+        timeout_sec    INTEGER NOT NULL,
+        desired        TEXT NOT NULL CHECK (desired IN ('running', 'paused', 'stopped')),
+        status         TEXT NOT NULL CHECK (status IN ('pending', 'running', 'pausing', 'paused',
+                                                       'resuming', 'stopped', 'error')),
+        status_reason  TEXT,
+        created_at     INTEGER NOT NULL,
+        started_at     INTEGER,
+        last_active_at INTEGER,
+        updated_at     INTEGER NOT NULL,
+        timings        TEXT,
+        layers         TEXT NOT NULL DEFAULT '{}', -- JSON: ids of the layers that it is based on
+        saving         TEXT                        -- JSON: of those that it is being saved to
+    ) STRICT;
+    INSERT INTO new_sandboxes (id, template, vcpus, memory_mb, timeout_sec, desired, status,
+                               status_reason, created_at, started_at, last_active_at, updated_at,
+                               timings)
+        SELECT id, template, vcpus, memory_mb, timeout_sec, desired, status, status_reason,
+               created_at, started_at, last_active_at, updated_at, timings
+        FROM sandboxes ORDER BY rowid;
+    DROP TABLE sandboxes;
+    ALTER TABLE new_sandboxes RENAME TO sandboxes;
+    CREATE INDEX live_sandboxes ON sandboxes (created_at)
+        WHERE status NOT IN ('stopped', 'error');
+    CREATE TABLE snapshots (
+        id             TEXT PRIMARY KEY,
+        name           TEXT UNIQUE,
+        description    TEXT,
+        sandbox        TEXT NOT NULL,
+        template       TEXT NOT NULL,
+        vcpus          INTEGER NOT NULL,
+        memory_mb      INTEGER NOT NULL,
+        timeout_sec    INTEGER NOT NULL,
+        layers         TEXT NOT NULL,
+        content        TEXT,             -- JSON: size and checksum; NULL while it is being taken
+        created_at     INTEGER NOT NULL
+    ) STRICT;
+    CREATE TABLE warm_snapshots (
+        key            TEXT PRIMARY KEY,
+        template       TEXT NOT NULL,
+        vcpus          INTEGER NOT NULL,
+        memory_mb      INTEGER NOT NULL,
+        layers         TEXT NOT NULL,
+        size_bytes     INTEGER NOT NULL,
+        used_at        INTEGER NOT NULL
+    ) STRICT;
+    -- Who holds which layer: the number of a layer's rows is its reference count.
+    CREATE TABLE layer_refs (
+        holder         TEXT NOT NULL, -- id of a sandbox or snapshot, or `warm:` and a key
+        layer          TEXT NOT NULL,
+        PRIMARY KEY (holder, layer)
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX holders ON layer_refs (layer);
+",
+];
 
 /// Why the tables are not what this version needs.
 #[derive(Debug, thiserror::Error)]
@@ -123,6 +185,27 @@ mod tests {
         assert!(matches!(error, MigrateError::Step { step: 2, .. }));
         assert_eq!(version(&connection), 1);
         run_steps(&mut connection, &["", "CREATE TABLE b (x)"]).unwrap();
+    }
+
+    #[test]
+    fn records_of_the_first_version_are_kept() {
+        let mut connection = Connection::open_in_memory().unwrap();
+        run_steps(&mut connection, &STEPS[..1]).unwrap();
+        connection
+            .execute_batch(
+                "INSERT INTO sandboxes VALUES ('sb-00000001', 'minimal', 1, 512, 300, 'stopped', \
+                 'error', 'why', 1, 2, 3, 4, '{}')",
+            )
+            .unwrap();
+        run(&mut connection).unwrap();
+        let kept: (String, String, i64, String) = connection
+            .query_row(
+                "SELECT id, status_reason, updated_at, layers FROM sandboxes",
+                [],
+                |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?)),
+            )
+            .unwrap();
+        assert_eq!(kept, ("sb-00000001".into(), "why".into(), 4, "{}".into()));
     }
 
     #[test]

@@ -1,11 +1,15 @@
-//! The records of sandboxes in SQLite.
+//! The records of sandboxes and snapshots in SQLite.
 //!
 //! One connection in WAL mode, used on threads that may block. A transaction that was committed
-//! survives a crash of the daemon; after a crash of the machine the last ones may be missing, as
-//! are the sandboxes they told of.
+//! survives a crash of the daemon. After a crash of the machine the last ones may be missing, as are
+//! the sandboxes they told of; but one that changes who holds a layer is on the disk when it is
+//! told.
 
+mod layers;
 mod migrations;
+mod snapshots;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -13,11 +17,15 @@ use async_trait::async_trait;
 use jiff::Timestamp;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use crate::domain::{Desired, Sandbox, SandboxId, SandboxStore, Spec, Status, StoreError};
+use crate::domain::{
+    Desired, LayerId, Layers, Sandbox, SandboxId, Snapshot, SnapshotId, Spec, Status, Store,
+    StoreError, WarmSnapshot,
+};
 pub use migrations::MigrateError;
 
 const COLUMNS: &str = "id, template, vcpus, memory_mb, timeout_sec, desired, status, \
-                       status_reason, created_at, started_at, last_active_at, updated_at, timings";
+                       status_reason, created_at, started_at, last_active_at, updated_at, timings, \
+                       layers, saving";
 
 /// Sandboxes in a file.
 #[derive(Clone)]
@@ -73,12 +81,12 @@ impl SqliteStore {
 
     async fn with<T: Send + 'static>(
         &self,
-        work: impl FnOnce(&Connection) -> Result<T, rusqlite::Error> + Send + 'static,
+        work: impl FnOnce(&mut Connection) -> Result<T, rusqlite::Error> + Send + 'static,
     ) -> Result<T, StoreError> {
         let connection = Arc::clone(&self.connection);
         let task = tokio::task::spawn_blocking(move || {
             // A panic within a transaction rolls it back, so the connection stays good.
-            work(&connection.lock().unwrap_or_else(PoisonError::into_inner))
+            work(&mut connection.lock().unwrap_or_else(PoisonError::into_inner))
         });
         match task.await {
             Ok(result) => result.map_err(|error| StoreError(Box::new(error))),
@@ -88,15 +96,19 @@ impl SqliteStore {
 }
 
 #[async_trait]
-impl SandboxStore for SqliteStore {
+impl Store for SqliteStore {
     async fn insert(&self, sandbox: &Sandbox) -> Result<bool, StoreError> {
         let sandbox = sandbox.clone();
         self.with(move |connection| {
             let sql = format!(
                 "INSERT INTO sandboxes ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, \
-                 ?11, ?12, ?13) ON CONFLICT (id) DO NOTHING"
+                 ?11, ?12, ?13, ?14, ?15) ON CONFLICT (id) DO NOTHING"
             );
-            Ok(write(connection, &sql, &sandbox)? == 1)
+            let holder = sandbox.id.as_str();
+            layers::change(connection, holder, held(&sandbox), |transaction| {
+                Ok(write(transaction, &sql, &sandbox)? == 1)
+            })
+            .map(|(inserted, _)| inserted)
         })
         .await
     }
@@ -112,17 +124,24 @@ impl SandboxStore for SqliteStore {
         .await
     }
 
-    async fn update(&self, sandbox: &Sandbox) -> Result<(), StoreError> {
+    async fn update(&self, sandbox: &Sandbox) -> Result<Vec<LayerId>, StoreError> {
         let sandbox = sandbox.clone();
         self.with(move |connection| {
             let sql = "UPDATE sandboxes SET template = ?2, vcpus = ?3, memory_mb = ?4, \
                        timeout_sec = ?5, desired = ?6, status = ?7, status_reason = ?8, \
                        created_at = ?9, started_at = ?10, last_active_at = ?11, updated_at = ?12, \
-                       timings = ?13 WHERE id = ?1";
-            match write(connection, sql, &sandbox)? {
-                1 => Ok(()),
-                changed => Err(rusqlite::Error::StatementChangedRows(changed)),
-            }
+                       timings = ?13, layers = ?14, saving = ?15 WHERE id = ?1";
+            let holder = sandbox.id.as_str();
+            layers::change(
+                connection,
+                holder,
+                held(&sandbox),
+                |transaction| match write(transaction, sql, &sandbox)? {
+                    1 => Ok(true),
+                    changed => Err(rusqlite::Error::StatementChangedRows(changed)),
+                },
+            )
+            .map(|(_, released)| released)
         })
         .await
     }
@@ -131,7 +150,7 @@ impl SandboxStore for SqliteStore {
         self.with(|connection| {
             connection
                 .prepare_cached(&format!(
-                    "SELECT {COLUMNS} FROM sandboxes WHERE status IN ('pending', 'running') \
+                    "SELECT {COLUMNS} FROM sandboxes WHERE status NOT IN ('stopped', 'error') \
                      ORDER BY created_at DESC, rowid DESC"
                 ))?
                 .query_map([], read)?
@@ -139,16 +158,95 @@ impl SandboxStore for SqliteStore {
         })
         .await
     }
+
+    async fn insert_snapshot(&self, snapshot: &Snapshot) -> Result<bool, StoreError> {
+        let snapshot = snapshot.clone();
+        self.with(move |connection| snapshots::insert(connection, &snapshot))
+            .await
+    }
+
+    async fn update_snapshot(&self, snapshot: &Snapshot) -> Result<(), StoreError> {
+        let snapshot = snapshot.clone();
+        self.with(move |connection| snapshots::update(connection, &snapshot))
+            .await
+    }
+
+    async fn get_snapshot(&self, id: &SnapshotId) -> Result<Option<Snapshot>, StoreError> {
+        let id = id.clone();
+        self.with(move |connection| snapshots::get(connection, "id", id.as_str()))
+            .await
+    }
+
+    async fn find_snapshot(&self, name: &str) -> Result<Option<Snapshot>, StoreError> {
+        let name = name.to_owned();
+        self.with(move |connection| snapshots::get(connection, "name", &name))
+            .await
+    }
+
+    async fn list_snapshots(&self) -> Result<Vec<Snapshot>, StoreError> {
+        self.with(|connection| snapshots::list(connection)).await
+    }
+
+    async fn remove_snapshot(&self, id: &SnapshotId) -> Result<Vec<LayerId>, StoreError> {
+        let id = id.clone();
+        self.with(move |connection| snapshots::remove(connection, &id))
+            .await
+    }
+
+    async fn put_warm(&self, warm: &WarmSnapshot) -> Result<Vec<LayerId>, StoreError> {
+        let warm = warm.clone();
+        self.with(move |connection| snapshots::put_warm(connection, &warm))
+            .await
+    }
+
+    async fn list_warm(&self) -> Result<Vec<(WarmSnapshot, bool)>, StoreError> {
+        self.with(|connection| snapshots::list_warm(connection))
+            .await
+    }
+
+    async fn remove_warm(&self, key: &str) -> Result<Vec<LayerId>, StoreError> {
+        let key = key.to_owned();
+        self.with(move |connection| snapshots::remove_warm(connection, &key))
+            .await
+    }
+
+    async fn held_layers(&self) -> Result<BTreeSet<LayerId>, StoreError> {
+        self.with(|connection| layers::held(connection)).await
+    }
+}
+
+/// The layers that a sandbox holds.
+fn held(sandbox: &Sandbox) -> BTreeSet<LayerId> {
+    let saving = sandbox.saving.iter().flat_map(Layers::all);
+    sandbox.layers.all().chain(saving).cloned().collect()
+}
+
+/// A value for a column that holds JSON.
+fn to_json(value: &impl serde::Serialize) -> rusqlite::Result<String> {
+    serde_json::to_string(value)
+        .map_err(|error| rusqlite::Error::ToSqlConversionFailure(Box::new(error)))
+}
+
+/// The value of a column that holds JSON.
+fn from_json<T: serde::de::DeserializeOwned>(row: &Row<'_>, column: usize) -> rusqlite::Result<T> {
+    serde_json::from_str(&row.get::<_, String>(column)?)
+        .map_err(|error| bad(column, Box::new(error)))
+}
+
+fn bad(column: usize, error: Box<dyn std::error::Error + Send + Sync>) -> rusqlite::Error {
+    rusqlite::Error::FromSqlConversionFailure(column, rusqlite::types::Type::Text, error)
+}
+
+fn time(column: usize, micros: i64) -> rusqlite::Result<Timestamp> {
+    Timestamp::from_microsecond(micros).map_err(|error| {
+        let integer = rusqlite::types::Type::Integer;
+        rusqlite::Error::FromSqlConversionFailure(column, integer, Box::new(error))
+    })
 }
 
 fn write(connection: &Connection, sql: &str, sandbox: &Sandbox) -> rusqlite::Result<usize> {
-    let timings = match &sandbox.timings {
-        Some(timings) => Some(
-            serde_json::to_string(timings)
-                .map_err(|error| rusqlite::Error::ToSqlConversionFailure(Box::new(error)))?,
-        ),
-        None => None,
-    };
+    let timings = sandbox.timings.as_ref().map(to_json).transpose()?;
+    let saving = sandbox.saving.as_ref().map(to_json).transpose()?;
     connection.prepare_cached(sql)?.execute(params![
         sandbox.id.as_str(),
         sandbox.spec.template,
@@ -163,20 +261,12 @@ fn write(connection: &Connection, sql: &str, sandbox: &Sandbox) -> rusqlite::Res
         sandbox.last_active_at.map(Timestamp::as_microsecond),
         sandbox.updated_at.as_microsecond(),
         timings,
+        to_json(&sandbox.layers)?,
+        saving,
     ])
 }
 
 fn read(row: &Row<'_>) -> rusqlite::Result<Sandbox> {
-    use rusqlite::types::Type;
-    type Cause = Box<dyn std::error::Error + Send + Sync>;
-    let bad = |column: usize, error: Cause| {
-        rusqlite::Error::FromSqlConversionFailure(column, Type::Text, error)
-    };
-    let time = |column: usize, micros: i64| {
-        Timestamp::from_microsecond(micros).map_err(|error| {
-            rusqlite::Error::FromSqlConversionFailure(column, Type::Integer, Box::new(error))
-        })
-    };
     let optional_time = |column: usize| -> rusqlite::Result<Option<Timestamp>> {
         row.get::<_, Option<i64>>(column)?
             .map(|micros| time(column, micros))
@@ -186,6 +276,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Sandbox> {
     let desired: String = row.get(5)?;
     let status: String = row.get(6)?;
     let timings: Option<String> = row.get(12)?;
+    let saving: Option<String> = row.get(14)?;
     Ok(Sandbox {
         id: id.parse().map_err(|error| bad(0, Box::new(error)))?,
         spec: Spec {
@@ -203,10 +294,9 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Sandbox> {
         started_at: optional_time(9)?,
         last_active_at: optional_time(10)?,
         updated_at: time(11, row.get(11)?)?,
-        timings: timings
-            .map(|json| serde_json::from_str(&json))
-            .transpose()
-            .map_err(|error| bad(12, Box::new(error)))?,
+        timings: timings.map(|_| from_json(row, 12)).transpose()?,
+        layers: from_json(row, 13)?,
+        saving: saving.map(|_| from_json(row, 14)).transpose()?,
     })
 }
 
@@ -225,6 +315,7 @@ mod tests {
         Sandbox::new(
             SandboxId::random(),
             spec,
+            Layers::default(),
             Timestamp::from_second(second).unwrap(),
         )
     }

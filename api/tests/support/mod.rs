@@ -3,14 +3,14 @@
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on may panic")]
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::sync::{Arc, Mutex};
 
 use api::domain::{
     CreateRequest, Created, End, ExecEvent, ExecLimits, ExecRequest, ExitInfo, FileContent, Host,
-    HostError, HostEvent, HostInfo, Limits, Manager, ReadFileRequest, SandboxId, Timings,
-    WriteFileRequest,
+    HostError, HostEvent, HostInfo, LayerId, Layers, LayersInfo, Limits, Manager, ReadFileRequest,
+    SandboxId, SaveRequest, SaveTimings, Saved, Shape, Timings, WriteFileRequest,
 };
 use api::http::{AppState, router};
 use api::store::SqliteStore;
@@ -28,16 +28,96 @@ use tower::ServiceExt;
 /// Pieces of long output and files.
 pub const PIECE: usize = 64 * 1024;
 
-/// A host that runs nothing. What a command does is in its name.
+/// What goes wrong the next time that it can.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// A sandbox is not saved.
+    NotSaved,
+    /// A sandbox is not saved, and the layers that it is based on are fewer by one.
+    NotSavedAndLess,
+    /// A sandbox does not start from layers.
+    NotRestored,
+    /// The daemon ends before a sandbox is saved.
+    CrashBeforeSave,
+    /// The daemon ends when one of the two layers is there.
+    CrashBetweenLayers,
+    /// The daemon ends after a sandbox was saved, before that is told.
+    CrashAfterSave,
+    /// The daemon ends before a sandbox starts.
+    CrashBeforeStart,
+    /// The daemon ends after a sandbox has started, before that is told.
+    CrashAfterStart,
+}
+
+/// A host that runs nothing. What a command does is in its name. Layers are names.
 #[derive(Default)]
 pub struct FakeHost {
     pub files: Mutex<HashMap<String, Vec<u8>>>,
     pub sandboxes: Mutex<Vec<SandboxId>>,
+    pub layers: Mutex<BTreeSet<LayerId>>,
+    /// What sandboxes were started from and how, in order.
+    pub starts: Mutex<Vec<CreateRequest>>,
+    /// How sandboxes were to be saved, in order.
+    pub saves: Mutex<Vec<SaveRequest>>,
+    pub fault: Mutex<Option<Fault>>,
     pub last_upload: Mutex<Option<u64>>,
     listeners: Mutex<Vec<mpsc::UnboundedSender<HostEvent>>>,
 }
 
 impl FakeHost {
+    /// Whether this is to go wrong now.
+    fn fails(&self, fault: Fault) -> bool {
+        let mut next = self.fault.lock().unwrap();
+        let is_it = *next == Some(fault);
+        if is_it {
+            *next = None;
+        }
+        is_it
+    }
+
+    /// Does not return if the daemon is to crash here; whoever waits is never told.
+    async fn may_crash(&self, fault: Fault) {
+        if self.fails(fault) {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    fn has(&self, layers: &[LayerId]) -> bool {
+        let there = self.layers.lock().unwrap();
+        layers.iter().all(|layer| there.contains(layer))
+    }
+
+    async fn save(&self, request: SaveRequest) -> Result<Saved, HostError> {
+        self.may_crash(Fault::CrashBeforeSave).await;
+        let keep = request.keep;
+        self.saves.lock().unwrap().push(request.clone());
+        let not_saved = |keep| {
+            let reason = "no space left on device".to_owned();
+            Err(HostError::NotSaved { reason, keep })
+        };
+        if self.fails(Fault::NotSaved) {
+            return not_saved(usize::MAX);
+        }
+        if self.fails(Fault::NotSavedAndLess) {
+            return not_saved(keep.saturating_sub(1));
+        }
+        let (memory, kept) = request.layers.memory.split_last().unwrap();
+        let (disk, below) = request.layers.disk.split_last().unwrap();
+        assert_eq!(kept.len(), keep);
+        assert!(self.has(kept) && self.has(below), "a base is gone");
+        assert!(self.layers.lock().unwrap().insert(memory.clone()));
+        self.may_crash(Fault::CrashBetweenLayers).await;
+        assert!(self.layers.lock().unwrap().insert(disk.clone()));
+        self.may_crash(Fault::CrashAfterSave).await;
+        Ok(Saved {
+            new_bytes: 100,
+            timings: SaveTimings {
+                stall_us: 1500,
+                memory_us: 1000,
+            },
+        })
+    }
+
     /// A sandbox ends by itself.
     pub fn end(&self, id: &str, end: End) {
         let id: SandboxId = id.parse().unwrap();
@@ -76,19 +156,75 @@ impl Host for FakeHost {
     }
 
     async fn create(&self, request: CreateRequest) -> Result<Created, HostError> {
-        if request.template == "broken" {
-            return Err(HostError::Start {
-                reason: "it is broken".into(),
-            });
+        self.may_crash(Fault::CrashBeforeStart).await;
+        self.starts.lock().unwrap().push(request.clone());
+        let failed = |reason: &str| {
+            Err(HostError::Start {
+                reason: reason.to_owned(),
+            })
+        };
+        if request.shape.template == "broken" {
+            return failed("it is broken");
         }
-        self.sandboxes.lock().unwrap().push(request.id);
+        if !self.has(&request.layers.memory) || !self.has(&request.layers.disk) {
+            return failed("layers are missing");
+        }
+        if !request.layers.is_empty() && self.fails(Fault::NotRestored) {
+            return failed("the snapshot is of another processor");
+        }
+        {
+            let mut sandboxes = self.sandboxes.lock().unwrap();
+            assert!(!sandboxes.contains(&request.id), "it runs already");
+            sandboxes.push(request.id);
+        }
+        self.may_crash(Fault::CrashAfterStart).await;
         let timings = Timings {
+            start: request.start,
             prepare_us: 1,
             vmm_us: 20,
             boot_us: 3000,
-            total_us: 3021,
+            identity_us: 400,
+            total_us: 3421,
         };
         Ok(Created { timings })
+    }
+
+    async fn pause(&self, request: SaveRequest) -> Result<Saved, HostError> {
+        let id = request.id.clone();
+        let saved = self.save(request).await?;
+        self.sandboxes.lock().unwrap().retain(|other| *other != id);
+        Ok(saved)
+    }
+
+    async fn snapshot(&self, request: SaveRequest) -> Result<Saved, HostError> {
+        self.save(request).await
+    }
+
+    async fn inspect(&self, layers: &Layers) -> Result<Option<LayersInfo>, HostError> {
+        let is_there = self.has(&layers.memory) && self.has(&layers.disk);
+        Ok(is_there.then(|| LayersInfo {
+            size_bytes: 50 * layers.all().count() as u64,
+            checksum: "c0ffee".to_owned(),
+        }))
+    }
+
+    async fn discard(&self, layers: &[LayerId]) -> Result<(), HostError> {
+        let mut there = self.layers.lock().unwrap();
+        there.retain(|layer| !layers.contains(layer));
+        Ok(())
+    }
+
+    async fn retain(&self, layers: &BTreeSet<LayerId>) -> Result<(), HostError> {
+        let mut there = self.layers.lock().unwrap();
+        there.retain(|layer| layers.contains(layer));
+        Ok(())
+    }
+
+    async fn warm_key(&self, shape: &Shape) -> Result<String, HostError> {
+        Ok(format!(
+            "{} {} {}",
+            shape.template, shape.vcpus, shape.memory_mb
+        ))
     }
 
     async fn destroy(&self, id: &SandboxId) -> Result<(), HostError> {
@@ -197,6 +333,7 @@ impl Host for FakeHost {
 /// The API on a fake host.
 pub struct Api {
     pub host: Arc<FakeHost>,
+    pub store: Arc<SqliteStore>,
     pub manager: Manager,
     pub router: Router,
     pub dir: tempfile::TempDir,
@@ -205,18 +342,51 @@ pub struct Api {
 impl Api {
     /// An API that takes uploads of `max_upload` bytes and `max_output` bytes of output.
     pub async fn new(max_upload: u64, max_output: u64) -> Self {
+        Self::start(
+            tempfile::tempdir().unwrap(),
+            Arc::default(),
+            max_upload,
+            max_output,
+            0,
+        )
+        .await
+    }
+
+    /// An API that keeps warm snapshots of so many bytes.
+    pub async fn warm(warm_bytes: u64) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let store = SqliteStore::open(&dir.path().join("db")).unwrap();
-        let host = Arc::new(FakeHost::default());
+        Self::start(dir, Arc::default(), 1 << 20, 1 << 20, warm_bytes).await
+    }
+
+    /// What the next daemon makes of what this one leaves.
+    pub async fn restart(self) -> Self {
+        let warm_bytes = self.manager.limits().warm_bytes;
+        // The next daemon ends all processes, whatever they are at.
+        self.host.sandboxes.lock().unwrap().clear();
+        *self.host.fault.lock().unwrap() = None;
+        let Self { host, dir, .. } = self;
+        Self::start(dir, host, 1 << 20, 1 << 20, warm_bytes).await
+    }
+
+    async fn start(
+        dir: tempfile::TempDir,
+        host: Arc<FakeHost>,
+        max_upload: u64,
+        max_output: u64,
+        warm_bytes: u64,
+    ) -> Self {
+        let store = Arc::new(SqliteStore::open(&dir.path().join("db")).unwrap());
         let limits = Limits {
             exec: ExecLimits {
                 max_output,
                 memory_threshold: 64 * 1024,
                 spool_dir: dir.path().to_owned(),
             },
+            warm_bytes,
         };
-        let manager = Manager::new(host.clone(), Arc::new(store), limits);
+        let manager = Manager::new(host.clone(), store.clone(), limits);
         let events = host.events().await;
+        manager.recover().await.unwrap();
         let follower = manager.clone();
         tokio::spawn(async move { follower.follow(events).await });
         let state = AppState {
@@ -225,6 +395,7 @@ impl Api {
         };
         Self {
             host,
+            store,
             manager,
             router: router(state).unwrap(),
             dir,

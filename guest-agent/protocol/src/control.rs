@@ -1,4 +1,4 @@
-//! Health, readiness and shutdown.
+//! Health, readiness, identity and shutdown.
 
 use serde::{Deserialize, Serialize};
 
@@ -30,6 +30,70 @@ pub struct Ready {
     pub serving_us: u64,
 }
 
+/// The body of `POST /v1/resumed`: who this guest is from now on, and what time it is.
+///
+/// A guest that was restored from a snapshot has the clock, the names and the random pool of the
+/// machine that the snapshot was taken of, as do all others that were restored from it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResumedRequest {
+    /// Nanoseconds since the Unix epoch, for `CLOCK_REALTIME`.
+    pub realtime_ns: u64,
+    /// The host name, 1 to [`MAX_HOSTNAME`] bytes.
+    pub hostname: String,
+    /// For `/etc/machine-id`: 32 hexadecimal digits in lower case, not all of them 0
+    /// (machine-id(5)).
+    pub machine_id: String,
+    /// Random bytes for the kernel's pool, 16 to [`MAX_SEED`], each credited with 8 bits.
+    pub seed: Vec<u8>,
+}
+
+/// The longest host name in bytes: `HOST_NAME_MAX` of Linux.
+pub const MAX_HOSTNAME: usize = 64;
+/// The longest seed in bytes. The kernel's pool holds 32.
+pub const MAX_SEED: usize = 256;
+
+/// The answer to `POST /v1/resumed`: what was done. What was not is told by `problems`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resumed {
+    /// The guest's `CLOCK_REALTIME` as the answer was made, in nanoseconds since the Unix epoch.
+    pub realtime_ns: u64,
+    /// The kernel's random pool has the seed, and its generator starts from it.
+    pub seeded: bool,
+    /// `CLOCK_REALTIME` is set.
+    pub clock: bool,
+    /// The host name is set.
+    pub hostname: bool,
+    /// `/etc/machine-id` has the id. `false` without a problem: the guest has no such file.
+    pub machine_id: bool,
+    /// A sentence for each thing that was tried in vain.
+    pub problems: Vec<String>,
+}
+
+impl ResumedRequest {
+    /// What is wrong with the request, as a sentence.
+    ///
+    /// # Errors
+    /// The sentence.
+    pub fn check(&self) -> Result<(), &'static str> {
+        let is_name = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
+        let is_digit = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+        if !(1..=MAX_HOSTNAME).contains(&self.hostname.len()) || !self.hostname.bytes().all(is_name)
+        {
+            Err("hostname must be 1 to 64 letters, digits, `.`, `_` or `-`")
+        } else if self.machine_id.len() != 32
+            || !self.machine_id.bytes().all(is_digit)
+            || self.machine_id.bytes().all(|byte| byte == b'0')
+        {
+            Err("machine_id must be 32 hexadecimal digits in lower case, not all 0")
+        } else if !(16..=MAX_SEED).contains(&self.seed.len()) {
+            Err("seed must be 16 to 256 bytes")
+        } else {
+            Ok(())
+        }
+    }
+}
+
 /// The body of `POST /v1/shutdown`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -59,6 +123,34 @@ fn default_grace_ms() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_identity_is_checked() {
+        let good = ResumedRequest {
+            realtime_ns: 1,
+            hostname: "sb-0a1b2c3d".into(),
+            machine_id: "0123456789abcdef0123456789abcdef".into(),
+            seed: vec![0; 32],
+        };
+        assert_eq!(good.check(), Ok(()));
+        type Spoil = fn(&mut ResumedRequest);
+        let cases: [(&str, Spoil); 9] = [
+            ("hostname", |r| r.hostname = String::new()),
+            ("hostname", |r| r.hostname = "a b".into()),
+            ("hostname", |r| r.hostname = "x".repeat(65)),
+            ("machine_id", |r| r.machine_id = "0".repeat(32)),
+            ("machine_id", |r| r.machine_id = "1".repeat(31)),
+            ("machine_id", |r| r.machine_id = "A".repeat(32)),
+            ("machine_id", |r| r.machine_id = "\n".repeat(32)),
+            ("seed", |r| r.seed.truncate(15)),
+            ("seed", |r| r.seed.resize(257, 0)),
+        ];
+        for (what, spoil) in cases {
+            let mut bad = good.clone();
+            spoil(&mut bad);
+            assert!(bad.check().unwrap_err().starts_with(what), "{bad:?}");
+        }
+    }
 
     #[test]
     fn shutdown_takes_a_default_grace_and_no_unknown_field() {

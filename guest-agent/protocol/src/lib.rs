@@ -18,6 +18,7 @@
 //! | `GET /v1/files?path=` | 200, raw bytes, metadata in the headers [`HEADER_MODE`] … |
 //! | `GET /v1/stat?path=` | 200, JSON [`Entry`]; a symbolic link is described, not followed |
 //! | `GET /v1/dir?path=` | 200, one JSON [`Entry`] per line, in no order, without `.` and `..` |
+//! | `POST /v1/resumed`, JSON [`ResumedRequest`] | 200, JSON [`Resumed`] |
 //! | `POST /v1/shutdown`, JSON [`ShutdownRequest`] | 202 with an empty body, then the guest goes down |
 //!
 //! Every failure is answered with the status of its [`ErrorCode`] and a JSON [`ErrorBody`].
@@ -74,6 +75,14 @@
 //! - Bytes for stdin that the program did not read are dropped.
 //! - A frame that breaks these rules is answered with `Error`, and the program is killed.
 //!
+//! # Identity
+//!
+//! The host says who the guest is, and what time it is, by `POST /v1/resumed`: once the agent of a
+//! guest that was booted is ready, and as the first thing after a restore. The agent does what it
+//! can in this order: random pool, clock, host name, `/etc/machine-id` (replaced by a rename, and
+//! only where there is one). Doing it again is harmless, so the host repeats it until the clock
+//! that the answer tells is right. An agent that is not process 1 changes nothing.
+//!
 //! # Files
 //!
 //! `PUT` writes a temporary file in the target's directory and renames it over the target: a
@@ -97,7 +106,9 @@ mod query;
 
 use std::time::Duration;
 
-pub use control::{Health, Ready, ShutdownAction, ShutdownRequest};
+pub use control::{
+    Health, MAX_HOSTNAME, MAX_SEED, Ready, Resumed, ResumedRequest, ShutdownAction, ShutdownRequest,
+};
 pub use error::{ErrorBody, ErrorCode, ErrorDetail};
 pub use exec::{AgentFrame, ExecRequest, Exit, HostFrame, Started};
 pub use files::{Entry, EntryKind, FileQuery, FileQueryError};
@@ -128,6 +139,8 @@ pub const PATH_FILES: &str = "/v1/files";
 pub const PATH_STAT: &str = "/v1/stat";
 /// Path of listing a directory.
 pub const PATH_DIR: &str = "/v1/dir";
+/// Path of giving the guest its identity and the time.
+pub const PATH_RESUMED: &str = "/v1/resumed";
 /// Path of shutting the guest down.
 pub const PATH_SHUTDOWN: &str = "/v1/shutdown";
 

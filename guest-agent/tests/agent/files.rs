@@ -8,7 +8,8 @@ use std::{
 
 use crate::common::{Agent, Pattern, error_of};
 use agent_protocol::{
-    Entry, EntryKind, ErrorCode, FileQuery, Health, MAX_JSON_BODY, percent_encode,
+    Entry, EntryKind, ErrorCode, FileQuery, Health, MAX_JSON_BODY, PATH_RESUMED, Resumed,
+    ResumedRequest, percent_encode,
 };
 use bytes::Bytes;
 use http_body_util::BodyExt;
@@ -410,6 +411,35 @@ async fn malformed_requests_get_a_4xx() {
     let large = vec![b' '; MAX_JSON_BODY + 1];
     let (status, _) = agent.refused(Method::POST, "/v1/shutdown", &large).await;
     assert_eq!(status, 413);
+}
+
+#[tokio::test]
+async fn outside_of_a_guest_an_identity_changes_nothing() {
+    let agent = Agent::start();
+    let read = || fs::read("/etc/machine-id").ok();
+    let before = read();
+    let mut request = ResumedRequest {
+        realtime_ns: 1,
+        hostname: "sb-00000000".into(),
+        machine_id: "1".repeat(32),
+        seed: vec![7; 32],
+    };
+    let body = serde_json::to_vec(&request).unwrap();
+    let response = agent.call(Method::POST, PATH_RESUMED, &body).await;
+    assert_eq!(response.status(), 200);
+    let body = response.into_body().collect().await.unwrap().to_bytes();
+    let done: Resumed = serde_json::from_slice(&body).unwrap();
+    assert!(!done.seeded && !done.clock && !done.hostname && !done.machine_id);
+    assert!(done.realtime_ns > 1_000_000_000 && done.problems.len() == 1);
+    assert_eq!(read(), before);
+
+    request.machine_id.push('1');
+    let body = serde_json::to_vec(&request).unwrap();
+    let (status, error) = agent.refused(Method::POST, PATH_RESUMED, &body).await;
+    assert_eq!((status, error.code), (400, ErrorCode::BadRequest));
+    assert!(error.message.starts_with("machine_id"), "{error}");
+    let (status, _) = agent.refused(Method::GET, PATH_RESUMED, b"").await;
+    assert_eq!(status, 405);
 }
 
 #[tokio::test]

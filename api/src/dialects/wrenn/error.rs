@@ -3,9 +3,9 @@
 //! | Status | Code | When |
 //! |---|---|---|
 //! | 400 | `invalid_request` | the request makes no sense |
-//! | 404 | `not_found` | no such sandbox or file |
-//! | 409 | `invalid_state` | the sandbox's status does not allow it |
-//! | 409 | `conflict` | this version cannot do it |
+//! | 404 | `not_found` | no such sandbox, snapshot or file |
+//! | 409 | `invalid_state` | the sandbox's status does not allow it, or it was paused in the midst |
+//! | 409 | `conflict` | it clashes with what is there, such as a name that is taken |
 //! | 413 | `too_large` | the upload is too large |
 //! | 500 | `db_error` | the daemon's records cannot be read or written |
 //! | 500 | `internal_error` | the daemon itself failed |
@@ -20,7 +20,8 @@ use tracing::{error, warn};
 
 use crate::chain;
 use crate::domain::{
-    CreateError, DestroyError, ExecError, FileError, HostError, LookupError, StoreError,
+    CollectError, CreateError, DestroyError, ExecError, FileError, ForkError, HostError,
+    LookupError, PauseError, ResumeError, SnapshotError, StoreError,
 };
 use crate::http::error_response;
 
@@ -46,7 +47,7 @@ impl ApiError {
         Self::new(StatusCode::CONFLICT, "invalid_state", message)
     }
 
-    /// This version cannot do it.
+    /// It clashes with what is there.
     pub fn conflict(message: impl Into<String>) -> Self {
         Self::new(StatusCode::CONFLICT, "conflict", message)
     }
@@ -59,6 +60,11 @@ impl ApiError {
     /// The sandbox, its VMM or its agent failed.
     pub fn agent(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_GATEWAY, "agent_error", message)
+    }
+
+    /// The daemon is ending.
+    pub fn unavailable(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "host_unavailable", message)
     }
 
     /// The daemon itself failed.
@@ -80,6 +86,7 @@ impl ApiError {
         match source {
             HostError::FileNotFound { .. } => Self::new(StatusCode::NOT_FOUND, "not_found", text),
             HostError::Invalid { .. } | HostError::Upload { .. } => Self::invalid(text),
+            HostError::Paused => Self::state(text),
             _ => Self::agent(text),
         }
     }
@@ -121,11 +128,7 @@ impl From<CreateError> for ApiError {
     fn from(source: CreateError) -> Self {
         match source {
             CreateError::Invalid(message) => Self::invalid(message),
-            CreateError::ShuttingDown => Self::new(
-                StatusCode::SERVICE_UNAVAILABLE,
-                "host_unavailable",
-                source.to_string(),
-            ),
+            CreateError::ShuttingDown => Self::unavailable(source.to_string()),
             CreateError::Store(source) => source.into(),
             CreateError::Interrupted => Self::internal(source.to_string()),
             CreateError::Host { .. }
@@ -145,6 +148,59 @@ impl From<DestroyError> for ApiError {
     }
 }
 
+impl From<PauseError> for ApiError {
+    fn from(source: PauseError) -> Self {
+        match source {
+            PauseError::Lookup(source) => source.into(),
+            PauseError::NotRunning(_) => Self::state(source.to_string()),
+            PauseError::TooManyLayers(_) => Self::conflict(source.to_string()),
+            PauseError::Host(_) => Self::agent(chain(&source)),
+            PauseError::Interrupted => Self::internal(source.to_string()),
+        }
+    }
+}
+
+impl From<ResumeError> for ApiError {
+    fn from(source: ResumeError) -> Self {
+        match source {
+            ResumeError::Lookup(source) => source.into(),
+            ResumeError::NotPaused(_) => Self::state(source.to_string()),
+            ResumeError::ShuttingDown => Self::unavailable(source.to_string()),
+            ResumeError::Host(_) | ResumeError::EndedAtOnce { .. } => Self::agent(chain(&source)),
+            ResumeError::Interrupted => Self::internal(source.to_string()),
+        }
+    }
+}
+
+impl From<SnapshotError> for ApiError {
+    fn from(source: SnapshotError) -> Self {
+        match source {
+            SnapshotError::Lookup(source) => source.into(),
+            SnapshotError::NotFound => {
+                Self::new(StatusCode::NOT_FOUND, "not_found", source.to_string())
+            }
+            SnapshotError::Invalid(message) => Self::invalid(message),
+            SnapshotError::NotSaveable(_) => Self::state(source.to_string()),
+            SnapshotError::NameTaken(_) | SnapshotError::TooManyLayers(_) => {
+                Self::conflict(source.to_string())
+            }
+            SnapshotError::Host(_) => Self::agent(chain(&source)),
+            SnapshotError::Interrupted => Self::internal(source.to_string()),
+        }
+    }
+}
+
+impl From<ForkError> for ApiError {
+    fn from(source: ForkError) -> Self {
+        match source {
+            ForkError::Invalid(message) => Self::invalid(message),
+            ForkError::ShuttingDown => Self::unavailable(source.to_string()),
+            ForkError::Snapshot(source) => source.into(),
+            ForkError::Interrupted => Self::internal(source.to_string()),
+        }
+    }
+}
+
 impl From<ExecError> for ApiError {
     fn from(source: ExecError) -> Self {
         match source {
@@ -152,6 +208,9 @@ impl From<ExecError> for ApiError {
             ExecError::NotRunning(_) => Self::state(source.to_string()),
             ExecError::Invalid(message) => Self::invalid(message),
             ExecError::Host(source) => Self::host(source),
+            ExecError::Collect(CollectError::Host(source @ HostError::Paused)) => {
+                Self::host(source)
+            }
             ExecError::Collect(source) => Self::agent(chain(&source)),
         }
     }

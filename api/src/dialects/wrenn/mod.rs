@@ -1,9 +1,10 @@
-//! `/v1/sandboxes`.
+//! `/v1/sandboxes` and `/v1/snapshots`.
 
 mod error;
 mod exec;
 mod files;
 mod sandboxes;
+mod snapshots;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
@@ -27,6 +28,12 @@ use crate::http::{AppState, ErrorBody};
         exec::exec,
         files::write,
         files::read,
+        snapshots::fork_sandbox,
+        snapshots::create,
+        snapshots::list,
+        snapshots::get,
+        snapshots::delete,
+        snapshots::fork,
     ),
     components(schemas(
         ErrorBody,
@@ -36,6 +43,11 @@ use crate::http::{AppState, ErrorBody};
         exec::ExecRequestBody,
         exec::ExecResponseBody,
         files::ReadFileRequestBody,
+        snapshots::CreateSnapshotRequest,
+        snapshots::SnapshotBody,
+        snapshots::ForkRequest,
+        snapshots::ForkBody,
+        snapshots::ForkFailure,
     ))
 )]
 pub struct Document;
@@ -55,6 +67,16 @@ pub fn router() -> Router<AppState> {
         .route("/v1/sandboxes/{id}/exec", post(exec::exec))
         .route("/v1/sandboxes/{id}/pause", post(sandboxes::pause))
         .route("/v1/sandboxes/{id}/resume", post(sandboxes::resume))
+        .route("/v1/sandboxes/{id}/fork", post(snapshots::fork_sandbox))
+        .route(
+            "/v1/snapshots",
+            post(snapshots::create).get(snapshots::list),
+        )
+        .route(
+            "/v1/snapshots/{id}",
+            get(snapshots::get).delete(snapshots::delete),
+        )
+        .route("/v1/snapshots/{id}/fork", post(snapshots::fork))
         .route("/v1/sandboxes/{id}/files/write", upload)
         .route("/v1/sandboxes/{id}/files/read", post(files::read))
 }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::error::{ApiError, parse};
-use crate::domain::{CreateSpec, Sandbox, Status, Timings};
+use crate::domain::{CreateSpec, Sandbox, Start, Status, Timings};
 use crate::http::{AppState, ErrorBody};
 
 /// What the sandbox shall be made of. A field that is missing or null has its default.
@@ -42,7 +42,7 @@ pub struct SandboxBody {
     /// Where it stands.
     #[schema(inline)]
     pub status: StatusBody,
-    /// Why it is `stopped` or `error`.
+    /// Why it is `stopped` or `error`, or why the last resume left it `paused`.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub status_reason: Option<String>,
@@ -66,7 +66,7 @@ pub struct SandboxBody {
     /// When this record last changed.
     #[schema(value_type = String, format = DateTime)]
     pub last_updated: String,
-    /// How long its start took, once it has started.
+    /// How long its last start took, once it has started.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub timings_ms: Option<TimingsBody>,
@@ -80,6 +80,8 @@ pub enum StatusBody {
     Pending,
     /// Its agent has answered.
     Running,
+    /// It is saved to disk and has no processes; or it is on the way there or back.
+    Paused,
     /// It ended as it was meant to, and will not run again.
     Stopped,
     /// It did not start, or ended as it was not meant to.
@@ -91,6 +93,7 @@ impl From<Status> for StatusBody {
         match status {
             Status::Pending => Self::Pending,
             Status::Running => Self::Running,
+            Status::Pausing | Status::Paused | Status::Resuming => Self::Paused,
             Status::Stopped => Self::Stopped,
             Status::Error => Self::Error,
         }
@@ -101,14 +104,48 @@ impl From<Status> for StatusBody {
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = Timings)]
 pub struct TimingsBody {
+    /// What kind of start it was.
+    #[schema(inline)]
+    pub start: StartBody,
     /// Directories, disk overlay and sockets were made.
     pub prepare: f64,
-    /// Start of the VMM's process to just before the guest's first instruction.
+    /// Start of the VMM's process to just before the guest's first instruction, or to the moment
+    /// that a restored guest ran again.
     pub vmm: f64,
-    /// The guest's first instruction to its agent's first words.
+    /// From there to the agent's first words after a boot; 0 after a restore.
     pub boot: f64,
+    /// From there until the agent has answered, and the guest has its names and the time.
+    pub identity: f64,
     /// All of it.
     pub total: f64,
+}
+
+/// What kind of start it was.
+#[derive(Debug, Clone, Copy, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum StartBody {
+    /// The kernel was booted.
+    Cold,
+    /// The kernel was booted, for the warm snapshot of the template did not start.
+    ColdFallback,
+    /// From the warm snapshot of the template.
+    Warm,
+    /// From a snapshot or another sandbox.
+    Fork,
+    /// From what was saved by a pause.
+    Resume,
+}
+
+impl From<Start> for StartBody {
+    fn from(start: Start) -> Self {
+        match start {
+            Start::Cold => Self::Cold,
+            Start::ColdFallback => Self::ColdFallback,
+            Start::Warm => Self::Warm,
+            Start::Fork => Self::Fork,
+            Start::Resume => Self::Resume,
+        }
+    }
 }
 
 impl From<Timings> for TimingsBody {
@@ -119,9 +156,11 @@ impl From<Timings> for TimingsBody {
     fn from(timings: Timings) -> Self {
         let ms = |us: u64| us as f64 / 1000.0;
         Self {
+            start: timings.start.into(),
             prepare: ms(timings.prepare_us),
             vmm: ms(timings.vmm_us),
             boot: ms(timings.boot_us),
+            identity: ms(timings.identity_us),
             total: ms(timings.total_us),
         }
     }
@@ -147,7 +186,7 @@ impl From<Sandbox> for SandboxBody {
 }
 
 /// RFC 3339 in UTC, to the second.
-fn rfc3339(time: Timestamp) -> String {
+pub fn rfc3339(time: Timestamp) -> String {
     time.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
 }
 
@@ -229,14 +268,16 @@ pub async fn destroy(
 
 /// Pause a running sandbox
 ///
-/// This version has no snapshots, and so refuses.
+/// Its memory is saved to disk and its processes end, so that it costs disk space only. Commands
+/// and transfers that are under way end with 409. If it cannot be saved, it runs on.
 #[utoipa::path(
     post, path = "/v1/sandboxes/{id}/pause", operation_id = "pauseSandbox", tag = "sandboxes",
     params(("id" = String, Path)),
     responses(
         (status = 200, description = "Sandbox paused", body = SandboxBody),
         (status = 404, description = "Sandbox not found", body = ErrorBody),
-        (status = 409, description = "Sandbox not running, or this version cannot pause",
+        (status = 409, description = "Sandbox not running", body = ErrorBody),
+        (status = 502, description = "It was not saved; if it still runs, the message says so",
             body = ErrorBody),
     ),
 )]
@@ -244,30 +285,28 @@ pub async fn pause(
     State(state): State<AppState>,
     Path(id): Path<String>,
 ) -> Result<Json<SandboxBody>, ApiError> {
-    state.manager.running(&id).await?;
-    Err(ApiError::conflict(
-        "a sandbox is paused by a snapshot, and snapshots are not in this version",
-    ))
+    Ok(Json(state.manager.pause(&id).await?.into()))
 }
 
 /// Resume a paused sandbox
 ///
-/// This version pauses none.
+/// It goes on where it was when it was paused. If it does not, it is paused as before, can be
+/// resumed again, and `status_reason` says why.
 #[utoipa::path(
     post, path = "/v1/sandboxes/{id}/resume", operation_id = "resumeSandbox", tag = "sandboxes",
     params(("id" = String, Path)),
     responses(
-        (status = 200, description = "Sandbox resumed", body = SandboxBody),
+        (status = 200, description = "Sandbox resumed; its agent has answered", body = SandboxBody),
         (status = 404, description = "Sandbox not found", body = ErrorBody),
         (status = 409, description = "Sandbox not paused", body = ErrorBody),
+        (status = 502, description = "It was not resumed, and is paused as before",
+            body = ErrorBody),
+        (status = 503, description = "The daemon is shutting down", body = ErrorBody),
     ),
 )]
 pub async fn resume(
     State(state): State<AppState>,
     Path(id): Path<String>,
 ) -> Result<Json<SandboxBody>, ApiError> {
-    let status = state.manager.get(&id).await?.status;
-    Err(ApiError::state(format!(
-        "sandbox is not paused (status: {status})"
-    )))
+    Ok(Json(state.manager.resume(&id).await?.into()))
 }

@@ -1,9 +1,16 @@
 //! The owner of all sandboxes.
 //!
 //! Every change is written before and after the act: a create writes `pending`, starts the
-//! sandbox, and writes `running` or `error`; a delete writes the wish, ends the sandbox, and
-//! writes `stopped`. What ends by itself is told by the host's events. One lock is held while a
-//! record is read, changed and written back, never while the host works.
+//! sandbox, and writes `running` or `error`; a pause writes `pausing` and where it saves to, saves,
+//! and writes `paused`; a delete writes the wish, ends the sandbox, and writes `stopped`. What ends
+//! by itself is told by the host's events. One lock is held while a record is read, changed and
+//! written back, never while the host works. Who takes a sandbox from one state to another has its
+//! [turn](super::turns) for all of that.
+
+mod pause;
+mod recover;
+mod snapshots;
+mod warm;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,24 +20,35 @@ use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 use jiff::Timestamp;
+use sha2::{Digest, Sha256};
 use tokio::sync::Mutex;
 use tracing::{Instrument, debug, error, info, warn};
 
 use super::error::{CreateError, DestroyError, ExecError, FileError, LookupError};
 use super::exec::{self, ExecLimits, ExecOutput};
 use super::host::{
-    CreateRequest, End, FileContent, Host, HostError, HostEvent, ReadFileRequest, WriteFileRequest,
+    CreateRequest, End, FileContent, Host, HostError, HostEvent, Identity, ReadFileRequest, Shape,
+    WriteFileRequest,
 };
+use super::id::{LayerId, SandboxId};
+use super::layer::Layers;
 use super::request::{self, Command, CreateSpec};
-use super::sandbox::{Desired, Sandbox, SandboxId, Spec, Status, Transition};
-use super::store::{SandboxStore, StoreError};
+use super::sandbox::{Sandbox, Spec, Status, Transition};
+use super::store::{Store, StoreError};
+use super::timings::Start;
+use super::turns::{Turn, Turns};
 use crate::chain;
+pub use recover::RecoverError;
+pub use snapshots::Forked;
+use warm::Warm;
 
 /// What the manager allows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
     /// Output of commands.
     pub exec: ExecLimits,
+    /// Size on the disk of all warm snapshots, in bytes; with 0 there are none.
+    pub warm_bytes: u64,
 }
 
 /// The owner of all sandboxes; clones share it.
@@ -41,45 +59,29 @@ pub struct Manager {
 
 struct Inner {
     host: Arc<dyn Host>,
-    store: Arc<dyn SandboxStore>,
+    store: Arc<dyn Store>,
     limits: Limits,
     /// Held while a record is read, changed and written back.
     records: Mutex<()>,
+    turns: Turns,
+    warm: Warm,
     closing: AtomicBool,
 }
 
 impl Manager {
     /// A manager of what is in `store`, on `host`.
-    pub fn new(host: Arc<dyn Host>, store: Arc<dyn SandboxStore>, limits: Limits) -> Self {
+    pub fn new(host: Arc<dyn Host>, store: Arc<dyn Store>, limits: Limits) -> Self {
         Self {
             inner: Arc::new(Inner {
                 host,
                 store,
                 limits,
                 records: Mutex::new(()),
+                turns: Turns::default(),
+                warm: Warm::default(),
                 closing: AtomicBool::new(false),
             }),
         }
-    }
-
-    /// Settles the records of an earlier daemon, whose sandboxes the host has ended.
-    ///
-    /// # Errors
-    /// The store failed.
-    pub async fn recover(&self) -> Result<(), StoreError> {
-        for sandbox in self.inner.store.list_live().await? {
-            let transition = match sandbox.desired {
-                Desired::Stopped => Transition::Stopped { reason: None },
-                Desired::Running => Transition::Failed {
-                    reason: format!(
-                        "the daemon ended without notice while the sandbox was {}",
-                        sandbox.status
-                    ),
-                },
-            };
-            self.record(&sandbox.id, transition).await?;
-        }
-        Ok(())
     }
 
     /// Writes down what happens on the host, until it tells no more.
@@ -110,62 +112,82 @@ impl Manager {
     }
 
     async fn create_checked(&self, spec: Spec) -> Result<Sandbox, CreateError> {
-        let sandbox = self.insert(spec).await?;
-        let id = sandbox.id;
-        info!(sandbox = %id, template = sandbox.spec.template, vcpus = sandbox.spec.vcpus,
-            memory_mb = sandbox.spec.memory_mb, "creating sandbox");
-        let request = CreateRequest {
-            id: id.clone(),
-            template: sandbox.spec.template,
-            vcpus: sandbox.spec.vcpus,
-            memory_mb: sandbox.spec.memory_mb,
+        let shape = shape_of(&spec);
+        let (sandbox, turn, warm) = self.insert_warm(spec).await?;
+        info!(sandbox = %sandbox.id, template = shape.template, vcpus = shape.vcpus,
+            memory_mb = shape.memory_mb, is_warm = warm.is_some(), "creating sandbox");
+        let started = match warm {
+            Some(key) => self.start_warm(sandbox, &key).await,
+            None => self.start(sandbox, Start::Cold).await,
         };
-        match self.inner.host.create(request).await {
+        drop(turn);
+        if started.is_ok() {
+            self.warm_up(shape);
+        }
+        started
+    }
+
+    /// Starts a sandbox that is written down as `pending`, and writes down how that went. The
+    /// caller has the turn.
+    async fn start(&self, sandbox: Sandbox, start: Start) -> Result<Sandbox, CreateError> {
+        let id = sandbox.id.clone();
+        match self.inner.host.create(request_for(&sandbox, start)).await {
             Ok(created) => {
-                let started = self.record(&id, Transition::Started(created.timings)).await;
-                let sandbox = match started {
-                    Ok(Some(sandbox)) => sandbox,
-                    // What is not recorded as running must not run.
-                    unrecorded => {
-                        if let Err(source) = self.inner.host.destroy(&id).await {
-                            error!(sandbox = %id, error = chain(&source), "sandbox is left");
-                        }
-                        unrecorded?;
-                        return Err(CreateError::Interrupted);
-                    }
-                };
-                if sandbox.status == Status::Running {
-                    info!(sandbox = %id, total_us = created.timings.total_us, "sandbox is running");
-                    Ok(sandbox)
-                } else {
-                    let reason = sandbox
-                        .status_reason
-                        .unwrap_or_else(|| "it was deleted".into());
-                    Err(CreateError::EndedAtOnce { id, reason })
-                }
+                self.started(&id, Transition::Started(created.timings))
+                    .await
             }
             Err(source) => {
-                let reason = match &source {
-                    HostError::Start { reason } => reason.clone(),
-                    other => other.to_string(),
-                };
+                let reason = reason_of(&source);
                 self.record(&id, Transition::Failed { reason }).await?;
                 Err(CreateError::Host { id, source })
             }
         }
     }
 
-    async fn insert(&self, spec: Spec) -> Result<Sandbox, CreateError> {
-        loop {
-            let sandbox = Sandbox::new(SandboxId::random(), spec.clone(), Timestamp::now());
-            if self.inner.store.insert(&sandbox).await? {
+    /// Writes down that a sandbox runs.
+    async fn started(
+        &self,
+        id: &SandboxId,
+        transition: Transition,
+    ) -> Result<Sandbox, CreateError> {
+        let recorded = self.record(id, transition).await;
+        let gone = match recorded {
+            Ok(Some(sandbox)) if sandbox.status == Status::Running => {
+                let total_us = sandbox.timings.map(|timings| timings.total_us);
+                info!(sandbox = %id, total_us, "sandbox is running");
                 return Ok(sandbox);
+            }
+            Ok(Some(sandbox)) => CreateError::EndedAtOnce {
+                id: id.clone(),
+                reason: sandbox
+                    .status_reason
+                    .unwrap_or_else(|| "it was deleted".into()),
+            },
+            Ok(None) => CreateError::Interrupted,
+            Err(source) => source.into(),
+        };
+        // What is not recorded as running must not run.
+        if let Err(source) = self.inner.host.destroy(id).await {
+            error!(sandbox = %id, error = chain(&source), "sandbox is left");
+        }
+        Err(gone)
+    }
+
+    /// Writes down a new sandbox, and takes the turn at it. The caller holds the lock of the
+    /// records where `layers` are those of another record.
+    async fn insert(&self, spec: &Spec, layers: &Layers) -> Result<(Sandbox, Turn), StoreError> {
+        loop {
+            let now = Timestamp::now();
+            let sandbox = Sandbox::new(SandboxId::random(), spec.clone(), layers.clone(), now);
+            let turn = self.inner.turns.take(&sandbox.id).await;
+            if self.inner.store.insert(&sandbox).await? {
+                return Ok((sandbox, turn));
             }
         }
     }
 
     async fn check(&self, spec: CreateSpec) -> Result<Spec, CreateError> {
-        if self.inner.closing.load(Ordering::Acquire) {
+        if self.is_closing() {
             return Err(CreateError::ShuttingDown);
         }
         let host = self
@@ -177,7 +199,11 @@ impl Manager {
         request::check_spec(spec, &host).map_err(CreateError::Invalid)
     }
 
-    /// The sandboxes that are pending or running, newest first.
+    fn is_closing(&self) -> bool {
+        self.inner.closing.load(Ordering::Acquire)
+    }
+
+    /// The sandboxes that run, are on the way there, or are paused; newest first.
     ///
     /// # Errors
     /// The store failed.
@@ -213,11 +239,15 @@ impl Manager {
     async fn destroy_known(&self, id: &SandboxId) -> Result<(), DestroyError> {
         let store = |source: StoreError| DestroyError::Lookup(source.into());
         self.record(id, Transition::Unwanted).await.map_err(store)?;
-        self.inner
-            .host
-            .destroy(id)
-            .await
-            .map_err(DestroyError::Host)?;
+        let destroy = || async {
+            let destroyed = self.inner.host.destroy(id).await;
+            destroyed.map_err(DestroyError::Host)
+        };
+        // This ends whatever somebody is doing with it; the second makes sure that it has not begun
+        // anew in between.
+        destroy().await?;
+        let _turn = self.inner.turns.take(id).await;
+        destroy().await?;
         self.record(id, Transition::Stopped { reason: None })
             .await
             .map_err(store)?;
@@ -289,7 +319,7 @@ impl Manager {
         &self.inner.limits
     }
 
-    /// Ends every sandbox and writes that down.
+    /// Ends every sandbox that runs, and writes that down. Paused ones stay.
     pub async fn shutdown(&self) {
         self.inner.closing.store(true, Ordering::Release);
         self.inner.host.shutdown().await;
@@ -301,14 +331,30 @@ impl Manager {
             }
         };
         for sandbox in live {
-            let reason = Some("daemon shut down".to_owned());
-            if let Err(source) = self
-                .record(&sandbox.id, Transition::Stopped { reason })
-                .await
-            {
+            // Whoever was at it has been told that it ended, and has written that down by then.
+            let _turn = self.inner.turns.take(&sandbox.id).await;
+            if let Err(source) = self.record_shutdown(&sandbox.id).await {
                 error!(sandbox = %sandbox.id, error = %chain(&source), "end of sandbox not recorded");
             }
         }
+    }
+
+    async fn record_shutdown(&self, id: &SandboxId) -> Result<(), StoreError> {
+        let status = self
+            .inner
+            .store
+            .get(id)
+            .await?
+            .map(|sandbox| sandbox.status);
+        let reason = "daemon shut down".to_owned();
+        let transition = match status {
+            Some(Status::Resuming) => Transition::NotResumed { reason },
+            Some(Status::Pending | Status::Running | Status::Pausing) => Transition::Stopped {
+                reason: Some(reason),
+            },
+            Some(Status::Paused | Status::Stopped | Status::Error) | None => return Ok(()),
+        };
+        self.record(id, transition).await.map(drop)
     }
 
     async fn used(&self, id: &SandboxId) {
@@ -324,15 +370,19 @@ impl Manager {
         id: &SandboxId,
         transition: Transition,
     ) -> Result<Option<Sandbox>, StoreError> {
-        let _records = self.inner.records.lock().await;
+        let records = self.inner.records.lock().await;
         let Some(mut sandbox) = self.inner.store.get(id).await? else {
             return Ok(None);
         };
         let before = sandbox.status;
-        match sandbox.apply(transition, Timestamp::now()) {
+        let released = match sandbox.apply(transition, Timestamp::now()) {
             Ok(()) => self.inner.store.update(&sandbox).await?,
-            Err(late) => debug!(sandbox = %id, "{late}"),
-        }
+            Err(late) => {
+                debug!(sandbox = %id, "{late}");
+                Vec::new()
+            }
+        };
+        drop(records);
         if sandbox.status != before {
             match (sandbox.status, &sandbox.status_reason) {
                 (Status::Error, reason) => warn!(sandbox = %id, from = %before,
@@ -341,6 +391,60 @@ impl Manager {
                     reason = reason.as_deref(), "sandbox changed state"),
             }
         }
+        self.discard(&released).await;
         Ok(Some(sandbox))
+    }
+
+    /// Removes layers that nobody holds any more. One that stays is removed at the next start.
+    async fn discard(&self, layers: &[LayerId]) {
+        if layers.is_empty() {
+            return;
+        }
+        if let Err(source) = self.inner.host.discard(layers).await {
+            error!(error = %chain(&source), "layers are left");
+        }
+    }
+}
+
+fn shape_of(spec: &Spec) -> Shape {
+    Shape {
+        template: spec.template.clone(),
+        vcpus: spec.vcpus,
+        memory_mb: spec.memory_mb,
+    }
+}
+
+fn request_for(sandbox: &Sandbox, start: Start) -> CreateRequest {
+    CreateRequest {
+        id: sandbox.id.clone(),
+        shape: shape_of(&sandbox.spec),
+        identity: identity_of(&sandbox.id, sandbox.created_at),
+        layers: sandbox.layers.clone(),
+        start,
+    }
+}
+
+/// Who the guest of a sandbox is: the same at each of its starts, and nobody else. The id alone
+/// would do for those of this daemon; the time sets them apart from those of others.
+fn identity_of(id: &SandboxId, created_at: Timestamp) -> Identity {
+    let mut digest = Sha256::new();
+    digest.update("machine-id of a sandbox\0");
+    digest.update(id.as_str());
+    digest.update(created_at.as_microsecond().to_be_bytes());
+    let machine_id = digest.finalize()[..16]
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    Identity {
+        hostname: id.to_string(),
+        machine_id,
+    }
+}
+
+/// Why the host did not start a sandbox, for its record.
+fn reason_of(source: &HostError) -> String {
+    match source {
+        HostError::Start { reason } => reason.clone(),
+        other => other.to_string(),
     }
 }

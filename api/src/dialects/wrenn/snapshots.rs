@@ -1,0 +1,275 @@
+//! Snapshots and forks.
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::error::{ApiError, parse};
+use super::sandboxes::{SandboxBody, rfc3339};
+use crate::domain::{Forked, Snapshot, SnapshotSpec};
+use crate::http::{AppState, ErrorBody};
+
+/// What to take a snapshot of.
+#[derive(Debug, Deserialize, ToSchema)]
+pub struct CreateSnapshotRequest {
+    /// The sandbox, running or paused.
+    #[serde(default)]
+    #[schema(required)]
+    pub sandbox_id: String,
+    /// A name for the snapshot, which no other has: 1 to 64 letters, digits, `.`, `_` or `-`.
+    #[serde(default)]
+    #[schema(nullable = false)]
+    pub name: Option<String>,
+    /// A description, of 4096 bytes at most.
+    #[serde(default)]
+    #[schema(nullable = false)]
+    pub description: Option<String>,
+}
+
+/// A sandbox as it was at one moment: memory, processes and disk.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Snapshot)]
+pub struct SnapshotBody {
+    /// Its id.
+    #[schema(example = "sn-0a1b2c3d")]
+    pub id: String,
+    /// Its name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub name: Option<String>,
+    /// Its description.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub description: Option<String>,
+    /// The sandbox that it was taken of.
+    pub sandbox_id: String,
+    /// Template of the root disk.
+    pub template: String,
+    /// Virtual CPUs.
+    pub vcpus: u8,
+    /// RAM in MiB.
+    pub memory_mb: u32,
+    /// Size on the disk in bytes, what it shares with other snapshots and sandboxes included.
+    pub size_bytes: u64,
+    /// SHA-256 of the manifest of memory and state, which holds those of the files.
+    pub checksum: String,
+    /// When it was taken.
+    #[schema(value_type = String, format = DateTime)]
+    pub created_at: String,
+}
+
+/// How many sandboxes to make.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(default)]
+pub struct ForkRequest {
+    /// 1 to 100.
+    #[schema(default = 1, nullable = false)]
+    pub count: Option<i64>,
+}
+
+/// What came of a fork.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct ForkBody {
+    /// The new sandboxes; their agents have answered.
+    pub sandboxes: Vec<SandboxBody>,
+    /// Those that did not start. Their records stay, as `error`.
+    pub failed: Vec<ForkFailure>,
+    /// Milliseconds for which the sandbox that was forked stood still, if it was running.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub stall_ms: Option<f64>,
+}
+
+/// A sandbox that did not start.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct ForkFailure {
+    /// Its id.
+    pub id: String,
+    /// Why.
+    pub reason: String,
+}
+
+impl From<Snapshot> for SnapshotBody {
+    fn from(snapshot: Snapshot) -> Self {
+        let (size_bytes, checksum) = snapshot
+            .content
+            .map(|content| (content.size_bytes, content.checksum))
+            .unwrap_or_default();
+        Self {
+            id: snapshot.id.into(),
+            name: snapshot.name,
+            description: snapshot.description,
+            sandbox_id: snapshot.sandbox.into(),
+            template: snapshot.spec.template,
+            vcpus: snapshot.spec.vcpus,
+            memory_mb: snapshot.spec.memory_mb,
+            size_bytes,
+            checksum,
+            created_at: rfc3339(snapshot.created_at),
+        }
+    }
+}
+
+impl From<Forked> for ForkBody {
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "exact up to 2^53 µs, which is 285 years"
+    )]
+    fn from(forked: Forked) -> Self {
+        let failed = forked.failed.into_iter().map(|(id, reason)| ForkFailure {
+            id: id.into(),
+            reason,
+        });
+        Self {
+            sandboxes: forked.sandboxes.into_iter().map(Into::into).collect(),
+            failed: failed.collect(),
+            stall_ms: forked.stall.map(|stall| stall.stall_us as f64 / 1000.0),
+        }
+    }
+}
+
+/// Take a snapshot
+///
+/// A sandbox that runs stands still while its memory is saved, and goes on.
+#[utoipa::path(
+    post, path = "/v1/snapshots", operation_id = "createSnapshot", tag = "snapshots",
+    request_body = CreateSnapshotRequest,
+    responses(
+        (status = 201, description = "Snapshot taken", body = SnapshotBody),
+        (status = 400, description = "The request makes no sense", body = ErrorBody),
+        (status = 404, description = "Sandbox not found", body = ErrorBody),
+        (status = 409, description = "Sandbox neither running nor paused, or the name is taken",
+            body = ErrorBody),
+        (status = 502, description = "It was not saved; if it still runs, the message says so",
+            body = ErrorBody),
+    ),
+)]
+pub async fn create(
+    State(state): State<AppState>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<(StatusCode, Json<SnapshotBody>), ApiError> {
+    let request: CreateSnapshotRequest = parse(body)?;
+    if request.sandbox_id.is_empty() {
+        return Err(ApiError::invalid("sandbox_id is required"));
+    }
+    let spec = SnapshotSpec {
+        name: request.name,
+        description: request.description,
+    };
+    let snapshot = state.manager.snapshot(&request.sandbox_id, spec).await?;
+    Ok((StatusCode::CREATED, Json(snapshot.into())))
+}
+
+/// List all snapshots
+///
+/// Newest first.
+#[utoipa::path(
+    get, path = "/v1/snapshots", operation_id = "listSnapshots", tag = "snapshots",
+    responses((status = 200, description = "List of snapshots", body = Vec<SnapshotBody>)),
+)]
+pub async fn list(State(state): State<AppState>) -> Result<Json<Vec<SnapshotBody>>, ApiError> {
+    let snapshots = state.manager.list_snapshots().await?;
+    Ok(Json(snapshots.into_iter().map(Into::into).collect()))
+}
+
+/// Get snapshot details
+#[utoipa::path(
+    get, path = "/v1/snapshots/{id}", operation_id = "getSnapshot", tag = "snapshots",
+    params(("id" = String, Path, description = "Id or name")),
+    responses(
+        (status = 200, description = "Snapshot details", body = SnapshotBody),
+        (status = 404, description = "Snapshot not found", body = ErrorBody),
+    ),
+)]
+pub async fn get(
+    State(state): State<AppState>,
+    Path(id): Path<String>,
+) -> Result<Json<SnapshotBody>, ApiError> {
+    Ok(Json(state.manager.get_snapshot(&id).await?.into()))
+}
+
+/// Delete a snapshot
+///
+/// Sandboxes that were made from it are not affected.
+#[utoipa::path(
+    delete, path = "/v1/snapshots/{id}", operation_id = "deleteSnapshot", tag = "snapshots",
+    params(("id" = String, Path, description = "Id or name")),
+    responses(
+        (status = 204, description = "Snapshot deleted"),
+        (status = 404, description = "Snapshot not found", body = ErrorBody),
+    ),
+)]
+pub async fn delete(
+    State(state): State<AppState>,
+    Path(id): Path<String>,
+) -> Result<StatusCode, ApiError> {
+    state.manager.delete_snapshot(&id).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Make sandboxes from a snapshot
+///
+/// Each goes on where the snapshot was taken, as a machine of its own.
+#[utoipa::path(
+    post, path = "/v1/snapshots/{id}/fork", operation_id = "forkSnapshot", tag = "snapshots",
+    params(("id" = String, Path, description = "Id or name")),
+    request_body = ForkRequest,
+    responses(
+        (status = 201, description = "Sandboxes made; some may have failed", body = ForkBody),
+        (status = 400, description = "The request makes no sense", body = ErrorBody),
+        (status = 404, description = "Snapshot not found", body = ErrorBody),
+        (status = 502, description = "None of them started", body = ErrorBody),
+        (status = 503, description = "The daemon is shutting down", body = ErrorBody),
+    ),
+)]
+pub async fn fork(
+    State(state): State<AppState>,
+    Path(id): Path<String>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<(StatusCode, Json<ForkBody>), ApiError> {
+    let request: ForkRequest = parse(body)?;
+    let count = request.count.unwrap_or(1);
+    answer(state.manager.fork_snapshot(&id, count).await?)
+}
+
+/// Make sandboxes from another
+///
+/// Each goes on where that one is, as a machine of its own. One that runs stands still while its
+/// memory is saved, and goes on.
+#[utoipa::path(
+    post, path = "/v1/sandboxes/{id}/fork", operation_id = "forkSandbox", tag = "sandboxes",
+    params(("id" = String, Path)),
+    request_body = ForkRequest,
+    responses(
+        (status = 201, description = "Sandboxes made; some may have failed", body = ForkBody),
+        (status = 400, description = "The request makes no sense", body = ErrorBody),
+        (status = 404, description = "Sandbox not found", body = ErrorBody),
+        (status = 409, description = "Sandbox neither running nor paused", body = ErrorBody),
+        (status = 502, description = "It was not saved, or none of them started",
+            body = ErrorBody),
+        (status = 503, description = "The daemon is shutting down", body = ErrorBody),
+    ),
+)]
+pub async fn fork_sandbox(
+    State(state): State<AppState>,
+    Path(id): Path<String>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<(StatusCode, Json<ForkBody>), ApiError> {
+    let request: ForkRequest = parse(body)?;
+    let count = request.count.unwrap_or(1);
+    answer(state.manager.fork(&id, count).await?)
+}
+
+fn answer(forked: Forked) -> Result<(StatusCode, Json<ForkBody>), ApiError> {
+    match (forked.sandboxes.first(), forked.failed.first()) {
+        (None, Some((_, reason))) => Err(ApiError::agent(format!(
+            "none of {} sandboxes started; the first: {reason}",
+            forked.failed.len()
+        ))),
+        _ => Ok((StatusCode::CREATED, Json(forked.into()))),
+    }
+}

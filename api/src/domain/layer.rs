@@ -1,0 +1,84 @@
+//! What a machine that was saved is made of: layers of memory and of disk.
+//!
+//! A layer is written once and never changed. A memory layer holds what differs from the layers
+//! beneath it; the bottom one holds all of a machine's memory that is not zero, and its top one the
+//! state of the processors and devices. A disk layer is an overlay on the one beneath it, or on the
+//! template's image.
+//!
+//! Machines and snapshots share layers. Who holds which is in the store, written in one transaction
+//! with the holder's own record: a layer goes when its last holder does.
+
+use serde::{Deserialize, Serialize};
+
+use super::id::LayerId;
+
+/// The most memory layers of one machine. Each is a mapping and an open file of its VMM, and a page
+/// is looked for in one after the other when it is saved again.
+const MAX_MEMORY: usize = 4;
+/// The most disk layers of one machine: a few less than the VMM opens.
+pub const MAX_DISK: usize = 56;
+
+/// The layers of one machine.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Layers {
+    /// Of its memory, bottom first. Empty for a machine that was booted and never saved.
+    pub memory: Vec<LayerId>,
+    /// Of its disk, bottom first, without the overlay that it writes to.
+    pub disk: Vec<LayerId>,
+}
+
+impl Layers {
+    /// Whether there are none, as for a machine that was booted and never saved.
+    pub fn is_empty(&self) -> bool {
+        self.memory.is_empty() && self.disk.is_empty()
+    }
+
+    /// All of them.
+    pub fn all(&self) -> impl Iterator<Item = &LayerId> {
+        self.memory.iter().chain(&self.disk)
+    }
+
+    /// How many of the memory layers stay the base when the machine is saved again: all, or, where
+    /// that would make too many, the bottom one alone, and the new layer takes in what is in the
+    /// others. The bottom one is the largest, and often shared.
+    pub fn kept_memory(&self) -> usize {
+        match self.memory.len() {
+            len if len < MAX_MEMORY => len,
+            _ => 1,
+        }
+    }
+
+    /// The layers after the machine is saved again to the layers `memory` and `disk`.
+    pub fn saved(&self, memory: LayerId, disk: LayerId) -> Self {
+        let mut next = self.clone();
+        next.memory.truncate(self.kept_memory());
+        next.memory.push(memory);
+        next.disk.push(disk);
+        next
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_chains_are_bounded_and_keep_their_bottom() {
+        let mut layers = Layers::default();
+        let mut bottom = None;
+        for generation in 1..=50 {
+            let (memory, disk) = (LayerId::random(), LayerId::random());
+            let next = layers.saved(memory.clone(), disk.clone());
+            assert!(next.memory.len() <= MAX_MEMORY);
+            assert_eq!(next.memory.last(), Some(&memory));
+            assert_eq!(next.disk.last(), Some(&disk));
+            assert_eq!(next.disk.len(), generation);
+            let kept = layers.kept_memory();
+            assert_eq!(next.memory[..kept], layers.memory[..kept]);
+            let bottom = bottom.get_or_insert_with(|| memory.clone());
+            assert_eq!(&next.memory[0], bottom);
+            layers = next;
+        }
+    }
+}

@@ -1,0 +1,307 @@
+//! Snapshots and forks.
+
+use futures_util::StreamExt;
+use futures_util::stream;
+use jiff::Timestamp;
+use tracing::{Instrument, error, info};
+
+use super::super::error::{ForkError, SnapshotError};
+use super::super::host::{HostError, SaveRequest, Saved};
+use super::super::id::{LayerId, SandboxId, SnapshotId};
+use super::super::layer::MAX_DISK;
+use super::super::request::{self, SnapshotSpec};
+use super::super::sandbox::{Sandbox, Status, Transition};
+use super::super::snapshot::Snapshot;
+use super::super::store::StoreError;
+use super::super::timings::{SaveTimings, Start};
+use super::super::turns::Turn;
+use super::Manager;
+use crate::chain;
+
+/// How many sandboxes of one fork are started at a time.
+const STARTS_AT_A_TIME: usize = 16;
+
+/// What came of a fork.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Forked {
+    /// The new sandboxes, which run.
+    pub sandboxes: Vec<Sandbox>,
+    /// Those that did not start, and why, as a sentence.
+    pub failed: Vec<(SandboxId, String)>,
+    /// How long the parent was held up, if it was running.
+    pub stall: Option<SaveTimings>,
+}
+
+impl Manager {
+    /// Takes a snapshot of a sandbox that runs, which is held up while its memory is saved, or is
+    /// paused. It goes on if the caller goes away.
+    ///
+    /// # Errors
+    /// There is none; the sandbox is as before.
+    pub async fn snapshot(&self, id: &str, spec: SnapshotSpec) -> Result<Snapshot, SnapshotError> {
+        request::check_snapshot(&spec).map_err(SnapshotError::Invalid)?;
+        let id = self.get(id).await?.id;
+        let manager = self.clone();
+        let task = async move {
+            let turn = manager.inner.turns.take(&id).await;
+            manager.take_snapshot(&id, spec, &turn).await
+        };
+        tokio::spawn(task.in_current_span())
+            .await
+            .unwrap_or(Err(SnapshotError::Interrupted))
+            .map(|(snapshot, _)| snapshot)
+    }
+
+    /// Takes a snapshot. The caller has the turn at the sandbox.
+    async fn take_snapshot(
+        &self,
+        id: &SandboxId,
+        spec: SnapshotSpec,
+        _turn: &Turn,
+    ) -> Result<(Snapshot, Option<SaveTimings>), SnapshotError> {
+        let (mut snapshot, is_running) = self.insert_snapshot(id, spec).await?;
+        let taken = self.save_for(&mut snapshot, is_running).await;
+        if taken.is_err() {
+            let released = self.inner.store.remove_snapshot(&snapshot.id).await?;
+            self.discard(&released).await;
+        }
+        let saved = taken?;
+        info!(sandbox = %id, snapshot = %snapshot.id, stall_us = saved.as_ref().map(|saved| saved.timings.stall_us),
+            "snapshot taken");
+        Ok((snapshot, saved.map(|saved| saved.timings)))
+    }
+
+    /// Writes down a snapshot that is to be taken, so that it holds the layers from now on.
+    async fn insert_snapshot(
+        &self,
+        id: &SandboxId,
+        spec: SnapshotSpec,
+    ) -> Result<(Snapshot, bool), SnapshotError> {
+        let _records = self.inner.records.lock().await;
+        let sandbox = self.get(id.as_str()).await?;
+        let (layers, is_running) = match sandbox.status {
+            Status::Running if sandbox.layers.disk.len() >= MAX_DISK => {
+                return Err(SnapshotError::TooManyLayers(sandbox.layers.disk.len()));
+            }
+            Status::Running => {
+                let layers = sandbox.layers.saved(LayerId::random(), LayerId::random());
+                (layers, true)
+            }
+            Status::Paused => (sandbox.layers, false),
+            status => return Err(SnapshotError::NotSaveable(status)),
+        };
+        if let Some(name) = &spec.name
+            && self.inner.store.find_snapshot(name).await?.is_some()
+        {
+            return Err(SnapshotError::NameTaken(name.clone()));
+        }
+        let mut snapshot = Snapshot {
+            id: SnapshotId::random(),
+            name: spec.name,
+            description: spec.description,
+            sandbox: id.clone(),
+            spec: sandbox.spec,
+            layers,
+            content: None,
+            created_at: Timestamp::now(),
+        };
+        while !self.inner.store.insert_snapshot(&snapshot).await? {
+            snapshot.id = SnapshotId::random();
+        }
+        Ok((snapshot, is_running))
+    }
+
+    /// Saves the sandbox, if it runs, and completes the record.
+    async fn save_for(
+        &self,
+        snapshot: &mut Snapshot,
+        is_running: bool,
+    ) -> Result<Option<Saved>, SnapshotError> {
+        let host = &self.inner.host;
+        let saved = if is_running {
+            Some(self.save_running(snapshot).await?)
+        } else {
+            None
+        };
+        let content = host
+            .inspect(&snapshot.layers)
+            .await
+            .map_err(SnapshotError::Host)?;
+        snapshot.content = Some(content.ok_or_else(|| {
+            SnapshotError::Host(HostError::Internal {
+                reason: "layers of the sandbox are missing".to_owned(),
+            })
+        })?);
+        self.inner.store.update_snapshot(snapshot).await?;
+        Ok(saved)
+    }
+
+    async fn save_running(&self, snapshot: &Snapshot) -> Result<Saved, SnapshotError> {
+        let id = &snapshot.sandbox;
+        let keep = snapshot.layers.memory.len().saturating_sub(1);
+        let request = SaveRequest {
+            id: id.clone(),
+            keep,
+            layers: snapshot.layers.clone(),
+        };
+        let result = self.inner.host.snapshot(request).await;
+        let based_on = match &result {
+            Ok(_) => Some(snapshot.layers.clone()),
+            Err(HostError::NotSaved { keep, .. }) => {
+                let mut layers = self.get(id.as_str()).await?.layers;
+                let is_changed = layers.memory.len() > *keep;
+                layers.memory.truncate(*keep);
+                is_changed.then_some(layers)
+            }
+            Err(_) => None,
+        };
+        if let Some(layers) = based_on {
+            self.record(id, Transition::Based(layers)).await?;
+        }
+        result.map_err(SnapshotError::Host)
+    }
+
+    /// All snapshots, newest first.
+    ///
+    /// # Errors
+    /// The store failed.
+    pub async fn list_snapshots(&self) -> Result<Vec<Snapshot>, StoreError> {
+        let mut snapshots = self.inner.store.list_snapshots().await?;
+        snapshots.retain(|snapshot| snapshot.content.is_some());
+        Ok(snapshots)
+    }
+
+    /// The snapshot of this id or name.
+    ///
+    /// # Errors
+    /// There is none, or the store failed.
+    pub async fn get_snapshot(&self, id: &str) -> Result<Snapshot, SnapshotError> {
+        let found = match id.parse() {
+            Ok(id) => self.inner.store.get_snapshot(&id).await?,
+            Err(_) => self.inner.store.find_snapshot(id).await?,
+        };
+        found
+            .filter(|snapshot| snapshot.content.is_some())
+            .ok_or(SnapshotError::NotFound)
+    }
+
+    /// Deletes a snapshot. Sandboxes that were made from it are as before.
+    ///
+    /// # Errors
+    /// There is none, or the store failed.
+    pub async fn delete_snapshot(&self, id: &str) -> Result<(), SnapshotError> {
+        let released = {
+            let _records = self.inner.records.lock().await;
+            let snapshot = self.get_snapshot(id).await?;
+            info!(snapshot = %snapshot.id, "snapshot deleted");
+            self.inner.store.remove_snapshot(&snapshot.id).await?
+        };
+        self.discard(&released).await;
+        Ok(())
+    }
+
+    /// Makes sandboxes from one that runs, which goes on, or is paused, and waits until the agents
+    /// have answered. It goes on if the caller goes away.
+    ///
+    /// # Errors
+    /// Nothing was forked. That single ones did not start is told in [`Forked`].
+    pub async fn fork(&self, id: &str, count: i64) -> Result<Forked, ForkError> {
+        let count = self.check_fork(count)?;
+        let id = self.get(id).await.map_err(SnapshotError::from)?.id;
+        let manager = self.clone();
+        let task = async move {
+            let turn = manager.inner.turns.take(&id).await;
+            let spec = SnapshotSpec::default();
+            let (snapshot, stall) = manager.take_snapshot(&id, spec, &turn).await?;
+            drop(turn);
+            let pending = manager.insert_forks(snapshot.id.as_str(), count).await;
+            // The sandboxes hold the layers now.
+            if let Err(source) = manager.delete_snapshot(snapshot.id.as_str()).await {
+                error!(snapshot = %snapshot.id, error = %chain(&source), "snapshot is left");
+            }
+            Ok(manager.start_forks(pending?, stall).await)
+        };
+        tokio::spawn(task.in_current_span())
+            .await
+            .unwrap_or(Err(ForkError::Interrupted))
+    }
+
+    /// Makes sandboxes from a snapshot, named by id or name, and waits until the agents have
+    /// answered. It goes on if the caller goes away.
+    ///
+    /// # Errors
+    /// As for [`Manager::fork`].
+    pub async fn fork_snapshot(&self, id: &str, count: i64) -> Result<Forked, ForkError> {
+        let count = self.check_fork(count)?;
+        let (manager, id) = (self.clone(), id.to_owned());
+        let task = async move {
+            let pending = manager.insert_forks(&id, count).await?;
+            Ok(manager.start_forks(pending, None).await)
+        };
+        tokio::spawn(task.in_current_span())
+            .await
+            .unwrap_or(Err(ForkError::Interrupted))
+    }
+
+    fn check_fork(&self, count: i64) -> Result<usize, ForkError> {
+        if self.is_closing() {
+            return Err(ForkError::ShuttingDown);
+        }
+        request::check_count(count).map_err(ForkError::Invalid)
+    }
+
+    /// Writes down the sandboxes of a fork.
+    async fn insert_forks(
+        &self,
+        snapshot: &str,
+        count: usize,
+    ) -> Result<Vec<(Sandbox, Turn)>, SnapshotError> {
+        let mut pending = Vec::with_capacity(count);
+        let inserted = async {
+            let _records = self.inner.records.lock().await;
+            let snapshot = self.get_snapshot(snapshot).await?;
+            for _ in 0..count {
+                pending.push(self.insert(&snapshot.spec, &snapshot.layers).await?);
+            }
+            Ok(())
+        };
+        if let Err(source) = inserted.await {
+            for (sandbox, _) in pending {
+                let reason = "the fork that it belongs to could not be written down".to_owned();
+                self.record(&sandbox.id, Transition::Failed { reason })
+                    .await?;
+            }
+            return Err(source);
+        }
+        Ok(pending)
+    }
+
+    async fn start_forks(
+        &self,
+        pending: Vec<(Sandbox, Turn)>,
+        stall: Option<SaveTimings>,
+    ) -> Forked {
+        let starts = pending.into_iter().map(|(sandbox, turn)| async move {
+            let id = sandbox.id.clone();
+            let started = self.start(sandbox, Start::Fork).await;
+            drop(turn);
+            started.map_err(|source| (id, chain(&source)))
+        });
+        let results: Vec<_> = stream::iter(starts)
+            .buffered(STARTS_AT_A_TIME)
+            .collect()
+            .await;
+        let mut forked = Forked {
+            sandboxes: Vec::new(),
+            failed: Vec::new(),
+            stall,
+        };
+        for result in results {
+            match result {
+                Ok(sandbox) => forked.sandboxes.push(sandbox),
+                Err(failed) => forked.failed.push(failed),
+            }
+        }
+        forked
+    }
+}

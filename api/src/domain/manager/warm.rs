@@ -1,0 +1,294 @@
+//! Warm snapshots: the machine of a template and shape, booted and saved once, from which sandboxes
+//! of that shape start instead of booting.
+//!
+//! ```text
+//! create ──► is there one of the key? ──yes──► start from it ──fails──► drop it, boot
+//!                     │ no
+//!                     └──► boot, answer; then, in the background: boot a machine of its own,
+//!                          save it, drop least recently used ones until it fits in, write it down
+//! ```
+//!
+//! The key changes with everything that the snapshot was made from. One that does not come about, or
+//! does not start, is not tried again by this daemon, so that no machine is booted over and over.
+
+use std::collections::HashSet;
+use std::sync::{Mutex, PoisonError};
+
+use jiff::Timestamp;
+use tokio::sync::Semaphore;
+use tracing::{Instrument, debug, info, warn};
+
+use super::super::error::CreateError;
+use super::super::host::{CreateRequest, ExecRequest, HostError, SaveRequest, Shape};
+use super::super::id::{LayerId, SandboxId};
+use super::super::layer::Layers;
+use super::super::sandbox::{Sandbox, Spec, Transition};
+use super::super::snapshot::WarmSnapshot;
+use super::super::store::StoreError;
+use super::super::timings::Start;
+use super::super::turns::Turn;
+use super::{Manager, identity_of, request_for, shape_of};
+use crate::chain;
+
+/// How long the first command in a machine that is made warm may take, in seconds.
+const FIRST_COMMAND_SEC: u32 = 60;
+
+/// What is known of warm snapshots beyond the store.
+#[derive(Debug)]
+pub struct Warm {
+    /// Keys that are being made, or did not work.
+    given_up: Mutex<HashSet<String>>,
+    /// One machine at a time is booted for this.
+    boots: Semaphore,
+}
+
+impl Default for Warm {
+    fn default() -> Self {
+        Self {
+            given_up: Mutex::default(),
+            boots: Semaphore::new(1),
+        }
+    }
+}
+
+impl Warm {
+    /// Whether nobody has begun to make this one.
+    fn begin(&self, key: &str) -> bool {
+        let mut given_up = self.given_up.lock().unwrap_or_else(PoisonError::into_inner);
+        given_up.insert(key.to_owned())
+    }
+
+    fn done(&self, key: &str) {
+        let mut given_up = self.given_up.lock().unwrap_or_else(PoisonError::into_inner);
+        given_up.remove(key);
+    }
+}
+
+/// The shape of the machines that a warm snapshot is for.
+pub fn shape_of_warm(warm: &WarmSnapshot) -> Shape {
+    Shape {
+        template: warm.template.clone(),
+        vcpus: warm.vcpus,
+        memory_mb: warm.memory_mb,
+    }
+}
+
+/// Why there is no warm snapshot.
+#[derive(Debug, thiserror::Error)]
+enum WarmError {
+    #[error(transparent)]
+    Host(#[from] HostError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("the new layers are not there")]
+    Missing,
+    #[error(
+        "it has {0} bytes, and warm_disk_bytes has no room for it beside those in use; raise it"
+    )]
+    NoRoom(u64),
+}
+
+impl Manager {
+    /// Writes down a new sandbox, which holds the layers of the warm snapshot of its shape, if there
+    /// is one; whose key is returned.
+    pub(super) async fn insert_warm(
+        &self,
+        spec: Spec,
+    ) -> Result<(Sandbox, Turn, Option<String>), StoreError> {
+        let key = self.warm_key(&shape_of(&spec)).await;
+        let _records = self.inner.records.lock().await;
+        let found = match key {
+            Some(key) => self.find_warm(&key).await?,
+            None => None,
+        };
+        let Some(mut warm) = found else {
+            let (sandbox, turn) = self.insert(&spec, &Layers::default()).await?;
+            return Ok((sandbox, turn, None));
+        };
+        let (sandbox, turn) = self.insert(&spec, &warm.layers).await?;
+        warm.used_at = Timestamp::now();
+        self.inner.store.put_warm(&warm).await?;
+        Ok((sandbox, turn, Some(warm.key)))
+    }
+
+    /// The key of a shape; `None` if there are no warm snapshots.
+    async fn warm_key(&self, shape: &Shape) -> Option<String> {
+        if self.inner.limits.warm_bytes == 0 {
+            return None;
+        }
+        let key = self.inner.host.warm_key(shape).await;
+        key.inspect_err(|source| warn!(error = %chain(source), "no key for a warm snapshot"))
+            .ok()
+    }
+
+    async fn find_warm(&self, key: &str) -> Result<Option<WarmSnapshot>, StoreError> {
+        let all = self.inner.store.list_warm().await?;
+        Ok(all
+            .into_iter()
+            .map(|(warm, _)| warm)
+            .find(|warm| warm.key == key))
+    }
+
+    /// Starts a sandbox from a warm snapshot; boots it if that fails.
+    pub(super) async fn start_warm(
+        &self,
+        sandbox: Sandbox,
+        key: &str,
+    ) -> Result<Sandbox, CreateError> {
+        let id = sandbox.id.clone();
+        let request = request_for(&sandbox, Start::Warm);
+        match self.inner.host.create(request).await {
+            Ok(created) => {
+                self.started(&id, Transition::Started(created.timings))
+                    .await
+            }
+            Err(HostError::Start { reason }) => {
+                warn!(sandbox = %id, reason, "not started from a warm snapshot; booting it");
+                self.inner.warm.begin(key);
+                self.drop_warm(key).await?;
+                let cold = Transition::Based(Layers::default());
+                match self.record(&id, cold).await? {
+                    Some(sandbox) => self.start(sandbox, Start::ColdFallback).await,
+                    None => Err(CreateError::Interrupted),
+                }
+            }
+            Err(source) => {
+                let reason = source.to_string();
+                self.record(&id, Transition::Failed { reason }).await?;
+                Err(CreateError::Host { id, source })
+            }
+        }
+    }
+
+    async fn drop_warm(&self, key: &str) -> Result<(), StoreError> {
+        let released = {
+            let _records = self.inner.records.lock().await;
+            self.inner.store.remove_warm(key).await?
+        };
+        self.discard(&released).await;
+        Ok(())
+    }
+
+    /// Makes the warm snapshot of a shape, in the background, unless it is there or has failed.
+    pub(super) fn warm_up(&self, shape: Shape) {
+        if self.inner.limits.warm_bytes == 0 {
+            return;
+        }
+        let manager = self.clone();
+        let task = async move {
+            let Some(key) = manager.warm_key(&shape).await else {
+                return;
+            };
+            if matches!(manager.find_warm(&key).await, Ok(None)) && manager.inner.warm.begin(&key) {
+                match manager.make_warm(&key, &shape).await {
+                    Ok(()) => manager.inner.warm.done(&key),
+                    Err(_) if manager.is_closing() => {}
+                    Err(source) => warn!(template = shape.template, vcpus = shape.vcpus,
+                        memory_mb = shape.memory_mb, error = %chain(&source),
+                        "no warm snapshot of this shape"),
+                }
+            }
+        };
+        tokio::spawn(task.in_current_span());
+    }
+
+    async fn make_warm(&self, key: &str, shape: &Shape) -> Result<(), WarmError> {
+        let Ok(_one) = self.inner.warm.boots.acquire().await else {
+            return Ok(());
+        };
+        if self.is_closing() {
+            return Ok(());
+        }
+        let host = &self.inner.host;
+        // Not in the store: what a crash leaves of it on the host, the next start removes.
+        let id = SandboxId::random();
+        debug!(sandbox = %id, template = shape.template, "booting a machine for a warm snapshot");
+        let request = CreateRequest {
+            id: id.clone(),
+            shape: shape.clone(),
+            identity: identity_of(&id, Timestamp::now()),
+            layers: Layers::default(),
+            start: Start::Cold,
+        };
+        host.create(request).await?;
+        let layers = Layers::default().saved(LayerId::random(), LayerId::random());
+        let saved = async {
+            self.run_first_command(&id).await;
+            let request = SaveRequest {
+                id: id.clone(),
+                keep: 0,
+                layers: layers.clone(),
+            };
+            host.pause(request).await?;
+            host.inspect(&layers).await?.ok_or(WarmError::Missing)
+        };
+        let saved = saved.await;
+        host.destroy(&id).await?;
+        let warm = WarmSnapshot {
+            key: key.to_owned(),
+            template: shape.template.clone(),
+            vcpus: shape.vcpus,
+            memory_mb: shape.memory_mb,
+            layers: layers.clone(),
+            size_bytes: saved?.size_bytes,
+            used_at: Timestamp::now(),
+        };
+        if !self.make_room(warm.size_bytes).await? {
+            let layers: Vec<_> = layers.all().cloned().collect();
+            self.discard(&layers).await;
+            return Err(WarmError::NoRoom(warm.size_bytes));
+        }
+        let released = {
+            let _records = self.inner.records.lock().await;
+            self.inner.store.put_warm(&warm).await?
+        };
+        self.discard(&released).await;
+        info!(
+            template = shape.template,
+            vcpus = shape.vcpus,
+            memory_mb = shape.memory_mb,
+            size_bytes = warm.size_bytes,
+            "warm snapshot made"
+        );
+        Ok(())
+    }
+
+    /// Runs what nearly every command needs, so that it is in the guest's memory. Not every template
+    /// has a shell.
+    async fn run_first_command(&self, id: &SandboxId) {
+        let request = ExecRequest {
+            argv: vec!["/bin/sh".to_owned(), "-c".to_owned(), ":".to_owned()],
+            timeout_sec: FIRST_COMMAND_SEC,
+        };
+        match self.inner.host.exec(id, request).await {
+            Ok(events) => {
+                let _: Vec<_> = futures_util::StreamExt::collect(events).await;
+            }
+            Err(source) => debug!(error = %chain(&source), "no command in a warm machine"),
+        }
+    }
+
+    /// Drops warm snapshots, least recently used first, until one of so many bytes fits in. One that
+    /// sandboxes are based on would free nothing, and stays. Returns whether there is room.
+    async fn make_room(&self, size_bytes: u64) -> Result<bool, StoreError> {
+        let all = self.inner.store.list_warm().await?;
+        let sizes = all.iter().map(|(warm, _)| warm.size_bytes);
+        let mut total = sizes.fold(size_bytes, u64::saturating_add);
+        for (warm, is_used) in all {
+            if total <= self.inner.limits.warm_bytes {
+                break;
+            }
+            if !is_used {
+                info!(
+                    template = warm.template,
+                    vcpus = warm.vcpus,
+                    memory_mb = warm.memory_mb,
+                    "warm snapshot dropped: the budget is used up"
+                );
+                self.drop_warm(&warm.key).await?;
+                total = total.saturating_sub(warm.size_bytes);
+            }
+        }
+        Ok(total <= self.inner.limits.warm_bytes)
+    }
+}

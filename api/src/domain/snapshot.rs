@@ -1,0 +1,58 @@
+//! Snapshots: a machine as it was at one moment, kept under a name.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::id::{SandboxId, SnapshotId};
+use super::layer::Layers;
+use super::sandbox::Spec;
+
+/// A snapshot that the user asked for. It does not change; sandboxes are made from it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// Its id.
+    pub id: SnapshotId,
+    /// The user's name for it, which is no other's.
+    pub name: Option<String>,
+    /// What the user says of it.
+    pub description: Option<String>,
+    /// The sandbox that it was taken of.
+    pub sandbox: SandboxId,
+    /// What that is made of.
+    pub spec: Spec,
+    /// What it consists of.
+    pub layers: Layers,
+    /// What the host says of its layers; `None` while it is being taken.
+    pub content: Option<LayersInfo>,
+    /// When it was taken.
+    pub created_at: Timestamp,
+}
+
+/// What there is to say of layers that are there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayersInfo {
+    /// Size on the disk, in bytes. Some of it may be shared with others.
+    pub size_bytes: u64,
+    /// SHA-256, as hexadecimal digits, of the manifest of the top memory layer, which holds those of
+    /// all memory and state.
+    pub checksum: String,
+}
+
+/// The snapshot that sandboxes of one template and shape are started from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WarmSnapshot {
+    /// Digest of all that it was made from; see [`Host::warm_key`](super::Host::warm_key).
+    pub key: String,
+    /// Template.
+    pub template: String,
+    /// Virtual CPUs.
+    pub vcpus: u8,
+    /// RAM in MiB.
+    pub memory_mb: u32,
+    /// What it consists of.
+    pub layers: Layers,
+    /// Size on the disk, in bytes.
+    pub size_bytes: u64,
+    /// When a sandbox was last started from it, or it was made.
+    pub used_at: Timestamp,
+}

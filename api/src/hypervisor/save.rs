@@ -1,0 +1,259 @@
+//! Saving a machine: its memory and state to one new layer, its disk to another.
+//!
+//! ```text
+//! vm.pause ─► vm.snapshot ─► memory layer ─► disk layer ─┬─► (its VMM is ended)
+//!     │             │              │              │      └─► new overlay ─► vm.replace-disk ─► vm.resume
+//!     └─────────────┴──────────────┴──────────────┴────────────────┘
+//!          an error: the new layers are removed, and the guest goes on as it was
+//! ```
+//!
+//! The guest stands still from the first to the last of these. The disk layer is another name for
+//! the file that the machine writes to, so nothing is copied; a machine that goes on writes to an
+//! overlay on it from then on.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use tracing::{debug, warn};
+
+use super::control::{Control, ControlError};
+use super::layers::{Draft, LayerFiles};
+use super::machine::micros;
+use super::paths::Paths;
+use crate::chain;
+use crate::domain::{HostError, LayerId, SaveRequest, SaveTimings, Saved};
+use crate::images::{Chain, OverlayError};
+
+/// Why a machine was not saved.
+#[derive(Debug)]
+pub enum SaveError {
+    /// It goes on as it was.
+    NotSaved(HostError),
+    /// It stands still, or has no disk, and must be ended. Why, as a sentence.
+    Broken(String),
+}
+
+/// Why one of the steps failed.
+#[derive(Debug, thiserror::Error)]
+enum StepError {
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    #[error("the new {what} layer cannot be written")]
+    Layer {
+        what: &'static str,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error(transparent)]
+    Overlay(#[from] OverlayError),
+    #[error("the frozen images of the disk cannot be opened")]
+    Open(#[source] std::io::Error),
+    #[error("the request makes no sense: it names no new layers")]
+    NoLayers,
+    #[error("the task that wrote it is gone")]
+    Interrupted,
+}
+
+/// A machine that is to be saved.
+pub struct Saving<'a> {
+    pub control: &'a Control,
+    pub paths: &'a Paths,
+    pub request: &'a SaveRequest,
+    /// What the machine's own disk is made on.
+    pub chain: &'a Chain,
+}
+
+impl Saving<'_> {
+    /// Saves the machine, and leaves it stopped.
+    pub async fn and_stop(&self) -> Result<Saved, SaveError> {
+        self.run(false).await.map(|(saved, _)| saved)
+    }
+
+    /// Saves the machine, and lets it go on. Returns also what its disk is made on now.
+    pub async fn and_go_on(&self) -> Result<(Saved, Chain), SaveError> {
+        self.run(true).await
+    }
+
+    async fn run(&self, goes_on: bool) -> Result<(Saved, Chain), SaveError> {
+        let begun = Instant::now();
+        // As many as there are, for all that is known here; the caller takes no more than it has.
+        let mut keep = usize::MAX;
+        if let Err(source) = self.control.pause().await {
+            // If it was not stopped, it need not be started; if that is not known, this is to be safe.
+            let _ = self.control.resume().await;
+            return Err(SaveError::NotSaved(HostError::NotSaved {
+                reason: chain(&source),
+                keep,
+            }));
+        }
+        let steps = self.steps(goes_on, begun, &mut keep).await;
+        let resumed = if goes_on || steps.is_err() {
+            self.control.resume().await
+        } else {
+            Ok(())
+        };
+        match (steps, resumed) {
+            (Ok((mut saved, chain)), Ok(())) => {
+                saved.timings.stall_us = micros(begun.elapsed());
+                Ok((saved, chain))
+            }
+            (Err(Failure::Step(source)), Ok(())) => {
+                warn!(sandbox = %self.request.id, error = chain(&source), "sandbox not saved");
+                Err(SaveError::NotSaved(HostError::NotSaved {
+                    reason: chain(&source),
+                    keep,
+                }))
+            }
+            (Err(Failure::Broken(reason)), _) => Err(SaveError::Broken(reason)),
+            (_, Err(source)) => Err(SaveError::Broken(format!(
+                "it could not go on after it was saved: {}",
+                chain(&source)
+            ))),
+        }
+    }
+
+    async fn steps(
+        &self,
+        goes_on: bool,
+        begun: Instant,
+        keep: &mut usize,
+    ) -> Result<(Saved, Chain), Failure> {
+        let (memory, disk) = match (
+            self.request.layers.memory.last(),
+            self.request.layers.disk.last(),
+        ) {
+            (Some(memory), Some(disk)) => (memory, disk),
+            _ => return Err(StepError::NoLayers.into()),
+        };
+        let draft = self.begin("memory", memory)?;
+        let mut files = draft.memory_files().map_err(layer("memory"))?;
+        if goes_on {
+            files.push(draft.read_memory().map_err(layer("memory"))?);
+        }
+        let descriptors: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        // From here on, the machine may be based on the new layer, which is gone after an error.
+        *keep = self.request.keep;
+        self.control
+            .snapshot(self.request.keep, &descriptors)
+            .await
+            .map_err(StepError::from)?;
+        let new = NewLayers {
+            files: self.files(),
+            ids: vec![memory, disk],
+        };
+        let memory_bytes = complete("memory", draft).await?;
+        let memory_us = micros(begun.elapsed());
+
+        let draft = self.begin("disk", disk)?;
+        let (image, base) = (self.paths.disk(&self.request.id), self.chain.base.clone());
+        let draft = blocking(move || {
+            draft.put_disk(&image, &base).map_err(layer("disk"))?;
+            Ok(draft)
+        })
+        .await?;
+        let disk_bytes = complete("disk", draft).await?;
+        let mut chain = self.chain.clone();
+        if goes_on {
+            chain.layers.push(self.files().disk(disk));
+            self.stack(&chain).await?;
+        }
+        new.keep();
+        debug!(sandbox = %self.request.id, memory_bytes, disk_bytes, "sandbox saved");
+        let saved = Saved {
+            new_bytes: memory_bytes.saturating_add(disk_bytes),
+            timings: SaveTimings {
+                stall_us: micros(begun.elapsed()),
+                memory_us,
+            },
+        };
+        Ok((saved, chain))
+    }
+
+    /// Gives the machine a new overlay on `chain`.
+    async fn stack(&self, chain: &Chain) -> Result<(), Failure> {
+        let next = self.paths.next_disk(&self.request.id);
+        let result = self.replace_disk(chain, next.clone()).await;
+        if result.is_err() {
+            let _ = std::fs::remove_file(&next);
+            return Ok(result?);
+        }
+        // The old name is not the only one of the old disk.
+        std::fs::rename(&next, self.paths.disk(&self.request.id)).map_err(|error| {
+            Failure::Broken(format!("its new disk cannot be put in place: {error}"))
+        })
+    }
+
+    async fn replace_disk(&self, chain: &Chain, next: PathBuf) -> Result<(), StepError> {
+        chain.overlay(next.clone()).await?;
+        let open = || {
+            let mut files = vec![File::options().read(true).write(true).open(&next)?];
+            for layer in chain.layers.iter().rev() {
+                files.push(File::open(layer)?);
+            }
+            files.push(File::open(&chain.base.path)?);
+            Ok(files)
+        };
+        let files = open().map_err(StepError::Open)?;
+        let descriptors: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        Ok(self.control.replace_disk(&descriptors).await?)
+    }
+
+    fn begin(&self, what: &'static str, id: &LayerId) -> Result<Draft, StepError> {
+        self.files().begin(id).map_err(layer(what))
+    }
+
+    fn files(&self) -> LayerFiles<'_> {
+        LayerFiles(self.paths.layers())
+    }
+}
+
+enum Failure {
+    Step(StepError),
+    Broken(String),
+}
+
+impl From<StepError> for Failure {
+    fn from(source: StepError) -> Self {
+        Self::Step(source)
+    }
+}
+
+/// Layers that are removed unless they are kept.
+struct NewLayers<'a> {
+    files: LayerFiles<'a>,
+    ids: Vec<&'a LayerId>,
+}
+
+impl NewLayers<'_> {
+    fn keep(mut self) {
+        self.ids.clear();
+    }
+}
+
+impl Drop for NewLayers<'_> {
+    fn drop(&mut self) {
+        for id in &self.ids {
+            if let Err(error) = self.files.remove(id) {
+                warn!(layer = %id, %error, "a layer is left");
+            }
+        }
+    }
+}
+
+fn layer(what: &'static str) -> impl FnOnce(std::io::Error) -> StepError {
+    move |source| StepError::Layer { what, source }
+}
+
+async fn complete(what: &'static str, draft: Draft) -> Result<u64, StepError> {
+    blocking(move || draft.complete().map_err(layer(what))).await
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, StepError> + Send + 'static,
+) -> Result<T, StepError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or(Err(StepError::Interrupted))
+}

@@ -1,0 +1,77 @@
+//! What a snapshot of a freshly booted machine depends on.
+
+use std::fmt::Write as _;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use sha2::{Digest, Sha256};
+
+use super::HostConfig;
+use crate::domain::Shape;
+
+/// Changed when a new version of the daemon makes other machines of the same parts.
+const FORMAT: u32 = 1;
+
+/// The processor and the kernel of this machine, as far as a snapshot depends on them.
+pub fn machine() -> io::Result<String> {
+    const FIELDS: [&str; 6] = [
+        "vendor_id",
+        "cpu family",
+        "model",
+        "stepping",
+        "microcode",
+        "flags",
+    ];
+    let cpus = std::fs::read_to_string("/proc/cpuinfo")?;
+    // Of the first processor: KVM needs all of them to be of one kind.
+    let first = cpus.lines().take_while(|line| !line.is_empty());
+    let mut text = String::new();
+    for line in first {
+        let name = line.split(':').next().unwrap_or_default().trim();
+        if FIELDS.contains(&name) {
+            text.push_str(line);
+            text.push('\n');
+        }
+    }
+    let kernel = rustix::system::uname();
+    let _ = writeln!(text, "{}", kernel.release().to_string_lossy());
+    Ok(text)
+}
+
+/// The digest of all that a snapshot of this shape depends on. A file that was replaced or written
+/// to since is another: its inode, size or times are.
+pub fn key(
+    config: &HostConfig,
+    machine: &str,
+    template: &Path,
+    shape: &Shape,
+) -> io::Result<String> {
+    let mut text = format!(
+        "{FORMAT}\n{}\n{}\n{}\n{}\n{machine}",
+        shape.template, shape.vcpus, shape.memory_mb, config.cmdline_extra
+    );
+    for path in [
+        config.vmm.as_path(),
+        &config.images.kernel,
+        &config.images.initramfs,
+        template,
+    ] {
+        let metadata = std::fs::metadata(path)?;
+        let _ = writeln!(
+            text,
+            "{} {} {} {} {} {} {}",
+            metadata.dev(),
+            metadata.ino(),
+            metadata.size(),
+            metadata.mtime(),
+            metadata.mtime_nsec(),
+            metadata.ctime(),
+            metadata.ctime_nsec(),
+        );
+    }
+    Ok(Sha256::digest(text)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect())
+}

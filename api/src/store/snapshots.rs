@@ -1,0 +1,302 @@
+//! The records of snapshots.
+
+use std::collections::BTreeSet;
+
+use rusqlite::{Connection, OptionalExtension, Row, params};
+
+use super::{bad, from_json, layers, time, to_json};
+use crate::domain::{LayerId, Snapshot, SnapshotId, Spec, WarmSnapshot};
+
+const COLUMNS: &str = "id, name, description, sandbox, template, vcpus, memory_mb, timeout_sec, \
+                       layers, content, created_at";
+const WARM_COLUMNS: &str = "key, template, vcpus, memory_mb, layers, size_bytes, used_at";
+
+pub fn insert(connection: &mut Connection, snapshot: &Snapshot) -> rusqlite::Result<bool> {
+    let held = snapshot.layers.all().cloned().collect();
+    let json = to_json(&snapshot.layers)?;
+    let content = snapshot.content.as_ref().map(to_json).transpose()?;
+    layers::change(connection, snapshot.id.as_str(), held, |transaction| {
+        let sql = format!(
+            "INSERT INTO snapshots ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, \
+             ?11) ON CONFLICT DO NOTHING"
+        );
+        let inserted = transaction.execute(
+            &sql,
+            params![
+                snapshot.id.as_str(),
+                snapshot.name,
+                snapshot.description,
+                snapshot.sandbox.as_str(),
+                snapshot.spec.template,
+                snapshot.spec.vcpus,
+                snapshot.spec.memory_mb,
+                snapshot.spec.timeout_sec,
+                json,
+                content,
+                snapshot.created_at.as_microsecond(),
+            ],
+        )?;
+        Ok(inserted == 1)
+    })
+    .map(|(inserted, _)| inserted)
+}
+
+/// Writes down what can be said of a snapshot only once it is taken.
+pub fn update(connection: &mut Connection, snapshot: &Snapshot) -> rusqlite::Result<()> {
+    let content = snapshot.content.as_ref().map(to_json).transpose()?;
+    let held = snapshot.layers.all().cloned().collect();
+    layers::change(connection, snapshot.id.as_str(), held, |transaction| {
+        let changed = transaction.execute(
+            "UPDATE snapshots SET content = ?2, layers = ?3 WHERE id = ?1",
+            params![snapshot.id.as_str(), content, to_json(&snapshot.layers)?],
+        )?;
+        match changed {
+            1 => Ok(true),
+            changed => Err(rusqlite::Error::StatementChangedRows(changed)),
+        }
+    })
+    .map(drop)
+}
+
+/// The snapshot whose `column`, which is `id` or `name`, has this value.
+pub fn get(
+    connection: &Connection,
+    column: &'static str,
+    value: &str,
+) -> rusqlite::Result<Option<Snapshot>> {
+    connection
+        .prepare_cached(&format!(
+            "SELECT {COLUMNS} FROM snapshots WHERE {column} = ?1"
+        ))?
+        .query_row([value], read)
+        .optional()
+}
+
+pub fn list(connection: &Connection) -> rusqlite::Result<Vec<Snapshot>> {
+    connection
+        .prepare_cached(&format!(
+            "SELECT {COLUMNS} FROM snapshots ORDER BY created_at DESC, rowid DESC"
+        ))?
+        .query_map([], read)?
+        .collect()
+}
+
+pub fn remove(connection: &mut Connection, id: &SnapshotId) -> rusqlite::Result<Vec<LayerId>> {
+    let id = id.as_str();
+    layers::change(connection, id, BTreeSet::new(), |transaction| {
+        let removed = transaction.execute("DELETE FROM snapshots WHERE id = ?1", [id])?;
+        Ok(removed == 1)
+    })
+    .map(|(_, released)| released)
+}
+
+fn read(row: &Row<'_>) -> rusqlite::Result<Snapshot> {
+    let (id, sandbox): (String, String) = (row.get(0)?, row.get(3)?);
+    let content: Option<String> = row.get(9)?;
+    Ok(Snapshot {
+        id: id.parse().map_err(|error| bad(0, Box::new(error)))?,
+        name: row.get(1)?,
+        description: row.get(2)?,
+        sandbox: sandbox.parse().map_err(|error| bad(3, Box::new(error)))?,
+        spec: Spec {
+            template: row.get(4)?,
+            vcpus: row.get(5)?,
+            memory_mb: row.get(6)?,
+            timeout_sec: row.get(7)?,
+        },
+        layers: from_json(row, 8)?,
+        content: content.map(|_| from_json(row, 9)).transpose()?,
+        created_at: time(10, row.get(10)?)?,
+    })
+}
+
+fn warm_holder(key: &str) -> String {
+    format!("warm:{key}")
+}
+
+pub fn put_warm(
+    connection: &mut Connection,
+    warm: &WarmSnapshot,
+) -> rusqlite::Result<Vec<LayerId>> {
+    let held = warm.layers.all().cloned().collect();
+    let json = to_json(&warm.layers)?;
+    layers::change(connection, &warm_holder(&warm.key), held, |transaction| {
+        let sql = format!(
+            "INSERT OR REPLACE INTO warm_snapshots ({WARM_COLUMNS}) \
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)"
+        );
+        transaction.execute(
+            &sql,
+            params![
+                warm.key,
+                warm.template,
+                warm.vcpus,
+                warm.memory_mb,
+                json,
+                warm.size_bytes.cast_signed(),
+                warm.used_at.as_microsecond(),
+            ],
+        )?;
+        Ok(true)
+    })
+    .map(|(_, released)| released)
+}
+
+pub fn list_warm(connection: &Connection) -> rusqlite::Result<Vec<(WarmSnapshot, bool)>> {
+    connection
+        .prepare_cached(&format!(
+            "SELECT {WARM_COLUMNS}, EXISTS (
+                 SELECT 1 FROM layer_refs AS own JOIN layer_refs AS other USING (layer)
+                 WHERE own.holder = 'warm:' || key AND other.holder <> own.holder)
+             FROM warm_snapshots ORDER BY used_at, key"
+        ))?
+        .query_map([], |row| {
+            let warm = WarmSnapshot {
+                key: row.get(0)?,
+                template: row.get(1)?,
+                vcpus: row.get(2)?,
+                memory_mb: row.get(3)?,
+                layers: from_json(row, 4)?,
+                size_bytes: row.get::<_, i64>(5)?.cast_unsigned(),
+                used_at: time(6, row.get(6)?)?,
+            };
+            Ok((warm, row.get(7)?))
+        })?
+        .collect()
+}
+
+pub fn remove_warm(connection: &mut Connection, key: &str) -> rusqlite::Result<Vec<LayerId>> {
+    layers::change(
+        connection,
+        &warm_holder(key),
+        BTreeSet::new(),
+        |transaction| {
+            let removed =
+                transaction.execute("DELETE FROM warm_snapshots WHERE key = ?1", [key])?;
+            Ok(removed == 1)
+        },
+    )
+    .map(|(_, released)| released)
+}
+
+#[cfg(test)]
+mod tests {
+    use jiff::Timestamp;
+
+    use super::super::SqliteStore;
+    use super::*;
+    use crate::domain::{Layers, LayersInfo, Sandbox, SandboxId, Store, Transition};
+
+    fn spec() -> Spec {
+        Spec {
+            template: "minimal".into(),
+            vcpus: 1,
+            memory_mb: 512,
+            timeout_sec: 300,
+        }
+    }
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    fn layers() -> Layers {
+        Layers::default().saved(LayerId::random(), LayerId::random())
+    }
+
+    fn snapshot(name: Option<&str>, layers: &Layers) -> Snapshot {
+        Snapshot {
+            id: SnapshotId::random(),
+            name: name.map(str::to_owned),
+            description: None,
+            sandbox: SandboxId::random(),
+            spec: spec(),
+            layers: layers.clone(),
+            content: None,
+            created_at: at(1),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_layer_is_released_by_the_last_who_holds_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("db");
+        let store = SqliteStore::open(&path).unwrap();
+        let (shared, own) = (layers(), layers());
+        let mut sandbox = Sandbox::new(SandboxId::random(), spec(), shared.clone(), at(1));
+        assert!(store.insert(&sandbox).await.unwrap());
+        let named = snapshot(Some("one"), &shared);
+        assert!(store.insert_snapshot(&named).await.unwrap());
+        let same_name = snapshot(Some("one"), &own);
+        assert!(!store.insert_snapshot(&same_name).await.unwrap());
+        let warm = WarmSnapshot {
+            key: "key".into(),
+            template: "minimal".into(),
+            vcpus: 1,
+            memory_mb: 512,
+            layers: shared.clone(),
+            size_bytes: u64::from(u32::MAX) + 1,
+            used_at: at(2),
+        };
+        store.put_warm(&warm).await.unwrap();
+        let held = shared.all().cloned().collect();
+        assert_eq!(store.held_layers().await.unwrap(), held);
+
+        // What it is being saved to is held from the beginning.
+        let transition = Transition::Started(crate::domain::Timings::default());
+        sandbox.apply(transition, at(2)).unwrap();
+        let next = shared.saved(own.memory[0].clone(), own.disk[0].clone());
+        sandbox.apply(Transition::Pausing(next), at(3)).unwrap();
+        assert_eq!(store.update(&sandbox).await.unwrap(), []);
+        assert_eq!(store.held_layers().await.unwrap().len(), 4);
+
+        // A crash: no connection is closed.
+        Box::leak(Box::new(store));
+        let store = SqliteStore::open(&path).unwrap();
+        let stopped = Transition::Stopped { reason: None };
+        sandbox.apply(stopped, at(4)).unwrap();
+        let mut released = store.update(&sandbox).await.unwrap();
+        released.sort();
+        let mut expected: Vec<_> = own.all().cloned().collect();
+        expected.sort();
+        assert_eq!(released, expected);
+        assert_eq!(store.remove_snapshot(&named.id).await.unwrap(), []);
+        assert_eq!(store.remove_snapshot(&named.id).await.unwrap(), []);
+        let listed = store.list_warm().await.unwrap();
+        assert_eq!(listed, [(warm, false)]);
+        let mut released = store.remove_warm("key").await.unwrap();
+        released.sort();
+        let mut expected: Vec<_> = shared.all().cloned().collect();
+        expected.sort();
+        assert_eq!(released, expected);
+        assert!(store.held_layers().await.unwrap().is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_snapshot_is_read_as_it_was_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = SqliteStore::open(&dir.path().join("db")).unwrap();
+        let (mut first, second) = (snapshot(Some("one"), &layers()), snapshot(None, &layers()));
+        for snapshot in [&first, &second] {
+            assert!(store.insert_snapshot(snapshot).await.unwrap());
+        }
+        first.content = Some(LayersInfo {
+            size_bytes: 7,
+            checksum: "c0ffee".into(),
+        });
+        store.update_snapshot(&first).await.unwrap();
+        assert_eq!(
+            store.get_snapshot(&first.id).await.unwrap(),
+            Some(first.clone())
+        );
+        assert_eq!(
+            store.find_snapshot("one").await.unwrap(),
+            Some(first.clone())
+        );
+        assert_eq!(store.find_snapshot("two").await.unwrap(), None);
+        assert_eq!(store.list_snapshots().await.unwrap(), [second, first]);
+        let unknown = snapshot(None, &layers());
+        assert!(store.update_snapshot(&unknown).await.is_err());
+        assert_eq!(store.get_snapshot(&unknown.id).await.unwrap(), None);
+    }
+}

@@ -1,0 +1,476 @@
+//! What the host side asks a VMM for to save, restore and fork machines, and what it leaves when that
+//! goes wrong. A stand-in for the VMM takes the requests; the real guest agent is behind it.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test that cannot go on may panic"
+)]
+
+#[path = "support/agent.rs"]
+mod agent;
+#[path = "support/vmm.rs"]
+mod vmm;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use api::domain::{
+    CreateRequest, End, ExecEvent, ExecRequest, Host, HostError, HostEvent, Identity, LayerId,
+    Layers, SandboxId, SaveRequest, Saved, Shape, Start,
+};
+use api::hypervisor::{HostConfig, LocalHost, Paths};
+use api::images::Images;
+use futures_util::StreamExt;
+
+/// What the script of [`vmm::install`] starts; does nothing in a run of the tests.
+#[test]
+fn as_a_vmm() {
+    vmm::run();
+}
+
+struct Bench {
+    dir: tempfile::TempDir,
+    host: Arc<LocalHost>,
+    id: SandboxId,
+}
+
+impl Bench {
+    async fn new() -> Self {
+        Self::with_timeout(Duration::from_secs(60)).await
+    }
+
+    async fn with_timeout(boot_timeout: Duration) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path();
+        let template = path.join("minimal.ext4");
+        fs::File::create(&template)
+            .unwrap()
+            .set_len(1 << 20)
+            .unwrap();
+        let host = LocalHost::start(HostConfig {
+            vmm: vmm::install(path, "as_a_vmm", agent::binary()),
+            images: Images {
+                kernel: "/the/kernel".into(),
+                initramfs: "/the/initramfs".into(),
+                templates: BTreeMap::from([("minimal".to_owned(), template)]),
+            },
+            paths: Paths::new(&path.join("run"), &path.join("data")).unwrap(),
+            boot_timeout,
+            cmdline_extra: String::new(),
+            jail: None,
+        });
+        let host = Arc::new(host.await.unwrap());
+        Self {
+            dir,
+            host,
+            id: SandboxId::random(),
+        }
+    }
+
+    async fn start(&self, id: &SandboxId, layers: &Layers) -> Result<(), HostError> {
+        let request = CreateRequest {
+            id: id.clone(),
+            shape: Shape {
+                template: "minimal".into(),
+                vcpus: 1,
+                memory_mb: 128,
+            },
+            identity: Identity {
+                hostname: id.to_string(),
+                machine_id: "1".repeat(32),
+            },
+            layers: layers.clone(),
+            start: Start::Cold,
+        };
+        self.host.create(request).await.map(drop)
+    }
+
+    /// A sandbox that was booted and saved to the layers that are returned.
+    async fn paused(&self) -> Layers {
+        let none = Layers::default();
+        self.start(&self.id, &none).await.unwrap();
+        let (layers, saved) = self.pause(&none).await;
+        saved.unwrap();
+        layers
+    }
+
+    fn request(&self, base: &Layers) -> SaveRequest {
+        SaveRequest {
+            id: self.id.clone(),
+            keep: base.kept_memory(),
+            layers: base.saved(LayerId::random(), LayerId::random()),
+        }
+    }
+
+    async fn pause(&self, base: &Layers) -> (Layers, Result<Saved, HostError>) {
+        let request = self.request(base);
+        (request.layers.clone(), self.host.pause(request).await)
+    }
+
+    async fn snapshot(&self, base: &Layers) -> (Layers, Result<Saved, HostError>) {
+        let request = self.request(base);
+        (request.layers.clone(), self.host.snapshot(request).await)
+    }
+
+    async fn exec(&self, script: &str) -> Result<i32, HostError> {
+        let argv = ["sh", "-c", script].map(str::to_owned).to_vec();
+        let request = ExecRequest {
+            argv,
+            timeout_sec: 60,
+        };
+        let mut events = self.host.exec(&self.id, request).await?;
+        while let Some(event) = events.next().await {
+            if let ExecEvent::Exited(exit) = event? {
+                return Ok(exit.code);
+            }
+        }
+        Ok(-1)
+    }
+
+    /// Lets the VMM do this wrong from now on.
+    fn spoil(&self, what: &str) {
+        fs::write(self.dir.path().join(what), "").unwrap();
+    }
+
+    fn mend(&self, what: &str) {
+        fs::remove_file(self.dir.path().join(what)).unwrap();
+    }
+
+    /// What VMMs were asked for since this was asked last.
+    fn log(&self) -> Vec<String> {
+        let path = self.dir.path().join("log");
+        let log = fs::read_to_string(&path).unwrap_or_default();
+        let _ = fs::remove_file(path);
+        log.lines().map(str::to_owned).collect()
+    }
+
+    fn names(&self, dir: &str) -> BTreeSet<String> {
+        let entries = fs::read_dir(self.dir.path().join(dir)).unwrap();
+        entries
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect()
+    }
+
+    /// Nothing is there but these layers.
+    fn assert_only(&self, layers: &Layers) {
+        for dir in ["run/sandboxes", "data/sandboxes"] {
+            assert!(self.names(dir).is_empty(), "something is left in {dir}");
+        }
+        self.assert_layers(layers);
+    }
+
+    fn assert_layers(&self, layers: &Layers) {
+        let expected = layers.all().map(ToString::to_string).collect();
+        assert_eq!(self.names("data/layers"), expected);
+    }
+}
+
+#[tokio::test]
+async fn a_machine_is_saved_as_what_has_changed_and_restored() {
+    let bench = Bench::new().await;
+    let mut layers = bench.paused().await;
+    bench.assert_only(&layers);
+    assert_eq!(
+        bench.log(),
+        [
+            "boot",
+            "vm.pause  0",
+            r#"vm.snapshot {"keep_base_layers":0} 3"#
+        ]
+    );
+    // Which generation each layer is, and how many it kept.
+    let memories = [
+        "0+0",
+        "0+0 1+1",
+        "0+0 1+1 2+2",
+        "0+0 1+1 2+2 3+3",
+        "0+0 4+1",
+    ];
+    for (index, memory) in memories.iter().enumerate() {
+        bench.start(&bench.id, &layers).await.unwrap();
+        assert_eq!(bench.exec("exit 3").await, Ok(3));
+        let keep = layers.kept_memory();
+        let (next, saved) = bench.pause(&layers).await;
+        assert!(saved.unwrap().new_bytes > 0);
+        assert_eq!(
+            bench.log(),
+            [
+                format!("restore {memory}"),
+                "vm.pause  0".to_owned(),
+                format!(r#"vm.snapshot {{"keep_base_layers":{keep}}} 3"#),
+            ],
+            "{index}"
+        );
+        let released: Vec<_> = layers.memory.iter().skip(keep).cloned().collect();
+        bench.host.discard(&released).await.unwrap();
+        layers = next;
+        bench.assert_only(&layers);
+        let info = bench.host.inspect(&layers).await.unwrap().unwrap();
+        assert!(info.size_bytes > 0 && info.checksum.len() == 64);
+    }
+}
+
+#[tokio::test]
+async fn a_machine_that_goes_on_writes_to_a_new_overlay() {
+    let bench = Bench::new().await;
+    let mut layers = Layers::default();
+    bench.start(&bench.id, &layers).await.unwrap();
+    let api = bench
+        .dir
+        .path()
+        .join("run/sandboxes")
+        .join(bench.id.as_str());
+    let api = fs::metadata(api.join("api.sock")).unwrap();
+    assert_eq!(api.permissions().mode() & 0o777, 0o600, "no other may ask");
+    for generation in 1..=3 {
+        bench.log();
+        let keep = layers.kept_memory();
+        let (next, saved) = bench.snapshot(&layers).await;
+        assert!(saved.unwrap().timings.stall_us > 0);
+        let images = vec!["\"Qcow2\""; generation + 1].join(",");
+        assert_eq!(
+            bench.log(),
+            [
+                "vm.pause  0".to_owned(),
+                format!(r#"vm.snapshot {{"keep_base_layers":{keep}}} 4"#),
+                format!(
+                    r#"vm.replace-disk {{"id":"_disk0","image_types":[{images},"Raw"]}} {}"#,
+                    generation + 2
+                ),
+                "vm.resume  0".to_owned(),
+            ]
+        );
+        assert_eq!(bench.exec("exit 0").await, Ok(0));
+        layers = next;
+        bench.assert_layers(&layers);
+    }
+    // Clones of it, and itself, are based on the same.
+    let clone = SandboxId::random();
+    bench.start(&clone, &layers).await.unwrap();
+    assert_eq!(bench.log().last().unwrap(), "restore 0+0 1+1 2+2");
+    let (layers, saved) = bench.pause(&layers).await;
+    saved.unwrap();
+    bench.host.destroy(&clone).await.unwrap();
+    bench.assert_only(&layers);
+}
+
+#[tokio::test]
+async fn a_machine_that_is_not_saved_goes_on_and_nothing_is_left() {
+    let bench = Bench::new().await;
+    let base = bench.paused().await;
+    bench.start(&bench.id, &base).await.unwrap();
+    bench.log();
+    bench.spoil("no-pause");
+    let (_, saved) = bench.pause(&base).await;
+    let text = saved.unwrap_err().to_string();
+    assert!(
+        text.contains("runs on") && text.contains("a device does not stop"),
+        "{text}"
+    );
+    bench.mend("no-pause");
+    bench.spoil("no-space");
+    for goes_on in [false, true] {
+        let (_, saved) = match goes_on {
+            false => bench.pause(&base).await,
+            true => bench.snapshot(&base).await,
+        };
+        let error = saved.unwrap_err();
+        let text = error.to_string();
+        assert!(
+            text.contains("runs on") && text.contains("No space left on device"),
+            "{text}"
+        );
+        assert!(matches!(error, HostError::NotSaved { keep: 1, .. }));
+        let last = bench.log().pop().unwrap();
+        assert_eq!(last, "vm.resume  0");
+        bench.assert_layers(&base);
+        assert_eq!(bench.exec("exit 4").await, Ok(4));
+    }
+    bench.mend("no-space");
+
+    bench.spoil("no-replace");
+    let disk = bench
+        .dir
+        .path()
+        .join("data/sandboxes")
+        .join(bench.id.as_str());
+    let (_, saved) = bench.snapshot(&base).await;
+    assert!(matches!(saved, Err(HostError::NotSaved { keep: 1, .. })));
+    bench.assert_layers(&base);
+    let names: Vec<_> = fs::read_dir(&disk).unwrap().collect();
+    assert_eq!(names.len(), 1, "{names:?}");
+    assert_eq!(bench.exec("exit 5").await, Ok(5));
+    bench.mend("no-replace");
+    let (layers, saved) = bench.pause(&base).await;
+    saved.unwrap();
+    bench.assert_only(&layers);
+}
+
+#[tokio::test]
+async fn what_cannot_be_restored_leaves_the_layers_and_says_why() {
+    let bench = Bench::with_timeout(Duration::from_secs(5)).await;
+    let layers = bench.paused().await;
+    for (what, words) in [
+        ("refuse-restore", "the snapshot is of another processor"),
+        ("mute", "the guest agent does not answer"),
+    ] {
+        bench.spoil(what);
+        let error = bench.start(&bench.id, &layers).await.unwrap_err();
+        assert!(error.to_string().contains(words), "{error}");
+        bench.assert_only(&layers);
+        bench.mend(what);
+    }
+    let template = bench.dir.path().join("minimal.ext4");
+    let content = fs::read(&template).unwrap();
+    fs::write(&template, &content).unwrap();
+    let error = bench.start(&bench.id, &layers).await.unwrap_err();
+    assert!(error.to_string().contains("has changed since"), "{error}");
+    bench.assert_only(&layers);
+}
+
+#[tokio::test]
+async fn commands_under_way_end_with_a_pause_and_go_on_after_one_that_failed() {
+    let bench = Bench::new().await;
+    let none = Layers::default();
+    bench.start(&bench.id, &none).await.unwrap();
+    let fifo = bench.dir.path().join("fifo");
+    let made = Command::new("mkfifo").arg(&fifo).status().unwrap();
+    assert!(made.success());
+    let script = format!("echo up; read word < {}; exit $word", fifo.display());
+    let start = async || {
+        let argv = ["sh", "-c", &script].map(str::to_owned).to_vec();
+        let request = ExecRequest {
+            argv,
+            timeout_sec: 60,
+        };
+        let mut events = bench.host.exec(&bench.id, request).await.unwrap();
+        let first = events.next().await.unwrap().unwrap();
+        assert!(matches!(first, ExecEvent::Stdout(_)));
+        events
+    };
+    bench.spoil("no-space");
+    let mut events = start().await;
+    bench.pause(&none).await.1.unwrap_err();
+    tokio::fs::write(&fifo, "6\n").await.unwrap();
+    match events.next().await.unwrap().unwrap() {
+        ExecEvent::Exited(exit) => assert_eq!(exit.code, 6),
+        other => unreachable!("{other:?}"),
+    }
+    bench.mend("no-space");
+    let mut events = start().await;
+    bench.pause(&none).await.1.unwrap();
+    assert_eq!(events.next().await, Some(Err(HostError::Paused)));
+    assert_eq!(events.next().await, None);
+}
+
+#[tokio::test]
+async fn a_vmm_that_dies_while_it_saves_is_an_end_and_leaves_nothing() {
+    let bench = Bench::new().await;
+    let none = Layers::default();
+    bench.start(&bench.id, &none).await.unwrap();
+    let mut events = bench.host.events().await;
+    bench.spoil("die");
+    let (_, saved) = bench.pause(&none).await;
+    assert!(
+        matches!(saved, Err(HostError::NotRunning { .. })),
+        "{saved:?}"
+    );
+    let HostEvent::Ended { id, end } = events.next().await.unwrap();
+    assert_eq!(id, bench.id);
+    assert!(matches!(end, End::Failed { .. }), "{end:?}");
+    bench.assert_only(&none);
+}
+
+#[tokio::test]
+async fn a_sandbox_can_be_destroyed_while_it_is_saved() {
+    let bench = Bench::new().await;
+    let none = Layers::default();
+    bench.start(&bench.id, &none).await.unwrap();
+    let fifo = bench.dir.path().join("hang");
+    let made = Command::new("mkfifo").arg(&fifo).status().unwrap();
+    assert!(made.success());
+    let request = bench.request(&none);
+    let host = Arc::clone(&bench.host);
+    let pausing = tokio::spawn(async move { host.pause(request).await });
+    // Opening it waits until the VMM is at it.
+    let _open = tokio::fs::File::options()
+        .write(true)
+        .open(&fifo)
+        .await
+        .unwrap();
+    bench.host.destroy(&bench.id).await.unwrap();
+    assert_eq!(pausing.await.unwrap(), Err(HostError::Destroyed));
+    bench.assert_only(&none);
+}
+
+#[tokio::test]
+async fn the_next_daemon_finds_the_layers_and_removes_what_is_not_complete() {
+    let bench = Bench::new().await;
+    let layers = bench.paused().await;
+    let dir = bench.dir.path().join("data/layers");
+    fs::create_dir(dir.join("ly-0123456789abcdef")).unwrap();
+    fs::create_dir(dir.join(format!("{}.new", LayerId::random()))).unwrap();
+    let held = layers.all().cloned().collect();
+    bench.host.retain(&held).await.unwrap();
+    bench.assert_only(&layers);
+    let other = Layers::default().saved(LayerId::random(), LayerId::random());
+    assert_eq!(bench.host.inspect(&other).await, Ok(None));
+    bench.start(&bench.id, &layers).await.unwrap();
+    assert_eq!(bench.exec("exit 7").await, Ok(7));
+}
+
+#[tokio::test]
+async fn a_key_changes_with_everything_that_a_machine_is_made_of() {
+    let bench = Bench::new().await;
+    for image in ["kernel", "initramfs"] {
+        fs::write(bench.dir.path().join(image), "x").unwrap();
+    }
+    let template = bench.dir.path().join("minimal.ext4");
+    let config = HostConfig {
+        vmm: bench.dir.path().join("vmm"),
+        images: Images {
+            kernel: bench.dir.path().join("kernel"),
+            initramfs: bench.dir.path().join("initramfs"),
+            templates: BTreeMap::from([("minimal".to_owned(), template.clone())]),
+        },
+        paths: Paths::new(
+            &bench.dir.path().join("run2"),
+            &bench.dir.path().join("data2"),
+        )
+        .unwrap(),
+        boot_timeout: Duration::from_secs(1),
+        cmdline_extra: String::new(),
+        jail: None,
+    };
+    let host = LocalHost::start(config.clone()).await.unwrap();
+    let shape = |vcpus, memory_mb| Shape {
+        template: "minimal".into(),
+        vcpus,
+        memory_mb,
+    };
+    let mut keys = vec![
+        host.warm_key(&shape(1, 256)).await.unwrap(),
+        host.warm_key(&shape(2, 256)).await.unwrap(),
+        host.warm_key(&shape(1, 512)).await.unwrap(),
+    ];
+    assert_eq!(host.warm_key(&shape(1, 256)).await.unwrap(), keys[0]);
+    let mut other = config.clone();
+    other.cmdline_extra = "quiet".to_owned();
+    let other = LocalHost::start(other).await.unwrap();
+    keys.push(other.warm_key(&shape(1, 256)).await.unwrap());
+    for file in ["kernel", "initramfs", "minimal.ext4", "vmm"] {
+        let (path, new) = (bench.dir.path().join(file), bench.dir.path().join("new"));
+        fs::copy(&path, &new).unwrap();
+        fs::rename(new, path).unwrap();
+        keys.push(host.warm_key(&shape(1, 256)).await.unwrap());
+    }
+    let different: BTreeSet<_> = keys.iter().collect();
+    assert_eq!(different.len(), keys.len());
+    fs::remove_file(template).unwrap();
+    assert!(host.warm_key(&shape(1, 256)).await.is_err());
+}

@@ -1,0 +1,251 @@
+//! The `bench-sandboxes` program: what a user of the daemon waits for.
+
+use std::error::Error;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use benches::machine::Machine;
+use benches::sandboxes::{Daemon, Programs, SandboxError, growth};
+use benches::stats::Summary;
+use benches::{error_chain, interrupt};
+use clap::Parser;
+use serde_json::json;
+
+/// Sandboxes of one fork.
+const FORKS: [usize; 3] = [1, 10, 20];
+/// Memory that a sandbox touches before it is paused, in MiB.
+const TOUCHED: [u32; 3] = [0, 16, 64];
+/// Of rounds, how many fork.
+const FORK_EVERY: usize = 4;
+
+/// Measures creation (cold and warm), pause, resume and forks of sandboxes through the daemon, and the
+/// memory of a clone. A time ends when a first command has answered.
+///
+/// Nothing else should use the machine meanwhile. Prints a table, and writes every sample to a file.
+#[derive(Debug, Parser)]
+#[command(name = "bench-sandboxes", version)]
+struct Cli {
+    /// Rounds.
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u16).range(1..))]
+    samples: u16,
+    /// One round, with few forks: shows that everything works, measures nothing.
+    #[arg(long, conflicts_with = "samples")]
+    quick: bool,
+    /// Memory of a sandbox, in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 256)]
+    memory: u32,
+    /// The daemon.
+    #[arg(long, value_name = "PATH", default_value = "target/release/sandboxd")]
+    sandboxd: PathBuf,
+    /// The VMM.
+    #[arg(long, value_name = "PATH", default_value = "target/release/vmm")]
+    vmm: PathBuf,
+    /// Directory with kernel, initramfs and template.
+    #[arg(long, value_name = "DIR", default_value = "target/images")]
+    images: PathBuf,
+    /// Where to write the samples.
+    #[arg(
+        long,
+        value_name = "PATH",
+        default_value = "target/bench/sandboxes.json"
+    )]
+    output: PathBuf,
+}
+
+/// Samples by what they are of, in the order in which they are to be shown.
+#[derive(Default)]
+struct Samples(Vec<(String, Vec<f64>)>);
+
+impl Samples {
+    fn add(&mut self, name: &str, value: f64) {
+        match self.0.iter_mut().find(|(other, _)| other == name) {
+            Some((_, samples)) => samples.push(value),
+            None => self.0.push((name.to_owned(), vec![value])),
+        }
+    }
+
+    fn median(&self, name: &str) -> Option<f64> {
+        let (_, samples) = self.0.iter().find(|(other, _)| other == name)?;
+        Summary::of(samples).map(|summary| summary.median)
+    }
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(&cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench-sandboxes: {}", error_chain(&*error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<(), Box<dyn Error>> {
+    interrupt::catch_signals()?;
+    let machine = Machine::describe();
+    let programs = Programs {
+        sandboxd: cli.sandboxd.canonicalize()?,
+        vmm: cli.vmm.canonicalize()?,
+        images: cli.images.canonicalize()?,
+    };
+    let rounds = if cli.quick {
+        1
+    } else {
+        usize::from(cli.samples)
+    };
+    let (cold, warm) = (
+        Daemon::start(&programs, false)?,
+        Daemon::start(&programs, true)?,
+    );
+    eprintln!("bench-sandboxes: waiting for the first warm start");
+    warm.warm_up(cli.memory)?;
+
+    let mut samples = Samples::default();
+    for round in 0..rounds {
+        if interrupt::interrupted() {
+            return Err("interrupted".into());
+        }
+        eprintln!("bench-sandboxes: round {} of {rounds}", round + 1);
+        // Each time another one first.
+        let order = [(&cold, "cold"), (&warm, "warm")];
+        for (daemon, kind) in [order[round % 2], order[(round + 1) % 2]] {
+            create(daemon, kind, cli.memory, &mut samples)?;
+        }
+        pause(&warm, cli.memory, &mut samples)?;
+        if round % FORK_EVERY == 0 {
+            let counts = if cli.quick { &FORKS[..1] } else { &FORKS[..] };
+            fork(&warm, cli.memory, counts, &mut samples)?;
+        }
+    }
+    print(&samples, &machine);
+    if let Some(parent) = cli.output.parent() {
+        std::fs::create_dir_all(parent)?;
+    }
+    let all: serde_json::Map<_, _> = samples
+        .0
+        .into_iter()
+        .map(|(name, samples)| (name, json!(samples)))
+        .collect();
+    let results = json!({"machine": machine, "memory_mib": cli.memory, "samples": all});
+    std::fs::write(&cli.output, serde_json::to_vec_pretty(&results)?)?;
+    Ok(())
+}
+
+fn millis(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1000.0
+}
+
+fn create(
+    daemon: &Daemon,
+    kind: &str,
+    memory: u32,
+    samples: &mut Samples,
+) -> Result<(), SandboxError> {
+    let begun = Instant::now();
+    let (id, start) = daemon.create(memory)?;
+    let created = millis(begun);
+    daemon.exec(&id, "true")?;
+    if start == kind {
+        samples.add(&format!("create, {kind}: answered, ms"), created);
+        samples.add(&format!("create, {kind}: first command, ms"), millis(begun));
+    }
+    daemon.delete(&id)
+}
+
+/// One sandbox, paused again and again, each time after it has touched some memory.
+fn pause(daemon: &Daemon, memory: u32, samples: &mut Samples) -> Result<(), SandboxError> {
+    let (id, _) = daemon.create(memory)?;
+    for touched in TOUCHED {
+        if touched > 0 {
+            daemon.exec(
+                &id,
+                &format!("head -c {} /dev/urandom > /dev/shm/touched", touched << 20),
+            )?;
+        }
+        let saved = daemon.saved_bytes()?;
+        let begun = Instant::now();
+        daemon.change(&id, "pause")?;
+        samples.add(&format!("pause, {touched} MiB touched, ms"), millis(begun));
+        let written = daemon.saved_bytes()?.saturating_sub(saved) as f64 / f64::from(1 << 20);
+        samples.add(
+            &format!("pause, {touched} MiB touched: written, MiB"),
+            written,
+        );
+        let begun = Instant::now();
+        daemon.change(&id, "resume")?;
+        samples.add("resume: answered, ms", millis(begun));
+        daemon.exec(&id, "true")?;
+        samples.add("resume: first command, ms", millis(begun));
+    }
+    daemon.delete(&id)
+}
+
+fn fork(
+    daemon: &Daemon,
+    memory: u32,
+    counts: &[usize],
+    samples: &mut Samples,
+) -> Result<(), SandboxError> {
+    let (parent, _) = daemon.create(memory)?;
+    daemon.exec(&parent, "true")?;
+    // The first one saves what the parent has touched so far; those that count find it warm.
+    let (first, _) = daemon.fork(&parent, 1)?;
+    for id in &first {
+        daemon.delete(id)?;
+    }
+    for count in counts {
+        let before = daemon.vmm_pss()?;
+        let begun = Instant::now();
+        let (ids, stall) = daemon.fork(&parent, *count)?;
+        samples.add(&format!("fork of {count}, ms"), millis(begun));
+        samples.add(
+            &format!("fork of {count}: the parent stands still, ms"),
+            stall,
+        );
+        let memory = growth(&before, &daemon.vmm_pss()?) / 1024.0 / *count as f64;
+        samples.add(
+            &format!("fork of {count}: memory of a clone (PSS), MiB"),
+            memory,
+        );
+        for id in &ids {
+            daemon.delete(id)?;
+        }
+    }
+    daemon.delete(&parent)
+}
+
+fn print(samples: &Samples, machine: &Machine) {
+    println!(
+        "{}, {} cores, {}, kernel {}",
+        machine.cpu,
+        machine.cores,
+        machine.virtualization.describe(),
+        machine.kernel
+    );
+    println!(
+        "\n{:<48} {:>3} {:>9} {:>9} {:>9} {:>9}",
+        "", "n", "median", "p95", "min", "max"
+    );
+    for (name, values) in &samples.0 {
+        if let Some(summary) = Summary::of(values) {
+            println!(
+                "{name:<48} {:>3} {:>9.1} {:>9.1} {:>9.1} {:>9.1}",
+                summary.n, summary.median, summary.p95, summary.min, summary.max
+            );
+        }
+    }
+    println!();
+    let ratio = |name: &str, one: &str, other: &str| {
+        if let (Some(one), Some(other)) = (samples.median(one), samples.median(other)) {
+            println!("{name:<48} {:.2}", one / other);
+        }
+    };
+    ratio(
+        "warm / cold, to the first command",
+        "create, warm: first command, ms",
+        "create, cold: first command, ms",
+    );
+    ratio("fork of 20 / fork of 1", "fork of 20, ms", "fork of 1, ms");
+}

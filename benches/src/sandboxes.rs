@@ -1,0 +1,362 @@
+//! The operations of the daemon, from outside: what a user waits for, by HTTP.
+//!
+//! Each daemon is one of its own, with its data in a temporary directory. A time ends when the
+//! first command in the sandbox has answered, since nobody is helped by a sandbox before that.
+
+use std::collections::{BTreeMap, HashSet};
+use std::io::{self, BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use ureq::Agent;
+
+/// How long one request may take.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// What a daemon is started with.
+#[derive(Debug, Clone)]
+pub struct Programs {
+    /// `sandboxd`.
+    pub sandboxd: PathBuf,
+    /// `vmm`.
+    pub vmm: PathBuf,
+    /// Directory with kernel, initramfs and templates.
+    pub images: PathBuf,
+}
+
+/// Why a measure came to nothing.
+#[derive(Debug, thiserror::Error)]
+pub enum SandboxError {
+    /// The daemon cannot be started.
+    #[error("cannot start {program}", program = program.display())]
+    Start {
+        /// Its binary.
+        program: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// The daemon ended before it served.
+    #[error("the daemon ended before it told its address; it said: {0}")]
+    Silent(String),
+    /// No answer.
+    #[error("{request}")]
+    Request {
+        /// What was asked.
+        request: String,
+        /// Why there is no answer.
+        #[source]
+        source: Box<ureq::Error>,
+    },
+    /// Another answer than expected.
+    #[error("{request}: {status} {body}")]
+    Refused {
+        /// What was asked.
+        request: String,
+        /// The status.
+        status: u16,
+        /// The answer.
+        body: Value,
+    },
+    /// No warm snapshot came about.
+    #[error("no sandbox started warm within {} s", PATIENCE.as_secs())]
+    NotWarm,
+    /// A directory or `/proc` failed.
+    #[error("the system")]
+    System(#[from] io::Error),
+}
+
+/// A running daemon, which is ended in order when dropped.
+pub struct Daemon {
+    process: Child,
+    address: String,
+    agent: Agent,
+    vmm: PathBuf,
+    _directory: tempfile::TempDir,
+}
+
+impl Daemon {
+    /// Starts a daemon, with or without warm starts.
+    ///
+    /// # Errors
+    /// It does not come to serve.
+    pub fn start(programs: &Programs, warm: bool) -> Result<Self, SandboxError> {
+        let directory = tempfile::tempdir()?;
+        let mut process = Command::new(&programs.sandboxd)
+            .args(["serve", "--listen", "127.0.0.1:0", "--log-format", "json"])
+            .arg("--data-dir")
+            .arg(directory.path().join("data"))
+            .arg("--runtime-dir")
+            .arg(directory.path().join("run"))
+            .arg("--vmm")
+            .arg(&programs.vmm)
+            .arg("--images-dir")
+            .arg(&programs.images)
+            .args(["--warm-disk-bytes", if warm { "4294967296" } else { "0" }])
+            .env_remove("SANDBOXD_CONFIG")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .map_err(|source| SandboxError::Start {
+                program: programs.sandboxd.clone(),
+                source,
+            })?;
+        let mut said = String::new();
+        let mut address = None;
+        if let Some(stderr) = process.stderr.take() {
+            let mut lines = BufReader::new(stderr).lines();
+            for line in lines.by_ref().map_while(Result::ok) {
+                address = address.or_else(|| field(&line, "address"));
+                if field(&line, "message").as_deref() == Some("sandboxd is ready") {
+                    break;
+                }
+                said.push_str(&line);
+                said.push('\n');
+            }
+            // Or it would wait for somebody to read on.
+            std::thread::spawn(move || lines.for_each(drop));
+        }
+        let config = Agent::config_builder()
+            .timeout_global(Some(PATIENCE))
+            .http_status_as_error(false);
+        Ok(Self {
+            process,
+            address: address.ok_or(SandboxError::Silent(said))?,
+            agent: config.build().into(),
+            vmm: programs.vmm.clone(),
+            _directory: directory,
+        })
+    }
+
+    /// What a request answers with this status.
+    fn call(
+        &self,
+        method: &str,
+        path: &str,
+        body: Option<&Value>,
+        expected: u16,
+    ) -> Result<Value, SandboxError> {
+        let url = format!("http://{}{path}", self.address);
+        let request = format!("{method} {path}");
+        let failed = |source: ureq::Error| SandboxError::Request {
+            request: request.clone(),
+            source: Box::new(source),
+        };
+        let answer = match (method, body) {
+            ("DELETE", _) => self.agent.delete(&url).call(),
+            (_, Some(body)) => self
+                .agent
+                .post(&url)
+                .header("Content-Type", "application/json")
+                .send(body.to_string()),
+            (_, None) => self.agent.post(&url).send_empty(),
+        };
+        let mut answer = answer.map_err(failed)?;
+        let status = answer.status().as_u16();
+        let text = answer.body_mut().read_to_string().map_err(failed)?;
+        let body = serde_json::from_str(&text).unwrap_or(Value::String(text));
+        if status == expected {
+            Ok(body)
+        } else {
+            Err(SandboxError::Refused {
+                request,
+                status,
+                body,
+            })
+        }
+    }
+
+    /// Creates a sandbox with one vCPU. Returns its id and how it started.
+    ///
+    /// # Errors
+    /// It did not start.
+    pub fn create(&self, memory_mb: u32) -> Result<(String, String), SandboxError> {
+        let body = json!({"template": "minimal", "vcpus": 1, "memory_mb": memory_mb});
+        let sandbox = self.call("POST", "/v1/sandboxes", Some(&body), 201)?;
+        let start = sandbox["timings_ms"]["start"].as_str().unwrap_or_default();
+        Ok((id_of(&sandbox), start.to_owned()))
+    }
+
+    /// Runs a command, which has to succeed.
+    ///
+    /// # Errors
+    /// It did not run.
+    pub fn exec(&self, id: &str, script: &str) -> Result<(), SandboxError> {
+        let path = format!("/v1/sandboxes/{id}/exec");
+        let body = json!({"cmd": "sh", "args": ["-c", script], "timeout_sec": 120});
+        let result = self.call("POST", &path, Some(&body), 200)?;
+        if result["exit_code"] == 0 {
+            return Ok(());
+        }
+        Err(SandboxError::Refused {
+            request: script.to_owned(),
+            status: 200,
+            body: result,
+        })
+    }
+
+    /// Removes a sandbox.
+    ///
+    /// # Errors
+    /// Something of it is left.
+    pub fn delete(&self, id: &str) -> Result<(), SandboxError> {
+        let path = format!("/v1/sandboxes/{id}");
+        self.call("DELETE", &path, None, 204).map(drop)
+    }
+
+    /// Pauses or resumes a sandbox.
+    ///
+    /// # Errors
+    /// It did not work.
+    pub fn change(&self, id: &str, what: &str) -> Result<(), SandboxError> {
+        let path = format!("/v1/sandboxes/{id}/{what}");
+        self.call("POST", &path, None, 200).map(drop)
+    }
+
+    /// Forks a sandbox. Returns the ids, and for how long the parent stood still, in ms.
+    ///
+    /// # Errors
+    /// Not all of them started.
+    pub fn fork(&self, id: &str, count: usize) -> Result<(Vec<String>, f64), SandboxError> {
+        let path = format!("/v1/sandboxes/{id}/fork");
+        let body = json!({"count": count});
+        let forked = self.call("POST", &path, Some(&body), 201)?;
+        let sandboxes = forked["sandboxes"].as_array();
+        let ids: Vec<String> = sandboxes.into_iter().flatten().map(id_of).collect();
+        if ids.len() < count {
+            return Err(SandboxError::Refused {
+                request: format!("fork of {count}"),
+                status: 201,
+                body: forked,
+            });
+        }
+        Ok((ids, forked["stall_ms"].as_f64().unwrap_or_default()))
+    }
+
+    /// Waits until sandboxes of this size start warm.
+    ///
+    /// # Errors
+    /// They do not.
+    pub fn warm_up(&self, memory_mb: u32) -> Result<(), SandboxError> {
+        let deadline = Instant::now() + PATIENCE;
+        while Instant::now() < deadline {
+            let (id, start) = self.create(memory_mb)?;
+            self.delete(&id)?;
+            if start == "warm" {
+                return Ok(());
+            }
+        }
+        Err(SandboxError::NotWarm)
+    }
+
+    /// Bytes on disk that hold what was saved of sandboxes, those of warm starts included.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub fn saved_bytes(&self) -> io::Result<u64> {
+        stored(&self._directory.path().join("data/layers"))
+    }
+
+    /// Proportional memory of each process of this daemon's VMMs, in KiB, by process id.
+    ///
+    /// # Errors
+    /// `/proc` cannot be read.
+    pub fn vmm_pss(&self) -> io::Result<BTreeMap<u32, u64>> {
+        let mut all = BTreeMap::new();
+        for entry in std::fs::read_dir("/proc")? {
+            let path = entry?.path();
+            let Some(pid) = path
+                .file_name()
+                .and_then(|name| name.to_str()?.parse().ok())
+            else {
+                continue;
+            };
+            if std::fs::read_link(path.join("exe")).is_ok_and(|exe| exe == self.vmm)
+                && let Ok(rollup) = std::fs::read_to_string(path.join("smaps_rollup"))
+            {
+                all.insert(pid, kib(&rollup, "Pss:"));
+            }
+        }
+        Ok(all)
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let pid = rustix::process::Pid::from_child(&self.process);
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        let _ = self.process.wait();
+    }
+}
+
+/// How much more memory these processes have than those of before, in KiB.
+pub fn growth(before: &BTreeMap<u32, u64>, after: &BTreeMap<u32, u64>) -> f64 {
+    let old: HashSet<u32> = before.keys().copied().collect();
+    let new = after.iter().filter(|(pid, _)| !old.contains(pid));
+    new.map(|(_, kib)| *kib as f64).sum()
+}
+
+fn id_of(sandbox: &Value) -> String {
+    sandbox["id"].as_str().unwrap_or_default().to_owned()
+}
+
+/// A field of a line of the daemon's log.
+fn field(line: &str, name: &str) -> Option<String> {
+    let line: Value = serde_json::from_str(line).ok()?;
+    let field = line.get(name).or_else(|| line["fields"].get(name));
+    Some(field?.as_str()?.to_owned())
+}
+
+fn kib(rollup: &str, name: &str) -> u64 {
+    let line = rollup.lines().find_map(|line| line.strip_prefix(name));
+    let number = line.and_then(|rest| rest.split_whitespace().next()?.parse().ok());
+    number.unwrap_or_default()
+}
+
+fn stored(directory: &Path) -> io::Result<u64> {
+    use std::os::unix::fs::MetadataExt;
+    let mut sum = 0;
+    for entry in std::fs::read_dir(directory)? {
+        let entry = entry?;
+        let metadata = entry.metadata()?;
+        sum += match metadata.is_dir() {
+            true => stored(&entry.path())?,
+            false => metadata.blocks() * 512,
+        };
+    }
+    Ok(sum)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_that_of_new_processes() {
+        let before = BTreeMap::from([(1, 100), (2, 200)]);
+        let after = BTreeMap::from([(1, 900), (3, 30), (4, 12)]);
+        assert!((growth(&before, &after) - 42.0).abs() < f64::EPSILON);
+        assert_eq!(
+            kib("Rss:   7 kB\nPss:    5 kB\nPss_Dirty: 3 kB\n", "Pss:"),
+            5
+        );
+    }
+
+    #[test]
+    fn lines_of_the_log_are_searched_for_fields() {
+        let line = r#"{"fields":{"message":"listening","address":"127.0.0.1:7"}}"#;
+        assert_eq!(field(line, "address").as_deref(), Some("127.0.0.1:7"));
+        assert_eq!(field("no json", "address"), None);
+    }
+
+    #[test]
+    fn what_is_stored_is_counted_with_directories() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::create_dir(directory.path().join("in")).unwrap();
+        std::fs::write(directory.path().join("in/file"), [7; 5000]).unwrap();
+        assert!(stored(directory.path()).unwrap() >= 5000);
+    }
+}

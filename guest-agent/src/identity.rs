@@ -1,0 +1,176 @@
+//! Who the guest is, and what time it is: `POST /v1/resumed`.
+//!
+//! A guest that was restored has everything that its snapshot had, as have its clones. The kernel
+//! is told by the VM generation id that it runs anew, and reseeds itself; what it cannot know comes
+//! from the host by this operation.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::Path;
+
+use agent_protocol::{Resumed, ResumedRequest};
+use rustix::system::sethostname;
+use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
+
+use crate::log::{info, warning};
+
+/// `RNDADDENTROPY` and `RNDRESEEDCRNG` of `linux/random.h`.
+const RNDADDENTROPY: libc::Ioctl = 0x4008_5203;
+const RNDRESEEDCRNG: libc::Ioctl = 0x5207;
+const NANOS: u64 = 1_000_000_000;
+
+/// Does what the request asks for, as far as it can be done.
+pub fn assume(request: &ResumedRequest) -> Resumed {
+    let mut problems = Vec::new();
+    let mut try_to = |what: &str, result: io::Result<bool>| match result {
+        Ok(done) => done,
+        Err(error) => {
+            warning!("{what}: {error}");
+            problems.push(format!("{what}: {error}"));
+            false
+        }
+    };
+    // Before anything can draw random bytes on behalf of the host.
+    let seeded = try_to(
+        "the random pool cannot be seeded",
+        seed(&request.seed).map(|()| true),
+    );
+    let clock = try_to(
+        "the clock cannot be set",
+        set_clock(request.realtime_ns).map(|()| true),
+    );
+    let hostname = try_to(
+        "the host name cannot be set",
+        sethostname(request.hostname.as_bytes())
+            .map(|()| true)
+            .map_err(io::Error::from),
+    );
+    let machine_id = try_to(
+        "/etc/machine-id cannot be written",
+        write_machine_id(Path::new("/etc"), &request.machine_id),
+    );
+    info!("this is {}", request.hostname);
+    Resumed {
+        realtime_ns: realtime_ns(),
+        seeded,
+        clock,
+        hostname,
+        machine_id,
+        problems,
+    }
+}
+
+/// `CLOCK_REALTIME` in nanoseconds since the Unix epoch; 0 before it.
+pub fn realtime_ns() -> u64 {
+    let now = clock_gettime(ClockId::Realtime);
+    let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
+    let nanos = u64::try_from(now.tv_nsec).unwrap_or(0);
+    seconds.saturating_mul(NANOS).saturating_add(nanos)
+}
+
+fn set_clock(realtime_ns: u64) -> io::Result<()> {
+    let out_of_range = |_| io::Error::from(io::ErrorKind::InvalidInput);
+    let time = Timespec {
+        tv_sec: i64::try_from(realtime_ns / NANOS).map_err(out_of_range)?,
+        tv_nsec: i64::try_from(realtime_ns % NANOS).map_err(out_of_range)?,
+    };
+    Ok(clock_settime(ClockId::Realtime, time)?)
+}
+
+/// Mixes the seed into the kernel's pool, and makes the generator start from it at once rather
+/// than at its next turn, a minute later.
+fn seed(seed: &[u8]) -> io::Result<()> {
+    let device = File::open("/dev/urandom")?;
+    let too_long = |_| io::Error::from(io::ErrorKind::InvalidInput);
+    let len = i32::try_from(seed.len()).map_err(too_long)?;
+    // `struct rand_pool_info`: entropy in bits, length of the buffer in bytes, the buffer as words.
+    let mut info = vec![len.saturating_mul(8), len];
+    for chunk in seed.chunks(4) {
+        let mut word = [0; 4];
+        word[..chunk.len()].copy_from_slice(chunk);
+        info.push(i32::from_ne_bytes(word));
+    }
+    // SAFETY: RNDADDENTROPY reads a rand_pool_info whose buffer is as long as it says.
+    let added = unsafe { libc::ioctl(device.as_raw_fd(), RNDADDENTROPY, info.as_ptr()) };
+    if added != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: RNDRESEEDCRNG takes no argument.
+    match unsafe { libc::ioctl(device.as_raw_fd(), RNDRESEEDCRNG) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Replaces `machine-id` in the directory `etc`, if it is there and differs. Whoever reads it finds
+/// the old one or the new one. Returns whether it has the id now.
+fn write_machine_id(etc: &Path, id: &str) -> io::Result<bool> {
+    let path = etc.join("machine-id");
+    let line = format!("{id}\n");
+    let mode = match fs::symlink_metadata(&path) {
+        Ok(metadata) if metadata.is_file() => metadata.permissions().mode() & 0o7777,
+        Ok(_) => {
+            let text = "it is not a regular file";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(error),
+    };
+    if fs::read(&path)? == line.as_bytes() {
+        return Ok(true);
+    }
+    let temporary = etc.join(".machine-id.new");
+    // Left by a guest that ended in the midst of this.
+    let _ = fs::remove_file(&temporary);
+    let written = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&temporary)
+        .and_then(|mut file| {
+            file.write_all(line.as_bytes())?;
+            file.set_permissions(fs::Permissions::from_mode(mode))
+        })
+        .and_then(|()| fs::rename(&temporary, &path));
+    if written.is_err() {
+        let _ = fs::remove_file(&temporary);
+    }
+    written.map(|()| true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_id_is_replaced_where_there_is_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let (etc, path) = (dir.path(), dir.path().join("machine-id"));
+        let (one, two) = ("1".repeat(32), "2".repeat(32));
+        assert!(!write_machine_id(etc, &one).unwrap());
+        assert!(!path.exists());
+
+        fs::write(&path, "").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o444)).unwrap();
+        fs::write(etc.join(".machine-id.new"), "left").unwrap();
+        for id in [&one, &one, &two] {
+            assert!(write_machine_id(etc, id).unwrap());
+            assert_eq!(fs::read_to_string(&path).unwrap(), format!("{id}\n"));
+            let mode = fs::metadata(&path).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o444);
+        }
+        assert_eq!(fs::read_dir(etc).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_stands_in_for_a_machine_id_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("target");
+        fs::write(&target, "x").unwrap();
+        std::os::unix::fs::symlink(&target, dir.path().join("machine-id")).unwrap();
+        assert!(write_machine_id(dir.path(), &"1".repeat(32)).is_err());
+        assert_eq!(fs::read_to_string(target).unwrap(), "x");
+    }
+}
