@@ -281,3 +281,6 @@ impl Visit<'_> {
         Ok(None)
     }
 }
+
+#[cfg(test)]
+mod tests;
