@@ -208,7 +208,7 @@ impl VirtioDevice for Vsock {
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 impl Vsock {
     pub(super) fn muxer(&self) -> &Muxer {
         &self.muxer
