@@ -1,6 +1,9 @@
-//! What a client sends to the API: any bytes on a connection, with fake machines behind it.
+//! What a client sends to the API, with fake machines behind it: any bytes on a connection, or, if the
+//! first of them is zero, proper requests with any bodies. Each request is then the number of a
+//! route and a body, up to the next zero.
 #![no_main]
 
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
@@ -11,12 +14,14 @@ use std::time::Instant;
 
 use libfuzzer_sys::fuzz_target;
 use tempfile::TempDir;
-use vmm::api::{ApiServer, ApiTarget, Listener};
+use vmm::api::routes::{ROUTES, Route};
+use vmm::api::{ApiServer, ApiTarget, BASE_PATH, Listener};
 use vmm::control::Control;
 use vmm::control::request::{Action, Mailbox};
 use vmm::control::testing::{Ending, FakeLauncher, Journal};
 use vmm::events::EventStream;
 use vmm::signals::Signals;
+use vmm_fuzz::ignore_sigpipe;
 
 const PING: &[u8] = b"GET /api/v1/vmm.ping HTTP/1.1\r\n\r\n";
 
@@ -27,14 +32,33 @@ thread_local! {
     static BENCH: RefCell<Option<Bench>> = const { RefCell::new(None) };
 }
 
-fuzz_target!(|input: &[u8]| {
+fuzz_target!(init: ignore_sigpipe(), |input: &[u8]| {
+    let framed = match input {
+        [0, requests @ ..] => Cow::Owned(requests.split(|byte| *byte == 0).flat_map(frame).collect()),
+        _ => Cow::Borrowed(input),
+    };
     BENCH.with_borrow_mut(|bench| {
-        let alive = bench.get_or_insert_with(Bench::new).converse(input);
+        let alive = bench.get_or_insert_with(Bench::new).converse(&framed);
         if !alive && let Some(ended) = bench.take() {
             ended.owner.join().unwrap();
         }
     });
 });
+
+/// A request of the route that the first byte names, with the rest as its body.
+fn frame(request: &[u8]) -> Vec<u8> {
+    let Some((number, body)) = request.split_first() else {
+        return Vec::new();
+    };
+    let Route { method, name, .. } = &ROUTES[usize::from(*number) % ROUTES.len()];
+    let mut bytes = format!("{method} {BASE_PATH}{name} HTTP/1.1\r\n").into_bytes();
+    if !body.is_empty() {
+        bytes.extend(format!("Content-Length: {}\r\n", body.len()).into_bytes());
+    }
+    bytes.extend(b"\r\n");
+    bytes.extend(body);
+    bytes
+}
 
 /// A VMM without a machine, on threads as in the program.
 struct Bench {

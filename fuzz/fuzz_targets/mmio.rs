@@ -18,7 +18,7 @@ use vmm::devices::virtio::{Control, DeviceHandle, Interrupt, VirtioDevice};
 use vmm::events::EventStream;
 use vmm::memory::GuestMemory;
 use vmm_fuzz::devices::{self, Guest, Host};
-use vmm_fuzz::steps;
+use vmm_fuzz::{ignore_sigpipe, steps};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -43,7 +43,7 @@ const FEATURES_OK: u32 = 8;
 const DRIVER_OK: u32 = 4;
 const NEEDS_RESET: u32 = 64;
 
-fuzz_target!(|input: &[u8]| {
+fuzz_target!(init: ignore_sigpipe(), |input: &[u8]| {
     // An input that ends in the middle of a step has done what it could.
     let _ = devices::attack(&mut Unstructured::new(input), Registers);
 });
@@ -102,10 +102,12 @@ fn step(
         0..=2 => {
             let register = u64::from(input.arbitrary::<u8>()?) / 4 * 4;
             write(transport, register, input.arbitrary::<u16>()?.into());
+            read(transport, u64::from(input.arbitrary::<u8>()?) / 4 * 4);
         }
         3 | 4 => {
             // 4 KiB of registers, of which most are none.
-            let offset = u64::from(input.arbitrary::<u16>()? % 0xff9);
+            let range = if input.arbitrary()? { 0x140 } else { 0xff9 };
+            let offset = u64::from(input.arbitrary::<u16>()? % range);
             let mut data: [u8; 8] = input.arbitrary()?;
             let width = 1 << (input.arbitrary::<u8>()? % 4);
             if input.arbitrary()? {

@@ -9,7 +9,7 @@ use vmm::devices::virtio::testing::{BUFFERS, Driver, Piece, is_ready, readable, 
 use vmm::devices::virtio::{Control, DeviceError, VirtioDevice};
 use vmm::memory::GuestMemory;
 use vmm_fuzz::devices::{self, Guest, Host};
-use vmm_fuzz::steps;
+use vmm_fuzz::{ignore_sigpipe, steps};
 use vmm_sys_util::epoll::EventSet;
 
 /// The most steps of one input, and pieces of one chain.
@@ -20,7 +20,7 @@ const MAX_PIECES: u8 = 24;
 const TABLES: u64 = BUFFERS;
 const MESSAGES: u64 = BUFFERS + 0x1000;
 
-fuzz_target!(|input: &[u8]| {
+fuzz_target!(init: ignore_sigpipe(), |input: &[u8]| {
     // An input that ends in the middle of a step has done what it could.
     let _ = devices::attack(&mut Unstructured::new(input), Rings);
 });

@@ -9,12 +9,12 @@ use libfuzzer_sys::fuzz_target;
 use vmm::devices::virtio::VirtioDevice;
 use vmm::devices::virtio::vsock::testing::{CID, Guest, HEADER_SIZE, Header, TYPE_STREAM};
 use vmm_fuzz::programs::{PORTS, Programs};
-use vmm_fuzz::steps;
+use vmm_fuzz::{ignore_sigpipe, steps};
 
 /// The most steps of one input.
 const MAX_STEPS: usize = 64;
 
-fuzz_target!(|input: &[u8]| {
+fuzz_target!(init: ignore_sigpipe(), |input: &[u8]| {
     // An input that ends in the middle of a step has done what it could.
     let _ = run(&mut Unstructured::new(input));
 });
@@ -27,10 +27,17 @@ fn run(input: &mut Unstructured<'_>) -> Result<()> {
     // The ports of the last packet to the guest: its own, and that of the host.
     let mut last = (0, 0);
     let outcome = steps(input, MAX_STEPS, |input| {
-        match input.arbitrary::<u8>()? % 8 {
+        match input.arbitrary::<u8>()? % 9 {
             0..=2 => {
                 let header = likely_header(input, last)?;
                 send(&mut guest, &header);
+            }
+            // As much as a program that does not read can be sent, and more.
+            8 => {
+                let header = likely_header(input, last)?;
+                for _ in 0..input.arbitrary::<u8>()? % 32 {
+                    send(&mut guest, &header);
+                }
             }
             3 => {
                 let bytes: [u8; HEADER_SIZE] = input.arbitrary()?;

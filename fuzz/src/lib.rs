@@ -7,6 +7,13 @@ pub mod programs;
 
 use libfuzzer_sys::arbitrary::{Result, Unstructured};
 
+/// What the Rust runtime does at the start of every program, and the fuzzer's does not: a peer that
+/// goes away while it is written to is an error, and not the end of the process.
+pub fn ignore_sigpipe() {
+    // SAFETY: the disposition is one that is not a function.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+}
+
 /// Takes steps as long as there is input, `most` at most.
 ///
 /// # Errors
