@@ -38,6 +38,12 @@ const QUEUE_DESCRIPTORS: u64 = 0x80;
 const QUEUE_AVAILABLE: u64 = 0x90;
 const QUEUE_USED: u64 = 0xa0;
 
+/// The registers that there are, and the start of the configuration space.
+const REGISTERS: [u64; 30] = [
+    0x00, 0x04, 0x08, 0x0c, 0x10, 0x14, 0x20, 0x24, 0x30, 0x34, 0x38, 0x44, 0x50, 0x60, 0x64, 0x70,
+    0x80, 0x84, 0x90, 0x94, 0xa0, 0xa4, 0xac, 0xb0, 0xb4, 0xb8, 0xbc, 0xfc, 0x100, 0x104,
+];
+
 const FOUND: u32 = 3;
 const FEATURES_OK: u32 = 8;
 const DRIVER_OK: u32 = 4;
@@ -100,9 +106,9 @@ fn step(
 ) -> Result<()> {
     match input.arbitrary::<u8>()? % 12 {
         0..=2 => {
-            let register = u64::from(input.arbitrary::<u8>()?) / 4 * 4;
+            let register = *input.choose(&REGISTERS)?;
             write(transport, register, input.arbitrary::<u16>()?.into());
-            read(transport, u64::from(input.arbitrary::<u8>()?) / 4 * 4);
+            read(transport, *input.choose(&REGISTERS)?);
         }
         3 | 4 => {
             // 4 KiB of registers, of which most are none.
