@@ -19,6 +19,9 @@ soak: prepare ## the scenarios that can go on for long, for long
 	MVS_SOAK_SEEDS=$${MVS_SOAK_SEEDS:-50} MVS_SOAK_OPERATIONS=$${MVS_SOAK_OPERATIONS:-1000} \
 		MVS_SOAK_CYCLES=$${MVS_SOAK_CYCLES:-50} tests/run hostile vmm_api snapshots $(ARGS)
 
+fuzz: ## fuzz every target for ten minutes; ARGS='--seconds 60 qcow2' for one and less
+	fuzz/run $(ARGS)
+
 bench: prepare ## measure, beside peers, and print the table
 	benches/run $(ARGS)
 
@@ -33,11 +36,14 @@ images: prepare ## the same: target/images holds what guests boot
 fmt: ## format the code
 	cargo fmt --all
 	cargo fmt --manifest-path tests/hostile-guest/Cargo.toml
+	cargo fmt --manifest-path fuzz/Cargo.toml
 
 lint: ## what CI checks before the tests
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	cargo fmt --manifest-path tests/hostile-guest/Cargo.toml --check
 	cargo clippy --manifest-path tests/hostile-guest/Cargo.toml --release --locked --target-dir target/hostile-guest -- -D warnings
+	cargo fmt --manifest-path fuzz/Cargo.toml --check
+	RUSTFLAGS='--cfg fuzzing' cargo clippy --manifest-path fuzz/Cargo.toml --locked --target-dir target/fuzz-lint -- -D warnings
 
-.PHONY: help run demo test soak bench doctor prepare images fmt lint
+.PHONY: help run demo test soak fuzz bench doctor prepare images fmt lint

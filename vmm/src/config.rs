@@ -4,7 +4,10 @@
 mod error;
 mod mac;
 
+use std::fs::OpenOptions;
+use std::io;
 use std::os::fd::RawFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -530,11 +533,17 @@ impl MemoryConfig {
 
 /// Fails early, and by name, on a file that the machine could not be built from.
 fn readable(what: &'static str, path: &Path) -> Result<(), ConfigError> {
-    std::fs::File::open(path)
+    OpenOptions::new()
+        .read(true)
+        // A FIFO would hold up the open until someone writes to it.
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
         .and_then(|file| file.metadata())
         .and_then(|metadata| {
             if metadata.is_dir() {
-                Err(std::io::ErrorKind::IsADirectory.into())
+                Err(io::ErrorKind::IsADirectory.into())
+            } else if metadata.file_type().is_fifo() {
+                Err(io::ErrorKind::NotSeekable.into())
             } else {
                 Ok(())
             }
@@ -561,6 +570,24 @@ mod tests {
         };
         assert_eq!(card, expected);
         assert!(card.validate().is_ok());
+    }
+
+    #[test]
+    fn what_holds_no_bytes_is_refused_at_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let fifo = directory.path().join("fifo");
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &fifo,
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
+            0,
+        )
+        .unwrap();
+        for path in [fifo.as_path(), directory.path(), Path::new("/nonexistent")] {
+            let refused = readable("kernel", path);
+            assert!(matches!(refused, Err(ConfigError::Path { .. })), "{path:?}");
+        }
     }
 
     #[test]

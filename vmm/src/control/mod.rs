@@ -29,8 +29,14 @@ mod cold;
 pub mod guest;
 mod kvm;
 pub mod request;
-#[cfg(test)]
-pub(crate) mod testing;
+#[cfg(any(test, fuzzing))]
+#[allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "for tests and fuzz targets only"
+)]
+pub mod testing;
 #[cfg(test)]
 mod tests;
 

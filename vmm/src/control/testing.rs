@@ -17,25 +17,25 @@ use crate::kvm::vcpu::StoppedError;
 use crate::snapshot::{Destination, RestoreConfig};
 
 /// What the fake machines were told, across all of them.
-pub(crate) type Journal = Arc<Mutex<Vec<String>>>;
+pub type Journal = Arc<Mutex<Vec<String>>>;
 
-pub(crate) struct FakeLauncher {
-    pub(crate) journal: Journal,
+pub struct FakeLauncher {
+    pub journal: Journal,
     /// How the guests can end their machines: an end for each machine that was launched.
     endings: Sender<Ending>,
-    pub(crate) fails: Arc<Mutex<bool>>,
+    pub fails: Arc<Mutex<bool>>,
     /// Shared with every machine that exists.
     alive: Arc<()>,
 }
 
 /// The guest's way to end its machine.
-pub(crate) struct Ending {
+pub struct Ending {
     reason: Arc<Mutex<Option<ExitReason>>>,
     ended: Box<dyn FnOnce() + Send>,
 }
 
 impl Ending {
-    pub(crate) fn end(self, reason: ExitReason) {
+    pub fn end(self, reason: ExitReason) {
         *self.reason.lock().unwrap() = Some(reason);
         (self.ended)();
     }
@@ -43,7 +43,7 @@ impl Ending {
 
 impl FakeLauncher {
     /// A launcher, and the endings of the machines that it will launch.
-    pub(crate) fn new() -> (Self, Receiver<Ending>) {
+    pub fn new() -> (Self, Receiver<Ending>) {
         let (endings, receiver) = channel();
         let launcher = Self {
             journal: Journal::default(),
@@ -187,7 +187,7 @@ impl Guest for FakeGuest {
     }
 }
 
-pub(crate) fn config() -> Box<VmConfig> {
+pub fn config() -> Box<VmConfig> {
     Box::new(VmConfig {
         cpus: CpusConfig::default(),
         memory: MemoryConfig::default(),

@@ -2,8 +2,9 @@
 //! kernel finds them (Documentation/arch/x86/boot.rst and zero-page.rst).
 
 use std::ffi::CString;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use linux_loader::bootparam::{XLF_KERNEL_64, boot_e820_entry, boot_params, setup_header};
@@ -133,7 +134,12 @@ impl BootFile {
     /// It cannot be opened.
     pub fn open(path: &Path) -> Result<Self, LoadError> {
         let path = path.to_owned();
-        match File::open(&path) {
+        // A FIFO would hold up the open until someone writes to it.
+        let opened = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(&path);
+        match opened {
             Ok(file) => Ok(Self { path, file }),
             Err(source) => Err(LoadError::Open { path, source }),
         }

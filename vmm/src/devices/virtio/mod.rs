@@ -21,8 +21,14 @@ pub mod net;
 pub mod queue;
 pub mod rng;
 pub mod state;
-#[cfg(test)]
-pub(crate) mod testing;
+#[cfg(any(test, fuzzing))]
+#[allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "for tests and fuzz targets only"
+)]
+pub mod testing;
 #[cfg(test)]
 mod transport_tests;
 pub mod vsock;

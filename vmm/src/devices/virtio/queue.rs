@@ -324,3 +324,6 @@ impl Visit<'_> {
         Ok(None)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,7 +4,7 @@ use std::os::fd::RawFd;
 
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::desc::RawDescriptor;
-use virtio_queue::desc::split::{Descriptor, VirtqUsedElem};
+use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
@@ -135,6 +135,15 @@ impl Driver {
             .unwrap();
     }
 
+    /// Goes on as if `index` chains had been used already, whose indices are 16 bits wide.
+    pub fn start_at(&mut self, queue: usize, index: u16) {
+        let mirror = &mut self.queues[queue];
+        (mirror.avail, mirror.used) = (index, index);
+        self.set_avail_index(queue, index);
+        let used = GuestAddress(Self::part(queue, 2) + 2);
+        self.memory.write_obj(index.to_le(), used).unwrap();
+    }
+
     /// With `EVENT_IDX`: asks for an interrupt once the used index passes `index`.
     pub fn set_used_event(&self, queue: usize, index: u16) {
         let size = u64::from(self.queues[queue].size);
@@ -188,11 +197,11 @@ impl Driver {
         let mut used = Vec::new();
         while mirror.used != u16::from_le(index) {
             let slot = u64::from(mirror.used % mirror.size);
-            let element: VirtqUsedElem = self
+            let [id, len]: [u32; 2] = self
                 .memory
                 .read_obj(GuestAddress(ring + 4 + 8 * slot))
                 .unwrap();
-            used.push((element.id() as u16, element.len()));
+            used.push((u32::from_le(id) as u16, u32::from_le(len)));
             mirror.used = mirror.used.wrapping_add(1);
         }
         used

@@ -7,6 +7,7 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -121,6 +122,16 @@ pub enum ImageError {
     /// A raw image builds on nothing.
     #[error("{path} is a raw image, and cannot build on another", path = path.display())]
     RawOnTop {
+        /// The image.
+        path: PathBuf,
+    },
+    /// The image counts its own header as free space.
+    #[error(
+        "{path} is damaged, its reference counts do not cover its header: repair it with \
+         `qemu-img check -r all`",
+        path = path.display()
+    )]
+    RefCounts {
         /// The image.
         path: PathBuf,
     },
@@ -407,6 +418,9 @@ fn build_layer(
         writable,
         backing,
     } = files;
+    if image_type == ImageType::Qcow2 && writable && !counts_its_header(&file) {
+        return Err(ImageError::RefCounts { path });
+    }
     if direct {
         // Not when it is opened: its header is read in pieces that are not aligned.
         let set = rustix::fs::fcntl_getfl(&file)
@@ -458,4 +472,45 @@ fn build_layer(
             Ok((FormatAccess::new(image), backing_size))
         }
     }
+}
+
+/// Magic and version of the two versions of qcow2.
+const QCOW2_V2: u64 = 0x5146_49fb_0000_0002;
+const QCOW2_V3: u64 = 0x5146_49fb_0000_0003;
+
+/// Whether a qcow2 image counts its first cluster, which the header is in, as used (QEMU's
+/// docs/interop/qcow2.rst, "Header" and "Host cluster management").
+///
+/// The library allocates what is counted as free, without looking. In place of the header it would
+/// find no room for a table, since a table's offset of 0 is that of none, and look for it for ever.
+fn counts_its_header(image: &File) -> bool {
+    // What lies behind the end of the file, or is too short, is zero for the library too.
+    let word = |offset| {
+        let mut bytes = [0; 8];
+        match image.read_at(&mut bytes, offset) {
+            Ok(length) if length == bytes.len() => u64::from_be_bytes(bytes),
+            _ => 0,
+        }
+    };
+    // The number of bits of a count, as a power of two.
+    let order = match word(0) {
+        QCOW2_V2 => 4,
+        QCOW2_V3 => word(92) as u32,
+        // This is no image at all, which the library will say.
+        _ => return true,
+    };
+    let (table, clusters) = (word(48), word(56) >> 32);
+    // The low bits of an offset are reserved.
+    let block = word(table) & !0x1ff;
+    if clusters == 0 || block == 0 {
+        return false;
+    }
+    let first = word(block);
+    let count = match order {
+        // Several to a byte, the first in the lowest bits.
+        0..3 => first >> 56 & ((1 << (1 << order)) - 1),
+        3..6 => first >> (64 - (1 << order)),
+        _ => first,
+    };
+    count > 0
 }

@@ -172,7 +172,8 @@ impl Tap {
     }
 
     /// A datagram socket in place of a tap.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
+    #[allow(clippy::unwrap_used, reason = "for tests and fuzz targets only")]
     pub fn fake(fd: OwnedFd) -> Self {
         set_nonblocking(fd.as_raw_fd()).unwrap();
         Self {

@@ -309,7 +309,7 @@ impl VirtioDevice for Vsock {
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 impl Vsock {
     pub(super) fn muxer(&self) -> &Muxer {
         &self.muxer

@@ -55,6 +55,15 @@ mod host;
 mod muxer;
 mod packet;
 mod stream;
+#[cfg(any(test, fuzzing))]
+#[allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::new_without_default,
+    reason = "for tests and fuzz targets only"
+)]
+pub mod testing;
 #[cfg(test)]
 mod tests;
 

@@ -617,7 +617,7 @@ fn interest(id: u64, room: bool) -> EpollEvent {
     EpollEvent::new(events, id)
 }
 
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 impl Muxer {
     /// Number of peers in any state.
     pub(super) fn peer_count(&self) -> usize {

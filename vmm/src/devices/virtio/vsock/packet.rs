@@ -9,17 +9,17 @@ use crate::devices::virtio::queue::Chain;
 use crate::memory::GuestMemory;
 
 /// Size of `struct virtio_vsock_hdr`.
-pub(super) const HEADER_SIZE: usize = 44;
+pub const HEADER_SIZE: usize = 44;
 
 /// The most data that one packet may carry, as in Linux's `VIRTIO_VSOCK_MAX_PKT_BUF_SIZE`. The
 /// specification sets no limit, and a packet must be handled in one step.
-pub(super) const MAX_DATA: usize = 64 << 10;
+pub const MAX_DATA: usize = 64 << 10;
 
 /// The most descriptors of one packet: a full packet cut into 4 KiB pages needs 18.
 const MAX_DESCRIPTORS: usize = 128;
 
 /// `VIRTIO_VSOCK_TYPE_STREAM`.
-pub(super) const TYPE_STREAM: u16 = 1;
+pub const TYPE_STREAM: u16 = 1;
 
 /// `VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE`: the sender of the packet will not receive any more.
 pub(super) const SHUTDOWN_RECEIVE: u32 = 1;
@@ -30,19 +30,26 @@ pub(super) const SHUTDOWN_SEND: u32 = 2;
 /// What a packet asks for (`enum virtio_vsock_op`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u16)]
-pub(super) enum Op {
+pub enum Op {
+    /// `OP_REQUEST`: a connection.
     Request = 1,
+    /// `OP_RESPONSE`: the connection is accepted.
     Response = 2,
+    /// `OP_RST`: there is no connection, or no longer.
     Reset = 3,
+    /// `OP_SHUTDOWN`: the sender will not receive or not send any more.
     Shutdown = 4,
+    /// `OP_RW`: data.
     Data = 5,
+    /// `OP_CREDIT_UPDATE`: nothing but the sender's credit fields.
     CreditUpdate = 6,
+    /// `OP_CREDIT_REQUEST`: the receiver's credit fields, please.
     CreditRequest = 7,
 }
 
 impl Op {
     /// The operation with this number, if there is one.
-    pub(super) fn from_number(number: u16) -> Option<Self> {
+    pub fn from_number(number: u16) -> Option<Self> {
         Some(match number {
             1 => Self::Request,
             2 => Self::Response,
@@ -58,25 +65,32 @@ impl Op {
 
 /// `struct virtio_vsock_hdr`.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Header {
-    pub(super) src_cid: u64,
-    pub(super) dst_cid: u64,
-    pub(super) src_port: u32,
-    pub(super) dst_port: u32,
+pub struct Header {
+    /// Address of the sender.
+    pub src_cid: u64,
+    /// Address of the receiver.
+    pub dst_cid: u64,
+    /// Port of the sender.
+    pub src_port: u32,
+    /// Port of the receiver.
+    pub dst_port: u32,
     /// Bytes of data after the header.
-    pub(super) len: u32,
-    pub(super) kind: u16,
-    pub(super) op: u16,
-    pub(super) flags: u32,
+    pub len: u32,
+    /// Type of the socket: [`TYPE_STREAM`].
+    pub kind: u16,
+    /// Number of the [`Op`].
+    pub op: u16,
+    /// What a shutdown is of.
+    pub flags: u32,
     /// Size of the sender's receive buffer for this connection.
-    pub(super) buf_alloc: u32,
+    pub buf_alloc: u32,
     /// Bytes that have ever left that buffer, modulo 2^32.
-    pub(super) fwd_cnt: u32,
+    pub fwd_cnt: u32,
 }
 
 impl Header {
     /// Reads a header from its wire format.
-    pub(super) fn decode(bytes: &[u8; HEADER_SIZE]) -> Self {
+    pub fn decode(bytes: &[u8; HEADER_SIZE]) -> Self {
         let mut rest = &bytes[..];
         Self {
             src_cid: u64::from_le_bytes(take(&mut rest)),
@@ -93,7 +107,7 @@ impl Header {
     }
 
     /// The header in its wire format.
-    pub(super) fn encode(&self) -> [u8; HEADER_SIZE] {
+    pub fn encode(&self) -> [u8; HEADER_SIZE] {
         let mut bytes = [0; HEADER_SIZE];
         bytes[0..8].copy_from_slice(&self.src_cid.to_le_bytes());
         bytes[8..16].copy_from_slice(&self.dst_cid.to_le_bytes());

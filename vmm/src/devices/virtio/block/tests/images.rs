@@ -118,6 +118,35 @@ fn the_format_of_an_image_is_never_guessed() {
 }
 
 #[test]
+fn an_image_that_takes_its_own_header_for_free_space_is_not_written_to() {
+    let dir = TempDir::new().unwrap();
+    let path = overlay(&dir, "damaged", 1 << 20, None);
+    let sound = std::fs::read(&path).unwrap();
+    let word = |at: usize| u64::from_be_bytes(sound[at..at + 8].try_into().unwrap()) as usize;
+    let table = word(48);
+    // The offset of the table of blocks, the number of its clusters, the offset of the block that
+    // counts the first cluster, and the count itself; and a table behind the end of the file.
+    let zeroed = [48, 56, table, word(table)].map(|at| (at, 0));
+    for (at, value) in zeroed.into_iter().chain([(48, 1_u64 << 40)]) {
+        let mut bytes = sound.clone();
+        let length = if at == 56 { 4 } else { 8 };
+        bytes[at..at + length].copy_from_slice(&value.to_be_bytes()[..length]);
+        std::fs::write(&path, &bytes).unwrap();
+        assert!(matches!(
+            refusal(&qcow2(&path)),
+            ImageError::RefCounts { .. }
+        ));
+        let readonly = DiskConfig {
+            readonly: true,
+            ..qcow2(&path)
+        };
+        Machine::new(&readonly);
+    }
+    std::fs::write(&path, &sound).unwrap();
+    assert_eq!(Machine::new(&qcow2(&path)).write(0, &[1; 512]), (OK, 1));
+}
+
+#[test]
 fn an_image_that_is_its_own_backing_file_is_refused() {
     let dir = TempDir::new().unwrap();
     let path = overlay(&dir, "loop", 4096, Some(("loop", "qcow2")));

@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
-use super::driver::{Guest, LIMIT, RX_BUFFER_LEN, Socket};
+use super::super::testing::{Guest, LIMIT, RX_BUFFER_LEN, Socket};
 use super::streams::{BOTH, open_from_guest, open_from_host, read_line};
 use crate::devices::virtio::vsock::muxer::{LARGE_BUFFER, MAX_CONNECTIONS, MAX_GREETINGS};
 use crate::devices::virtio::vsock::packet::{MAX_DATA, Op};

@@ -5,7 +5,7 @@ use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::thread;
 
-use super::driver::{CID, Guest, LIMIT, Socket};
+use super::super::testing::{CID, Guest, LIMIT, Socket};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::vsock::muxer::LARGE_BUFFER;
 use crate::devices::virtio::vsock::packet::{

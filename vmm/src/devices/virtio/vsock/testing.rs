@@ -1,4 +1,8 @@
 //! A guest: the driver's side of the queues, and just enough of a socket layer.
+//!
+//! The driver notifies and waits strictly by the rules of event indices (virtio 1.2, 2.7.10):
+//! it calls the device only if the device asked for it, and looks at a used ring only after an
+//! interrupt. A notification that the device forgets is thus a test that hangs, and fails.
 
 use std::collections::VecDeque;
 use std::os::fd::BorrowedFd;
@@ -13,9 +17,10 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::device::{RX_QUEUE, TX_QUEUE, Vsock};
+use super::muxer::{LARGE_BUFFER, MAX_CONNECTIONS};
+pub use super::packet::{HEADER_SIZE, Header, MAX_DATA, Op, TYPE_STREAM};
 use crate::config::VsockConfig;
-use crate::devices::virtio::vsock::device::{RX_QUEUE, TX_QUEUE, Vsock};
-use crate::devices::virtio::vsock::packet::{HEADER_SIZE, Header, MAX_DATA, Op, TYPE_STREAM};
 use crate::devices::virtio::{Activation, Interrupt, VirtioDevice};
 use crate::memory::GuestMemory;
 
@@ -210,6 +215,20 @@ impl Guest {
                 self.device.process_queue(RX_QUEUE).unwrap();
             }
         }
+    }
+
+    /// Whether the device holds no more than it may, whatever the guest and host programs did.
+    pub fn check_bounds(&self) {
+        let muxer = self.device.muxer();
+        let peers = muxer.peer_count();
+        assert!(peers <= MAX_CONNECTIONS, "{peers} host programs");
+        let buffered = muxer.buffered();
+        assert!(
+            buffered <= peers * LARGE_BUFFER as usize,
+            "{buffered} bytes"
+        );
+        let queued = muxer.queued();
+        assert!(queued <= 2 * MAX_CONNECTIONS, "{queued} packets are due");
     }
 
     pub fn socket_path(&self, suffix: &str) -> PathBuf {
