@@ -139,7 +139,13 @@ impl BootFile {
             .read(true)
             .custom_flags(libc::O_NONBLOCK)
             .open(&path);
-        match opened {
+        // A network file system may read less at a time than it is asked for as long as it is set.
+        let blocking = opened.and_then(|file| {
+            let flags = rustix::fs::fcntl_getfl(&file)?;
+            rustix::fs::fcntl_setfl(&file, flags & !rustix::fs::OFlags::NONBLOCK)?;
+            Ok(file)
+        });
+        match blocking {
             Ok(file) => Ok(Self { path, file }),
             Err(source) => Err(LoadError::Open { path, source }),
         }
