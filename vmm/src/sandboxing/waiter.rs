@@ -113,6 +113,7 @@ fn signals() -> libc::sigset_t {
 
 fn wait(child: libc::pid_t, signals: &libc::sigset_t, keep: RawFd) -> ! {
     close_all_but(keep);
+    unmap_code();
     if let Err(error) = seccomp::apply_now(ThreadKind::Waiter { child }) {
         say(&format!("vmm: {}\n", crate::error_chain(&error)));
         // SAFETY: ends this process, and so the VMM.
@@ -143,6 +144,50 @@ fn wait(child: libc::pid_t, signals: &libc::sigset_t, keep: RawFd) -> ! {
         // SAFETY: the child has not been waited for, so that its id is still its own.
         unsafe { libc::kill(child, passed_on) };
     }
+}
+
+/// Takes the code that the process has run so far, and its constants, out of its page table. It has read the command
+/// line and opened what the VMM needs, and runs none of that again; what it does run is mapped anew
+/// when it gets there.
+fn unmap_code() {
+    unsafe extern "C" fn of_object(
+        info: *mut libc::dl_phdr_info,
+        _size: libc::size_t,
+        _data: *mut libc::c_void,
+    ) -> c_int {
+        // SAFETY: dl_iterate_phdr passes a valid pointer, to program headers that are mapped as
+        // long as the object is, and this program unloads none.
+        let (base, headers) = unsafe {
+            let info = &*info;
+            let count = usize::from(info.dlpi_phnum);
+            (
+                info.dlpi_addr,
+                std::slice::from_raw_parts(info.dlpi_phdr, count),
+            )
+        };
+        let page = crate::memory::PAGE_SIZE;
+        for header in headers {
+            if header.p_type != libc::PT_LOAD || header.p_flags & libc::PF_W != 0 {
+                continue;
+            }
+            let start = base.wrapping_add(header.p_vaddr);
+            let end = start.wrapping_add(header.p_memsz).next_multiple_of(page);
+            let start = start / page * page;
+            // SAFETY: the segment is mapped from its file and has never been written to, as it is
+            // not writable and has no relocations: the kernel finds the same bytes there again. It
+            // refuses what is no file, such as the vDSO.
+            unsafe {
+                libc::madvise(
+                    start as *mut libc::c_void,
+                    (end - start) as usize,
+                    libc::MADV_DONTNEED,
+                )
+            };
+        }
+        0
+    }
+    // SAFETY: the callback only reads what it is given.
+    unsafe { libc::dl_iterate_phdr(Some(of_object), std::ptr::null_mut()) };
 }
 
 /// Closes all descriptors but standard error and `keep`.
