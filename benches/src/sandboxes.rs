@@ -3,10 +3,11 @@
 //! Each daemon is one of its own, with its data in a temporary directory. A time ends when the
 //! first command in the sandbox has answered, since nobody is helped by a sandbox before that.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::io::{self, BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -14,6 +15,9 @@ use ureq::Agent;
 
 /// How long one request may take.
 const PATIENCE: Duration = Duration::from_secs(300);
+
+/// How much of the end of a daemon's log is kept, in lines.
+const LAST_LINES: usize = 60;
 
 /// What a daemon is started with.
 #[derive(Debug, Clone)]
@@ -74,7 +78,9 @@ pub struct Daemon {
     address: String,
     agent: Agent,
     vmm: PathBuf,
-    _directory: tempfile::TempDir,
+    /// The last lines of its log.
+    log: Arc<Mutex<VecDeque<String>>>,
+    directory: tempfile::TempDir,
 }
 
 impl Daemon {
@@ -104,6 +110,7 @@ impl Daemon {
                 program: programs.sandboxd.clone(),
                 source,
             })?;
+        let log: Arc<Mutex<VecDeque<String>>> = Arc::default();
         let mut said = String::new();
         let mut address = None;
         if let Some(stderr) = process.stderr.take() {
@@ -117,7 +124,16 @@ impl Daemon {
                 said.push('\n');
             }
             // Or it would wait for somebody to read on.
-            std::thread::spawn(move || lines.for_each(drop));
+            let last = Arc::clone(&log);
+            std::thread::spawn(move || {
+                for line in lines.map_while(Result::ok) {
+                    let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
+                    if last.len() == LAST_LINES {
+                        last.pop_front();
+                    }
+                    last.push_back(line);
+                }
+            });
         }
         let config = Agent::config_builder()
             .timeout_global(Some(PATIENCE))
@@ -127,7 +143,8 @@ impl Daemon {
             address: address.ok_or(SandboxError::Silent(said))?,
             agent: config.build().into(),
             vmm: programs.vmm.clone(),
-            _directory: directory,
+            log,
+            directory,
         })
     }
 
@@ -167,6 +184,12 @@ impl Daemon {
                 body,
             })
         }
+    }
+
+    /// The end of the daemon's log, for whoever looks into a failure.
+    pub fn last_words(&self) -> String {
+        let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        log.iter().map(|line| format!("{line}\n")).collect()
     }
 
     /// Creates a sandbox with one vCPU. Returns its id and how it started.
@@ -257,7 +280,7 @@ impl Daemon {
     /// # Errors
     /// The directory cannot be read.
     pub fn saved_bytes(&self) -> io::Result<u64> {
-        stored(&self._directory.path().join("data/layers"))
+        stored(&self.directory.path().join("data/layers"))
     }
 
     /// Proportional memory of each process of this daemon's VMMs, in KiB, by process id.

@@ -90,35 +90,15 @@ fn run(cli: &Cli) -> Result<(), Box<dyn Error>> {
         vmm: cli.vmm.canonicalize()?,
         images: cli.images.canonicalize()?,
     };
-    let rounds = if cli.quick {
-        1
-    } else {
-        usize::from(cli.samples)
-    };
     let (cold, warm) = (
         Daemon::start(&programs, false)?,
         Daemon::start(&programs, true)?,
     );
-    eprintln!("bench-sandboxes: waiting for the first warm start");
-    warm.warm_up(cli.memory)?;
-
-    let mut samples = Samples::default();
-    for round in 0..rounds {
-        if interrupt::interrupted() {
-            return Err("interrupted".into());
+    let samples = measure(cli, &cold, &warm).inspect_err(|_| {
+        for daemon in [&cold, &warm] {
+            eprintln!("--- the end of a daemon's log:\n{}", daemon.last_words());
         }
-        eprintln!("bench-sandboxes: round {} of {rounds}", round + 1);
-        // Each time another one first.
-        let order = [(&cold, "cold"), (&warm, "warm")];
-        for (daemon, kind) in [order[round % 2], order[(round + 1) % 2]] {
-            create(daemon, kind, cli.memory, &mut samples)?;
-        }
-        pause(&warm, cli.memory, &mut samples)?;
-        if round % FORK_EVERY == 0 {
-            let counts = if cli.quick { &FORKS[..1] } else { &FORKS[..] };
-            fork(&warm, cli.memory, counts, &mut samples)?;
-        }
-    }
+    })?;
     print(&samples, &machine);
     if let Some(parent) = cli.output.parent() {
         std::fs::create_dir_all(parent)?;
@@ -131,6 +111,35 @@ fn run(cli: &Cli) -> Result<(), Box<dyn Error>> {
     let results = json!({"machine": machine, "memory_mib": cli.memory, "samples": all});
     std::fs::write(&cli.output, serde_json::to_vec_pretty(&results)?)?;
     Ok(())
+}
+
+fn measure(cli: &Cli, cold: &Daemon, warm: &Daemon) -> Result<Samples, Box<dyn Error>> {
+    eprintln!("bench-sandboxes: waiting for the first warm start");
+    warm.warm_up(cli.memory)?;
+
+    let rounds = if cli.quick {
+        1
+    } else {
+        usize::from(cli.samples)
+    };
+    let mut samples = Samples::default();
+    for round in 0..rounds {
+        if interrupt::interrupted() {
+            return Err("interrupted".into());
+        }
+        eprintln!("bench-sandboxes: round {} of {rounds}", round + 1);
+        // Each time another one first.
+        let order = [(cold, "cold"), (warm, "warm")];
+        for (daemon, kind) in [order[round % 2], order[(round + 1) % 2]] {
+            create(daemon, kind, cli.memory, &mut samples)?;
+        }
+        pause(warm, cli.memory, &mut samples)?;
+        if round % FORK_EVERY == 0 {
+            let counts = if cli.quick { &FORKS[..1] } else { &FORKS[..] };
+            fork(warm, cli.memory, counts, &mut samples)?;
+        }
+    }
+    Ok(samples)
 }
 
 fn millis(since: Instant) -> f64 {
