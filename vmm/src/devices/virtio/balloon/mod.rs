@@ -9,6 +9,8 @@
 //! - Free page reporting: the driver names memory that the guest has free just now. It stays the
 //!   guest's, which finds zeroes there.
 //!
+//! In a machine that was restored, the guest finds in either case what its snapshot held there.
+//!
 //! A driver may name any page, as often as it likes and whether it has it in its balloon or not:
 //! what is discarded is the guest's own memory. Only ranges within guest memory are, and what one
 //! visit to a queue costs is bounded by the sizes of the queues and by [`MAX_PAGES`].
