@@ -111,6 +111,19 @@ impl Place {
     }
 }
 
+impl Drop for Place {
+    /// Ends the VMMs of a test that has failed: they outlive their daemon.
+    fn drop(&mut self) {
+        if !thread::panicking() {
+            return;
+        }
+        let pids = fs::read_to_string(self.path("pid")).unwrap_or_default();
+        for pid in pids.lines().filter_map(|line| line.parse().ok()) {
+            let _ = Pid::from_raw(pid).map(|pid| kill_process(pid, Signal::KILL));
+        }
+    }
+}
+
 /// Whether a process runs. One that has ended may have to wait for its parent.
 fn runs(pid: &str) -> bool {
     let state = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
@@ -119,6 +132,7 @@ fn runs(pid: &str) -> bool {
         .any(|line| line.starts_with("State:") && !line.contains('Z'))
 }
 
+/// A daemon, which is killed if the test ends before it.
 struct Daemon {
     process: Child,
     address: String,
@@ -176,6 +190,15 @@ impl Daemon {
 
     fn get(&self, path: &str) -> Value {
         answer(self.send("GET", path, "")).1
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            let _ = self.process.kill();
+        }
+        let _ = self.process.wait();
     }
 }
 
@@ -346,7 +369,9 @@ fn after_a_crash_the_next_daemon_cleans_up() {
     let vmm = place.vmm();
     let id = place.id();
     let vsock = place.path("run/sandboxes").join(&id).join("vsock.sock");
-    let agent = thread::spawn(|| take_identity(UnixListener::bind(vsock).unwrap()));
+    // The daemon turns to the agent as soon as it is told that it serves.
+    let listener = UnixListener::bind(vsock).unwrap();
+    let agent = thread::spawn(|| take_identity(listener));
     let ready = json!({"version": "1", "kernel": "6", "entered_us": 1, "serving_us": 2});
     let socket = place
         .path("run/sandboxes")

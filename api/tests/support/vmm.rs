@@ -27,8 +27,9 @@ use rustix::process::Signal;
 pub fn install(dir: &Path, test: &str, agent: &Path) -> PathBuf {
     let script = format!(
         "#!/bin/bash\nfor argument; do case $argument in cid=3,*) name=$argument;; esac; done\n\
-         export FAKE_VMM_DIR={} FAKE_VMM_AGENT={} FAKE_VMM_ARGS=$(/usr/bin/printf '%s\\n' \"$@\")\n\
-         exec -a \"$name\" {} --exact {test} --nocapture --test-threads=1\n",
+         echo $$ >> {0}/pid\n\
+         export FAKE_VMM_DIR={0} FAKE_VMM_AGENT={1} FAKE_VMM_ARGS=$(/usr/bin/printf '%s\\n' \"$@\")\n\
+         exec -a \"$name\" {2} --exact {test} --nocapture --test-threads=1\n",
         dir.display(),
         agent.display(),
         std::env::current_exe().unwrap().display(),
