@@ -9,6 +9,7 @@ use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
 use crate::chain;
+use crate::domain::WhenIdle;
 use crate::hypervisor::{CgroupParent, DiskLimits};
 
 /// The file that is read when none is named, if it is there.
@@ -30,6 +31,8 @@ pub struct Config {
     pub boot_timeout_sec: u64,
     /// Seconds that requests in flight have at shutdown.
     pub shutdown_timeout_sec: u64,
+    /// What becomes of a sandbox that was idle for its `timeout_sec`.
+    pub when_idle: WhenIdle,
     /// What guests are made from.
     pub images: ImagesConfig,
     /// How VMMs are jailed.
@@ -149,6 +152,7 @@ impl Default for Config {
             vmm: None,
             boot_timeout_sec: 60,
             shutdown_timeout_sec: 10,
+            when_idle: WhenIdle::default(),
             images: ImagesConfig::default(),
             jail: JailConfig::default(),
             limits: LimitsConfig::default(),
@@ -228,6 +232,10 @@ pub struct Flags {
     /// Seconds that requests in flight have at shutdown [default: 10]
     #[arg(long, env = "SANDBOXD_SHUTDOWN_TIMEOUT_SEC", value_name = "SECONDS")]
     shutdown_timeout_sec: Option<u64>,
+    /// What becomes of a sandbox that was idle for its timeout_sec: pause or delete
+    /// [default: pause]
+    #[arg(long, env = "SANDBOXD_WHEN_IDLE", value_name = "WHAT", value_parser = parse_when_idle)]
+    when_idle: Option<WhenIdle>,
     /// Jail VMMs: `false` is for debugging, and makes a VMM's user the daemon's [default: true]
     #[arg(long, env = "SANDBOXD_JAIL", value_name = "BOOL")]
     jail: Option<bool>,
@@ -275,6 +283,14 @@ fn parse_template(text: &str) -> Result<(String, PathBuf), String> {
             Ok((name.to_owned(), path.into()))
         }
         _ => Err("expected a name, `=`, and the path of its image".to_owned()),
+    }
+}
+
+fn parse_when_idle(text: &str) -> Result<WhenIdle, String> {
+    match text {
+        "pause" => Ok(WhenIdle::Pause),
+        "delete" => Ok(WhenIdle::Delete),
+        _ => Err("expected pause or delete".to_owned()),
     }
 }
 
@@ -345,6 +361,7 @@ impl Config {
         self.images.templates.extend(flags.templates);
         set(&mut self.boot_timeout_sec, flags.boot_timeout_sec);
         set(&mut self.shutdown_timeout_sec, flags.shutdown_timeout_sec);
+        set(&mut self.when_idle, flags.when_idle);
         set(&mut self.jail.enabled, flags.jail);
         set(&mut self.jail.first_uid, flags.jail_first_uid);
         set(&mut self.jail.cgroup, flags.jail_cgroup);

@@ -149,12 +149,15 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
             spool_dir,
         },
         warm_bytes: config.limits.warm_disk_bytes,
+        when_idle: config.when_idle,
     };
     let events = host.events().await;
     let manager = Manager::new(Arc::new(host), Arc::new(store), limits);
     manager.recover().await?;
     let follower = manager.clone();
     tokio::spawn(async move { follower.follow(events).await });
+    let reaper = manager.clone();
+    tokio::spawn(async move { reaper.set_aside_idle().await });
 
     let state = AppState {
         manager: manager.clone(),

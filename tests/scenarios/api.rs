@@ -10,11 +10,25 @@ use e2e_tests::daemon::{Daemon, Sandbox};
 use e2e_tests::http::Request;
 use e2e_tests::pattern::{Pattern, assert_pattern};
 use e2e_tests::process::{peak_kib, status_kib};
-use e2e_tests::report;
+use e2e_tests::{report, until};
 use serde_json::{Value, json};
 
 fn small() -> Value {
     json!({"memory_mb": 192})
+}
+
+#[test]
+fn an_idle_sandbox_is_paused_and_goes_on() {
+    let daemon = Daemon::start();
+    let sandbox = daemon.create(&json!({"memory_mb": 192, "timeout_sec": 2}));
+    sandbox.must("echo kept >/run/kept; sleep 3");
+    assert_eq!(sandbox.get()["status"], "running", "a command is use");
+    until("the sandbox is paused", || {
+        sandbox.get()["status"] == "paused"
+    });
+    sandbox.resume();
+    assert_eq!(sandbox.must("cat /run/kept"), "kept\n");
+    sandbox.delete();
 }
 
 #[test]

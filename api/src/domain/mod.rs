@@ -4,6 +4,7 @@ mod error;
 mod exec;
 mod host;
 mod id;
+mod idle;
 mod layer;
 mod manager;
 mod request;
@@ -25,7 +26,7 @@ pub use host::{
 };
 pub use id::{Id, Kind, LayerId, ParseIdError, SandboxId, SnapshotId};
 pub use layer::{Layers, MAX_DISK};
-pub use manager::{Forked, Limits, Manager, RecoverError};
+pub use manager::{Forked, InUse, Limits, Manager, RecoverError, WhenIdle};
 pub use request::{Command, CreateSpec, SnapshotSpec};
 pub use sandbox::{Desired, IllegalTransition, Sandbox, Spec, Status, Transition};
 pub use snapshot::{LayersInfo, Snapshot, WarmSnapshot};

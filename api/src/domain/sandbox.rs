@@ -131,8 +131,7 @@ pub struct Spec {
     pub vcpus: u8,
     /// RAM in MiB.
     pub memory_mb: u32,
-    /// Idle time after which it may be set aside, in seconds; 0 is never. Recorded, not yet
-    /// acted on.
+    /// Idle time after which it is set aside, in seconds; 0 is never.
     pub timeout_sec: u32,
 }
 

@@ -6,11 +6,12 @@
 use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use api::domain::{
     CreateRequest, Created, End, ExecEvent, ExecLimits, ExecRequest, ExitInfo, FileContent, Host,
     HostError, HostEvent, HostInfo, LayerId, Layers, LayersInfo, Limits, Manager, ReadFileRequest,
-    SandboxId, SaveRequest, SaveTimings, Saved, Shape, Timings, WriteFileRequest,
+    SandboxId, SaveRequest, SaveTimings, Saved, Shape, Timings, WhenIdle, WriteFileRequest,
 };
 use api::http::{AppState, router};
 use api::store::SqliteStore;
@@ -60,6 +61,8 @@ pub struct FakeHost {
     /// How sandboxes were to be saved, in order.
     pub saves: Mutex<Vec<SaveRequest>>,
     pub fault: Mutex<Option<Fault>>,
+    /// How long it takes to save a sandbox.
+    pub save_takes: Mutex<Duration>,
     pub last_upload: Mutex<Option<u64>>,
     listeners: Mutex<Vec<mpsc::UnboundedSender<HostEvent>>>,
 }
@@ -89,6 +92,8 @@ impl FakeHost {
 
     async fn save(&self, request: SaveRequest) -> Result<Saved, HostError> {
         self.may_crash(Fault::CrashBeforeSave).await;
+        let save_takes = *self.save_takes.lock().unwrap();
+        tokio::time::sleep(save_takes).await;
         let keep = request.keep;
         self.saves.lock().unwrap().push(request.clone());
         let not_saved = |keep| {
@@ -246,6 +251,14 @@ impl Host for FakeHost {
             ],
             "false" => vec![exited(1, false)],
             "binary" => vec![out(&b"\xff\xfe"[..]), err("text"), exited(0, false)],
+            "work" => {
+                let seconds = argument.parse().unwrap();
+                let work = async move {
+                    tokio::time::sleep(Duration::from_secs(seconds)).await;
+                    exited(0, false)
+                };
+                return Ok(stream::once(work).boxed());
+            }
             "sleep" => vec![out("so far"), exited(137, true)],
             "lost" => vec![
                 out("so far"),
@@ -330,6 +343,19 @@ impl Host for FakeHost {
     }
 }
 
+/// Limits that no test reaches by chance.
+fn limits() -> Limits {
+    Limits {
+        exec: ExecLimits {
+            max_output: 1 << 20,
+            memory_threshold: 64 * 1024,
+            spool_dir: "/nonexistent".into(),
+        },
+        warm_bytes: 0,
+        when_idle: WhenIdle::Pause,
+    }
+}
+
 /// The API on a fake host.
 pub struct Api {
     pub host: Arc<FakeHost>,
@@ -342,53 +368,57 @@ pub struct Api {
 impl Api {
     /// An API that takes uploads of `max_upload` bytes and `max_output` bytes of output.
     pub async fn new(max_upload: u64, max_output: u64) -> Self {
-        Self::start(
-            tempfile::tempdir().unwrap(),
-            Arc::default(),
-            max_upload,
-            max_output,
-            0,
-        )
-        .await
+        let mut limits = limits();
+        limits.exec.max_output = max_output;
+        let dir = tempfile::tempdir().unwrap();
+        Self::start(dir, Arc::default(), max_upload, limits).await
     }
 
     /// An API that keeps warm snapshots of so many bytes.
     pub async fn warm(warm_bytes: u64) -> Self {
+        let limits = Limits {
+            warm_bytes,
+            ..limits()
+        };
         let dir = tempfile::tempdir().unwrap();
-        Self::start(dir, Arc::default(), 1 << 20, 1 << 20, warm_bytes).await
+        Self::start(dir, Arc::default(), 1 << 20, limits).await
+    }
+
+    /// An API that does this with idle sandboxes.
+    pub async fn idle(when_idle: WhenIdle) -> Self {
+        let limits = Limits {
+            when_idle,
+            ..limits()
+        };
+        let dir = tempfile::tempdir().unwrap();
+        Self::start(dir, Arc::default(), 1 << 20, limits).await
     }
 
     /// What the next daemon makes of what this one leaves.
     pub async fn restart(self) -> Self {
-        let warm_bytes = self.manager.limits().warm_bytes;
+        let limits = self.manager.limits().clone();
         // The next daemon ends all processes, whatever they are at.
         self.host.sandboxes.lock().unwrap().clear();
         *self.host.fault.lock().unwrap() = None;
         let Self { host, dir, .. } = self;
-        Self::start(dir, host, 1 << 20, 1 << 20, warm_bytes).await
+        Self::start(dir, host, 1 << 20, limits).await
     }
 
     async fn start(
         dir: tempfile::TempDir,
         host: Arc<FakeHost>,
         max_upload: u64,
-        max_output: u64,
-        warm_bytes: u64,
+        mut limits: Limits,
     ) -> Self {
         let store = Arc::new(SqliteStore::open(&dir.path().join("db")).unwrap());
-        let limits = Limits {
-            exec: ExecLimits {
-                max_output,
-                memory_threshold: 64 * 1024,
-                spool_dir: dir.path().to_owned(),
-            },
-            warm_bytes,
-        };
+        limits.exec.spool_dir = dir.path().to_owned();
         let manager = Manager::new(host.clone(), store.clone(), limits);
         let events = host.events().await;
         manager.recover().await.unwrap();
         let follower = manager.clone();
         tokio::spawn(async move { follower.follow(events).await });
+        let reaper = manager.clone();
+        tokio::spawn(async move { reaper.set_aside_idle().await });
         let state = AppState {
             manager: manager.clone(),
             max_upload,

@@ -96,16 +96,16 @@ pub async fn exec(
     Path(id): Path<String>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
-    let sandbox = state.manager.running(&id).await?;
+    let in_use = state.manager.running(&id).await?;
     let request: ExecRequestBody = parse(body)?;
     let timeout_sec = request.timeout_sec.unwrap_or(30);
     let mut argv = vec![request.cmd.clone()];
     argv.extend(request.args.unwrap_or_default());
     let command = Command { argv, timeout_sec };
-    let output = state.manager.exec(&sandbox.id, command).await?;
+    let output = state.manager.exec(&in_use, command).await?;
     let limit = state.manager.limits().exec.max_output;
     answer(
-        sandbox.id.as_str(),
+        in_use.sandbox.id.as_str(),
         &request.cmd,
         timeout_sec,
         limit,

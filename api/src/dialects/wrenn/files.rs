@@ -17,7 +17,7 @@ use utoipa::ToSchema;
 
 use super::error::{ApiError, parse};
 use crate::chain;
-use crate::domain::{Manager, SandboxId, Spool, Spooled};
+use crate::domain::{InUse, Manager, Spool, Spooled};
 use crate::http::{AppState, ErrorBody};
 
 /// The longest `path` field that is read, in bytes; the domain allows less.
@@ -77,7 +77,7 @@ pub async fn write(
     Path(id): Path<String>,
     request: Request,
 ) -> Result<StatusCode, ApiError> {
-    let sandbox = state.manager.running(&id).await?;
+    let in_use = state.manager.running(&id).await?;
     let announced = request
         .headers()
         .get(header::CONTENT_LENGTH)
@@ -97,7 +97,7 @@ pub async fn write(
         })?;
     let upload = Upload {
         manager: &state.manager,
-        id: &sandbox.id,
+        in_use: &in_use,
         limit: state.max_upload,
     };
     upload.run(form).await?;
@@ -132,9 +132,9 @@ pub async fn read(
     Path(id): Path<String>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
-    let sandbox = state.manager.running(&id).await?;
+    let in_use = state.manager.running(&id).await?;
     let request: ReadFileRequestBody = parse(body)?;
-    let file = state.manager.read_file(&sandbox.id, request.path).await?;
+    let file = state.manager.read_file(in_use, request.path).await?;
     let body = Body::from_stream(file.content);
     let mut response = ([(header::CONTENT_TYPE, "application/octet-stream")], body).into_response();
     if let Some(size) = file.size {
@@ -157,7 +157,7 @@ pub(super) struct BinaryBody(Vec<u8>);
 /// An upload on its way into a sandbox.
 struct Upload<'a> {
     manager: &'a Manager,
-    id: &'a SandboxId,
+    in_use: &'a InUse,
     limit: u64,
 }
 
@@ -192,7 +192,7 @@ impl Upload<'_> {
         let file = waiting.ok_or_else(|| ApiError::invalid("file is required"))?;
         Ok(self
             .manager
-            .write_file(self.id, path, content(file))
+            .write_file(self.in_use, path, content(file))
             .await?)
     }
 
@@ -219,7 +219,7 @@ impl Upload<'_> {
                 }
             }
         };
-        let write = self.manager.write_file(self.id, path, content);
+        let write = self.manager.write_file(self.in_use, path, content);
         let (pumped, written) = tokio::join!(pump, write);
         pumped?;
         Ok(written?)

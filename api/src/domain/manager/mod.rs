@@ -7,6 +7,7 @@
 //! written back, never while the host works. Who takes a sandbox from one state to another has its
 //! [turn](super::turns) for all of that.
 
+mod idle;
 mod pause;
 mod recover;
 mod snapshots;
@@ -31,6 +32,7 @@ use super::host::{
     WriteFileRequest,
 };
 use super::id::{LayerId, SandboxId};
+use super::idle::Idle;
 use super::layer::Layers;
 use super::request::{self, Command, CreateSpec};
 use super::sandbox::{Sandbox, Spec, Status, Transition};
@@ -38,6 +40,7 @@ use super::store::{Store, StoreError};
 use super::timings::Start;
 use super::turns::{Turn, Turns};
 use crate::chain;
+pub use idle::{InUse, WhenIdle};
 pub use recover::RecoverError;
 pub use snapshots::Forked;
 use warm::Warm;
@@ -49,6 +52,8 @@ pub struct Limits {
     pub exec: ExecLimits,
     /// Size on the disk of all warm snapshots, in bytes; with 0 there are none.
     pub warm_bytes: u64,
+    /// What becomes of a sandbox that was idle for as long as its timeout.
+    pub when_idle: WhenIdle,
 }
 
 /// The owner of all sandboxes; clones share it.
@@ -65,6 +70,7 @@ struct Inner {
     records: Mutex<()>,
     turns: Turns,
     warm: Warm,
+    idle: Arc<Idle>,
     closing: AtomicBool,
 }
 
@@ -79,6 +85,7 @@ impl Manager {
                 records: Mutex::new(()),
                 turns: Turns::default(),
                 warm: Warm::default(),
+                idle: Arc::default(),
                 closing: AtomicBool::new(false),
             }),
         }
@@ -255,24 +262,12 @@ impl Manager {
         Ok(())
     }
 
-    /// The sandbox of that id, if it runs.
-    ///
-    /// # Errors
-    /// It does not.
-    pub async fn running(&self, id: &str) -> Result<Sandbox, ExecError> {
-        let sandbox = self.get(id).await?;
-        match sandbox.status {
-            Status::Running => Ok(sandbox),
-            status => Err(ExecError::NotRunning(status)),
-        }
-    }
-
     /// Runs a command in a sandbox and collects its output.
     ///
     /// # Errors
     /// There is no result.
-    pub async fn exec(&self, id: &SandboxId, command: Command) -> Result<ExecOutput, ExecError> {
-        let start = Instant::now();
+    pub async fn exec(&self, in_use: &InUse, command: Command) -> Result<ExecOutput, ExecError> {
+        let (id, start) = (&in_use.sandbox.id, Instant::now());
         let request = request::check_command(command).map_err(ExecError::Invalid)?;
         let events = self
             .inner
@@ -291,27 +286,35 @@ impl Manager {
     /// The file is as it was.
     pub async fn write_file(
         &self,
-        id: &SandboxId,
+        in_use: &InUse,
         path: String,
         content: BoxStream<'static, std::io::Result<Bytes>>,
     ) -> Result<(), FileError> {
         request::check_path(&path).map_err(FileError::Invalid)?;
-        let request = WriteFileRequest { path };
+        let (id, request) = (&in_use.sandbox.id, WriteFileRequest { path });
         let result = self.inner.host.write_file(id, request, content).await;
         self.used(id).await;
         result.map_err(FileError::Host)
     }
 
-    /// Reads a file in a sandbox.
+    /// Reads a file in a sandbox, which is in use until its content was read.
     ///
     /// # Errors
     /// It cannot be read from its start; later errors are in the stream.
-    pub async fn read_file(&self, id: &SandboxId, path: String) -> Result<FileContent, FileError> {
+    pub async fn read_file(&self, in_use: InUse, path: String) -> Result<FileContent, FileError> {
         request::check_path(&path).map_err(FileError::Invalid)?;
+        let InUse { sandbox, using } = in_use;
         let request = ReadFileRequest { path };
-        let result = self.inner.host.read_file(id, request).await;
-        self.used(id).await;
-        result.map_err(FileError::Host)
+        let result = self.inner.host.read_file(&sandbox.id, request).await;
+        self.used(&sandbox.id).await;
+        let FileContent { size, content } = result.map_err(FileError::Host)?;
+        let content = content.inspect(move |_| {
+            let _ = &using;
+        });
+        Ok(FileContent {
+            size,
+            content: content.boxed(),
+        })
     }
 
     /// Where output and uploads are spooled.
@@ -384,6 +387,7 @@ impl Manager {
         };
         drop(records);
         if sandbox.status != before {
+            self.watch(&sandbox);
             match (sandbox.status, &sandbox.status_reason) {
                 (Status::Error, reason) => warn!(sandbox = %id, from = %before,
                     reason = reason.as_deref(), "sandbox is in error"),
