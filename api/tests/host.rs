@@ -213,7 +213,14 @@ impl Drop for Agent {
 async fn run(host: &LocalHost, id: &SandboxId, argv: &[&str], timeout_sec: u32) -> Output {
     let argv = argv.iter().map(|&arg| arg.to_owned()).collect();
     let mut events = host
-        .exec(id, ExecRequest { argv, timeout_sec })
+        .exec(
+            id,
+            ExecRequest {
+                argv,
+                timeout_sec,
+                ..ExecRequest::default()
+            },
+        )
         .await
         .unwrap();
     let mut output = Output {
@@ -294,6 +301,7 @@ async fn commands_run_in_the_agent() {
     let request = ExecRequest {
         argv: vec!["true".into()],
         timeout_sec: 1,
+        ..ExecRequest::default()
     };
     let gone = host.exec(&id, request).await.err();
     assert_eq!(gone, Some(HostError::NotRunning { id }));
@@ -323,6 +331,7 @@ async fn a_command_whose_caller_goes_away_is_killed() {
             ExecRequest {
                 argv,
                 timeout_sec: 3600,
+                ..ExecRequest::default()
             },
         )
         .await

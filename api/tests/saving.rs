@@ -122,6 +122,7 @@ impl Bench {
         let request = ExecRequest {
             argv,
             timeout_sec: 60,
+            ..ExecRequest::default()
         };
         let mut events = self.host.exec(&self.id, request).await?;
         while let Some(event) = events.next().await {
@@ -347,6 +348,7 @@ async fn commands_under_way_end_with_a_pause_and_go_on_after_one_that_failed() {
         let request = ExecRequest {
             argv,
             timeout_sec: 60,
+            ..ExecRequest::default()
         };
         let mut events = bench.host.exec(&bench.id, request).await.unwrap();
         let first = events.next().await.unwrap().unwrap();

@@ -76,6 +76,66 @@ async fn a_sandbox_from_create_to_delete() {
 }
 
 #[tokio::test]
+async fn sandboxes_have_two_names() {
+    let api = api().await;
+    let (status, capsule) = api.call("POST", "/v1/capsules", "{}").await;
+    assert_eq!(status, StatusCode::CREATED);
+    let id = capsule["id"].as_str().unwrap();
+    for name in ["sandboxes", "capsules"] {
+        let path = format!("/v1/{name}/{id}");
+        assert_eq!(
+            api.call("GET", &path, "").await,
+            (StatusCode::OK, capsule.clone())
+        );
+        let exec = format!("{path}/exec");
+        let (status, said) = api.call("POST", &exec, r#"{"cmd": "false"}"#).await;
+        assert_eq!((status, &said["exit_code"]), (StatusCode::OK, &json!(1)));
+        let (status, _) = api.call("POST", &format!("{path}/ping"), "").await;
+        assert_eq!(status, StatusCode::NO_CONTENT);
+    }
+    let path = format!("/v1/capsules/{id}");
+    let (status, _) = api.call("DELETE", &path, "").await;
+    assert_eq!(status, StatusCode::NO_CONTENT);
+    let (status, _) = api.call("POST", &format!("{path}/ping"), "").await;
+    assert_eq!(status, StatusCode::CONFLICT);
+    let (_, document) = api.call("GET", "/openapi.json", "").await;
+    let mut ids = std::collections::BTreeSet::new();
+    for (path, item) in document["paths"].as_object().unwrap() {
+        for operation in item.as_object().unwrap().values() {
+            let id = operation["operationId"].as_str().unwrap_or(path);
+            assert!(ids.insert(id.to_owned()), "{id} is there twice");
+        }
+        if let Some(rest) = path.strip_prefix("/v1/sandboxes") {
+            let alias = &document["paths"][format!("/v1/capsules{rest}")];
+            assert!(alias.is_object(), "{path}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_command_has_the_variables_and_the_directory_that_it_is_given() {
+    let api = api().await;
+    let path = format!("/v1/sandboxes/{}/exec", api.create().await);
+    let body = r#"{"cmd": "env", "envs": {"A": "1", "B": ""}, "cwd": "/srv"}"#;
+    let (status, said) = api.call("POST", &path, body).await;
+    assert_eq!(status, StatusCode::OK);
+    assert_eq!(said["stdout"], r#"{"A": "1", "B": ""} Some("/srv")"#);
+    for (fields, expected) in [
+        (r#""envs": {"": "x"}"#, "the name of a variable"),
+        (r#""envs": {"A=B": "x"}"#, "the name of a variable"),
+        (r#""envs": {"A": "\u0000"}"#, "the variable A must not"),
+        (r#""envs": ["A"]"#, "invalid JSON body"),
+        (r#""cwd": "srv""#, "cwd must be absolute"),
+        (r#""cwd": """#, "cwd is required"),
+    ] {
+        let body = format!(r#"{{"cmd": "env", {fields}}}"#);
+        let (status, answer) = api.call("POST", &path, &body).await;
+        assert_eq!(status, StatusCode::BAD_REQUEST, "{body}");
+        assert!(message(&answer).starts_with(expected), "{body}: {answer}");
+    }
+}
+
+#[tokio::test]
 async fn the_newest_sandbox_is_listed_first() {
     let api = api().await;
     let (first, second) = (api.create().await, api.create().await);

@@ -67,6 +67,8 @@ impl AgentClient {
     ) -> Result<Response<hyper::body::Incoming>, HostError> {
         let body = agent_protocol::ExecRequest {
             argv: request.argv.clone(),
+            env: request.env.clone(),
+            cwd: request.cwd.clone(),
             timeout_ms: Some(u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)),
             ..Default::default()
         };
@@ -76,7 +78,7 @@ impl AgentClient {
         if body.len() > agent_protocol::MAX_JSON_BODY {
             return Err(HostError::Invalid {
                 reason: format!(
-                    "cmd and args have {} bytes; at most {} fit into a command",
+                    "cmd, args and envs have {} bytes; at most {} fit into a command",
                     body.len(),
                     agent_protocol::MAX_JSON_BODY
                 ),

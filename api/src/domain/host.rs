@@ -4,7 +4,7 @@
 //! responses and events are plain serializable values, bulk data are streams, and things are
 //! named by id, never by a path on the other side. Today the call is a function call.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
 use async_trait::async_trait;
@@ -190,10 +190,14 @@ pub struct Saved {
 }
 
 /// Run this command.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExecRequest {
     /// Program and arguments; no shell is involved.
     pub argv: Vec<String>,
+    /// Variables to set beside those that a login has.
+    pub env: BTreeMap<String, String>,
+    /// Working directory, absolute; the home of root if not given.
+    pub cwd: Option<String>,
     /// Seconds after which the command is killed with all its children.
     pub timeout_sec: u32,
 }

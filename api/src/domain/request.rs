@@ -1,5 +1,7 @@
 //! Requests and what makes them acceptable. A refusal is a sentence for whoever asked.
 
+use std::collections::BTreeMap;
+
 use super::host::{ExecRequest, HostInfo};
 use super::sandbox::Spec;
 
@@ -47,6 +49,10 @@ pub struct SnapshotSpec {
 pub struct Command {
     /// Program and arguments.
     pub argv: Vec<String>,
+    /// Variables to set.
+    pub env: BTreeMap<String, String>,
+    /// Working directory.
+    pub cwd: Option<String>,
     /// Seconds that it may take.
     pub timeout_sec: i64,
 }
@@ -95,6 +101,20 @@ pub fn check_command(command: Command) -> Result<ExecRequest, String> {
     if command.argv.iter().any(|arg| arg.contains('\0')) {
         return Err("cmd and args must not contain a zero byte".to_owned());
     }
+    for (name, value) in &command.env {
+        if name.is_empty() || name.contains(['=', '\0']) {
+            return Err(format!(
+                "the name of a variable must have a character, and neither `=` nor a zero byte, \
+                 unlike {name:?}"
+            ));
+        }
+        if value.contains('\0') {
+            return Err(format!("the variable {name} must not contain a zero byte"));
+        }
+    }
+    if let Some(cwd) = &command.cwd {
+        check_path(cwd).map_err(|problem| problem.replacen("path", "cwd", 1))?;
+    }
     let timeout_sec = in_range(
         "timeout_sec",
         command.timeout_sec,
@@ -104,6 +124,8 @@ pub fn check_command(command: Command) -> Result<ExecRequest, String> {
     )?;
     Ok(ExecRequest {
         argv: command.argv,
+        env: command.env,
+        cwd: command.cwd,
         timeout_sec,
     })
 }

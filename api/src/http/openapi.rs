@@ -28,7 +28,7 @@ struct Service;
 /// The description, OpenAPI 3.1.
 pub fn document() -> utoipa::openapi::OpenApi {
     let mut document = Service::openapi();
-    document.merge(wrenn::Document::openapi());
+    document.merge(wrenn::document());
     document
 }
 

@@ -249,6 +249,10 @@ impl Host for FakeHost {
                 err("warning\n"),
                 exited(0, false),
             ],
+            "env" => vec![
+                out(format!("{:?} {:?}", request.env, request.cwd)),
+                exited(0, false),
+            ],
             "false" => vec![exited(1, false)],
             "binary" => vec![out(&b"\xff\xfe"[..]), err("text"), exited(0, false)],
             "work" => {

@@ -3,6 +3,7 @@
 //! The output may be far larger than memory, so the answer is written as a stream: each piece of
 //! output is escaped or encoded as it is read back from the spool.
 
+use std::collections::BTreeMap;
 use std::io;
 
 use axum::body::{Body, Bytes};
@@ -35,6 +36,14 @@ pub struct ExecRequestBody {
     #[serde(default)]
     #[schema(nullable = false)]
     pub args: Option<Vec<String>>,
+    /// Variables to set, beside `PATH`, `HOME` and the like.
+    #[serde(default)]
+    #[schema(nullable = false)]
+    pub envs: Option<BTreeMap<String, String>>,
+    /// Its working directory, absolute; `/root` if not given.
+    #[serde(default)]
+    #[schema(nullable = false)]
+    pub cwd: Option<String>,
     /// Seconds after which it is killed with all its children, 1 to 86400.
     #[serde(default)]
     #[schema(default = 30, nullable = false)]
@@ -101,7 +110,12 @@ pub async fn exec(
     let timeout_sec = request.timeout_sec.unwrap_or(30);
     let mut argv = vec![request.cmd.clone()];
     argv.extend(request.args.unwrap_or_default());
-    let command = Command { argv, timeout_sec };
+    let command = Command {
+        argv,
+        env: request.envs.unwrap_or_default(),
+        cwd: request.cwd,
+        timeout_sec,
+    };
     let output = state.manager.exec(&in_use, command).await?;
     let limit = state.manager.limits().exec.max_output;
     answer(

@@ -1,4 +1,4 @@
-//! `/v1/sandboxes` and `/v1/snapshots`.
+//! `/v1/sandboxes`, also as `/v1/capsules`, and `/v1/snapshots`.
 
 mod error;
 mod exec;
@@ -15,7 +15,6 @@ pub use error::ApiError;
 
 use crate::http::{AppState, ErrorBody};
 
-/// The description of this dialect.
 #[derive(OpenApi)]
 #[openapi(
     paths(
@@ -23,6 +22,7 @@ use crate::http::{AppState, ErrorBody};
         sandboxes::list,
         sandboxes::get,
         sandboxes::destroy,
+        sandboxes::ping,
         sandboxes::pause,
         sandboxes::resume,
         exec::exec,
@@ -50,24 +50,36 @@ use crate::http::{AppState, ErrorBody};
         snapshots::ForkFailure,
     ))
 )]
-pub struct Document;
+struct Sandboxes;
+
+/// What sandboxes are called in paths; clients know them by either word.
+const NAMES: [&str; 2] = ["sandboxes", "capsules"];
+
+/// The description of this dialect.
+pub fn document() -> utoipa::openapi::OpenApi {
+    let mut document = Sandboxes::openapi();
+    let [name, other] = NAMES.map(|name| format!("/v1/{name}"));
+    let paths = &mut document.paths.paths;
+    let aliases: Vec<_> = paths
+        .iter()
+        .filter_map(|(path, item)| {
+            let alias = format!("{other}{}", path.strip_prefix(&name)?);
+            let mut item = item.clone();
+            let operations = [&mut item.get, &mut item.post, &mut item.delete];
+            for operation in operations.into_iter().flatten() {
+                let id = operation.operation_id.take();
+                operation.operation_id = id.map(|id| format!("{id}ByOtherName"));
+            }
+            Some((alias, item))
+        })
+        .collect();
+    paths.extend(aliases);
+    document
+}
 
 /// The routes of this dialect.
 pub fn router() -> Router<AppState> {
-    let upload = post(files::write).layer(DefaultBodyLimit::disable());
-    Router::new()
-        .route(
-            "/v1/sandboxes",
-            post(sandboxes::create).get(sandboxes::list),
-        )
-        .route(
-            "/v1/sandboxes/{id}",
-            get(sandboxes::get).delete(sandboxes::destroy),
-        )
-        .route("/v1/sandboxes/{id}/exec", post(exec::exec))
-        .route("/v1/sandboxes/{id}/pause", post(sandboxes::pause))
-        .route("/v1/sandboxes/{id}/resume", post(sandboxes::resume))
-        .route("/v1/sandboxes/{id}/fork", post(snapshots::fork_sandbox))
+    let snapshots = Router::new()
         .route(
             "/v1/snapshots",
             post(snapshots::create).get(snapshots::list),
@@ -76,7 +88,28 @@ pub fn router() -> Router<AppState> {
             "/v1/snapshots/{id}",
             get(snapshots::get).delete(snapshots::delete),
         )
-        .route("/v1/snapshots/{id}/fork", post(snapshots::fork))
-        .route("/v1/sandboxes/{id}/files/write", upload)
-        .route("/v1/sandboxes/{id}/files/read", post(files::read))
+        .route("/v1/snapshots/{id}/fork", post(snapshots::fork));
+    NAMES.into_iter().fold(snapshots, |router, name| {
+        router.merge(sandboxes(&format!("/v1/{name}")))
+    })
+}
+
+/// The routes of sandboxes below `base`.
+fn sandboxes(base: &str) -> Router<AppState> {
+    let upload = post(files::write).layer(DefaultBodyLimit::disable());
+    let of_one = Router::new()
+        .route("/exec", post(exec::exec))
+        .route("/ping", post(sandboxes::ping))
+        .route("/pause", post(sandboxes::pause))
+        .route("/resume", post(sandboxes::resume))
+        .route("/fork", post(snapshots::fork_sandbox))
+        .route("/files/write", upload)
+        .route("/files/read", post(files::read));
+    Router::new()
+        .route(base, post(sandboxes::create).get(sandboxes::list))
+        .route(
+            &format!("{base}/{{id}}"),
+            get(sandboxes::get).delete(sandboxes::destroy),
+        )
+        .nest(&format!("{base}/{{id}}"), of_one)
 }

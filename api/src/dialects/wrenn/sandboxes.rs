@@ -266,6 +266,27 @@ pub async fn destroy(
     Ok(StatusCode::NO_CONTENT)
 }
 
+/// Keep a sandbox from being idle
+///
+/// As a command does: it counts as used now.
+#[utoipa::path(
+    post, path = "/v1/sandboxes/{id}/ping", operation_id = "pingSandbox", tag = "sandboxes",
+    params(("id" = String, Path)),
+    responses(
+        (status = 204, description = "It is used"),
+        (status = 404, description = "Sandbox not found", body = ErrorBody),
+        (status = 409, description = "Sandbox not running", body = ErrorBody),
+    ),
+)]
+pub async fn ping(
+    State(state): State<AppState>,
+    Path(id): Path<String>,
+) -> Result<StatusCode, ApiError> {
+    let in_use = state.manager.running(&id).await?;
+    state.manager.keep(in_use).await;
+    Ok(StatusCode::NO_CONTENT)
+}
+
 /// Pause a running sandbox
 ///
 /// Its memory is saved to disk and its processes end, so that it costs disk space only. Commands

@@ -262,6 +262,11 @@ impl Manager {
         Ok(())
     }
 
+    /// Keeps a sandbox from being idle.
+    pub async fn keep(&self, in_use: InUse) {
+        self.used(&in_use.sandbox.id).await;
+    }
+
     /// Runs a command in a sandbox and collects its output.
     ///
     /// # Errors

@@ -259,6 +259,7 @@ impl Manager {
         let request = ExecRequest {
             argv: vec!["/bin/sh".to_owned(), "-c".to_owned(), ":".to_owned()],
             timeout_sec: FIRST_COMMAND_SEC,
+            ..ExecRequest::default()
         };
         match self.inner.host.exec(id, request).await {
             Ok(events) => {
