@@ -230,6 +230,7 @@ async fn run(host: &LocalHost, id: &SandboxId, argv: &[&str], timeout_sec: u32) 
     };
     while let Some(event) = events.next().await {
         match event.unwrap() {
+            ExecEvent::Started { .. } => {}
             ExecEvent::Stdout(bytes) => output.stdout.extend_from_slice(&bytes),
             ExecEvent::Stderr(bytes) => output.stderr.extend_from_slice(&bytes),
             ExecEvent::Exited(exit) => output.exit = Some(exit),
@@ -336,6 +337,8 @@ async fn a_command_whose_caller_goes_away_is_killed() {
         )
         .await
         .unwrap();
+    let started = events.next().await.unwrap().unwrap();
+    assert!(matches!(started, ExecEvent::Started { pid } if pid > 0));
     let first = events.next().await.unwrap().unwrap();
     assert_eq!(first, ExecEvent::Stdout(Bytes::from_static(b"open\n")));
     drop(events);

@@ -351,6 +351,8 @@ async fn commands_under_way_end_with_a_pause_and_go_on_after_one_that_failed() {
             ..ExecRequest::default()
         };
         let mut events = bench.host.exec(&bench.id, request).await.unwrap();
+        let started = events.next().await.unwrap().unwrap();
+        assert!(matches!(started, ExecEvent::Started { .. }));
         let first = events.next().await.unwrap().unwrap();
         assert!(matches!(first, ExecEvent::Stdout(_)));
         events

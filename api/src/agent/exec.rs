@@ -143,24 +143,22 @@ fn events(frames: Frames, deadline: Instant, timeout: Duration) -> Events {
         let Some(mut frames) = frames else {
             return Ok(None);
         };
-        loop {
-            let frame = tokio::time::timeout_at(deadline, frames.next())
-                .await
-                .map_err(|_| late(timeout))??;
-            return Ok(Some(match frame {
-                AgentFrame::Started(_) => continue,
-                AgentFrame::Stdout(bytes) => (ExecEvent::Stdout(bytes), Some(frames)),
-                AgentFrame::Stderr(bytes) => (ExecEvent::Stderr(bytes), Some(frames)),
-                AgentFrame::Exit(exit) => {
-                    let exit = ExitInfo {
-                        code: exit.code,
-                        timed_out: exit.timed_out,
-                    };
-                    (ExecEvent::Exited(exit), None)
-                }
-                AgentFrame::Error(detail) => return Err(host_error(detail, "")),
-            }));
-        }
+        let frame = tokio::time::timeout_at(deadline, frames.next())
+            .await
+            .map_err(|_| late(timeout))??;
+        Ok(Some(match frame {
+            AgentFrame::Started(started) => (ExecEvent::Started { pid: started.pid }, Some(frames)),
+            AgentFrame::Stdout(bytes) => (ExecEvent::Stdout(bytes), Some(frames)),
+            AgentFrame::Stderr(bytes) => (ExecEvent::Stderr(bytes), Some(frames)),
+            AgentFrame::Exit(exit) => {
+                let exit = ExitInfo {
+                    code: exit.code,
+                    timed_out: exit.timed_out,
+                };
+                (ExecEvent::Exited(exit), None)
+            }
+            AgentFrame::Error(detail) => return Err(host_error(detail, "")),
+        }))
     })
     .boxed()
 }

@@ -71,13 +71,14 @@ pub async fn collect(
                 let (spool, bytes) = match event {
                     ExecEvent::Stdout(bytes) => (&mut stdout, bytes),
                     ExecEvent::Stderr(bytes) => (&mut stderr, bytes),
-                    ExecEvent::Exited(_) => continue,
+                    ExecEvent::Started { .. } | ExecEvent::Exited(_) => continue,
                 };
                 spool.push(&bytes).await?;
                 if stdout.len() + stderr.len() > limits.max_output {
                     break ExecEnd::TooMuchOutput;
                 }
             }
+            Some(ExecEvent::Started { .. }) => {}
             Some(ExecEvent::Exited(exit)) if exit.timed_out => break ExecEnd::TimedOut,
             Some(ExecEvent::Exited(exit)) => break ExecEnd::Exited(exit.code),
             None => {

@@ -205,6 +205,11 @@ pub struct ExecRequest {
 /// Something that a command did.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ExecEvent {
+    /// It was started. Nothing comes before.
+    Started {
+        /// Its process id in the guest.
+        pid: u32,
+    },
     /// It wrote to its standard output.
     Stdout(Bytes),
     /// It wrote to its standard error.

@@ -27,7 +27,7 @@ pub use host::{
 pub use id::{Id, Kind, LayerId, ParseIdError, SandboxId, SnapshotId};
 pub use layer::{Layers, MAX_DISK};
 pub use manager::{Forked, InUse, Limits, Manager, RecoverError, WhenIdle};
-pub use request::{Command, CreateSpec, SnapshotSpec};
+pub use request::{Command, CreateSpec, MAX_EXEC_TIMEOUT_SEC, SnapshotSpec};
 pub use sandbox::{Desired, IllegalTransition, Sandbox, Spec, Status, Transition};
 pub use snapshot::{LayersInfo, Snapshot, WarmSnapshot};
 pub use spool::{Spool, Spooled};

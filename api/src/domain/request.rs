@@ -14,7 +14,7 @@ const MAX_MEMORY_MB: i64 = 1 << 20;
 /// The longest idle time of one sandbox in seconds: 30 days.
 const MAX_TIMEOUT_SEC: i64 = 30 * 24 * 3600;
 /// The longest time of one command in seconds: a day.
-const MAX_EXEC_TIMEOUT_SEC: i64 = 24 * 3600;
+pub const MAX_EXEC_TIMEOUT_SEC: i64 = 24 * 3600;
 /// The most sandboxes of one fork.
 const MAX_FORKS: i64 = 100;
 /// The longest description of a snapshot in bytes.

@@ -23,7 +23,7 @@ use futures_util::StreamExt;
 use futures_util::stream::{self, BoxStream};
 use http_body_util::BodyExt;
 use serde_json::Value;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tower::ServiceExt;
 
 /// Pieces of long output and files.
@@ -61,6 +61,8 @@ pub struct FakeHost {
     /// How sandboxes were to be saved, in order.
     pub saves: Mutex<Vec<SaveRequest>>,
     pub fault: Mutex<Option<Fault>>,
+    /// Notified when a command that talks has ended.
+    pub dropped: Arc<Notify>,
     /// How long it takes to save a sandbox.
     pub save_takes: Mutex<Duration>,
     pub last_upload: Mutex<Option<u64>>,
@@ -135,6 +137,15 @@ impl FakeHost {
                 })
                 .unwrap();
         }
+    }
+}
+
+/// Tells when it is dropped.
+struct Said(Arc<Notify>);
+
+impl Drop for Said {
+    fn drop(&mut self) {
+        self.0.notify_one();
     }
 }
 
@@ -255,6 +266,24 @@ impl Host for FakeHost {
             ],
             "false" => vec![exited(1, false)],
             "binary" => vec![out(&b"\xff\xfe"[..]), err("text"), exited(0, false)],
+            "talk" => {
+                // Says each argument when the one before was taken; ends when it is dropped.
+                let said = Said(self.dropped.clone());
+                let words = request.argv[1..].to_vec();
+                let start = stream::iter([Ok(ExecEvent::Started { pid: 7 })]);
+                let talk = stream::iter(words).map(move |word| {
+                    let _ = &said;
+                    match word.strip_prefix("hex:") {
+                        Some(digits) => out(vec![u8::from_str_radix(digits, 16).unwrap()]),
+                        None => out(word),
+                    }
+                });
+                let end: BoxStream<'_, _> = match argument.as_str() {
+                    "forever" => stream::pending().boxed(),
+                    _ => stream::iter([exited(3, false)]).boxed(),
+                };
+                return Ok(start.chain(talk.chain(end)).boxed());
+            }
             "work" => {
                 let seconds = argument.parse().unwrap();
                 let work = async move {

@@ -2,9 +2,11 @@
 
 mod error;
 mod exec;
+mod exec_stream;
 mod files;
 mod sandboxes;
 mod snapshots;
+mod text;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
@@ -26,6 +28,7 @@ use crate::http::{AppState, ErrorBody};
         sandboxes::pause,
         sandboxes::resume,
         exec::exec,
+        exec_stream::exec_stream,
         files::write,
         files::read,
         snapshots::fork_sandbox,
@@ -99,6 +102,7 @@ fn sandboxes(base: &str) -> Router<AppState> {
     let upload = post(files::write).layer(DefaultBodyLimit::disable());
     let of_one = Router::new()
         .route("/exec", post(exec::exec))
+        .route("/exec/stream", get(exec_stream::exec_stream))
         .route("/ping", post(sandboxes::ping))
         .route("/pause", post(sandboxes::pause))
         .route("/resume", post(sandboxes::resume))

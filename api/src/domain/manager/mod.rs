@@ -28,8 +28,8 @@ use tracing::{Instrument, debug, error, info, warn};
 use super::error::{CreateError, DestroyError, ExecError, FileError, LookupError};
 use super::exec::{self, ExecLimits, ExecOutput};
 use super::host::{
-    CreateRequest, End, FileContent, Host, HostError, HostEvent, Identity, ReadFileRequest, Shape,
-    WriteFileRequest,
+    CreateRequest, End, ExecEvent, FileContent, Host, HostError, HostEvent, Identity,
+    ReadFileRequest, Shape, WriteFileRequest,
 };
 use super::id::{LayerId, SandboxId};
 use super::idle::Idle;
@@ -283,6 +283,23 @@ impl Manager {
         let output = exec::collect(events, &self.inner.limits.exec, start).await;
         self.used(id).await;
         Ok(output?)
+    }
+
+    /// Runs a command in a sandbox, whose output comes as it is written. Dropping the stream kills
+    /// the command.
+    ///
+    /// # Errors
+    /// It was not started; later errors are in the stream.
+    pub async fn exec_events(
+        &self,
+        in_use: &InUse,
+        command: Command,
+    ) -> Result<BoxStream<'static, Result<ExecEvent, HostError>>, ExecError> {
+        let id = &in_use.sandbox.id;
+        let request = request::check_command(command).map_err(ExecError::Invalid)?;
+        let events = self.inner.host.exec(id, request).await;
+        self.used(id).await;
+        events.map_err(ExecError::Host)
     }
 
     /// Writes a file in a sandbox.

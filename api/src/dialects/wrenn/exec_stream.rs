@@ -1,0 +1,256 @@
+//! Execute a command and follow its output, over a WebSocket.
+//!
+//! ```text
+//! client → {"type":"start","cmd":"make","args":["-j2"]}      once, first
+//! client ← {"type":"start","pid":212}
+//! client ← {"type":"stdout","data":"…"}, {"type":"stderr","data":"…"}   any number
+//! client ← {"type":"exit","exit_code":0}  or  {"type":"error","data":"…"}; then the socket is closed
+//! ```
+//!
+//! Nothing is collected: a client that does not read stops the command's writes. One that goes away,
+//! or sends `{"type":"stop"}`, ends the command with all its children.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use axum::extract::ws::rejection::WebSocketUpgradeRejection;
+use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade, close_code};
+use axum::extract::{Path, State};
+use axum::response::Response;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
+use futures_util::StreamExt;
+use serde::{Deserialize, Serialize};
+use tokio::time::timeout;
+
+use super::error::ApiError;
+use super::text::Text;
+use crate::domain::{Command, ExecError, ExecEvent, InUse, MAX_EXEC_TIMEOUT_SEC, Manager};
+use crate::http::{AppState, ErrorBody};
+
+/// How long a client may take to say what to run.
+const START_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The largest message of a client, in bytes: what a command may have.
+const MAX_MESSAGE: usize = 1 << 20;
+
+/// What a client says.
+#[derive(Debug, Deserialize)]
+#[serde(tag = "type", rename_all = "lowercase")]
+enum Order {
+    Start(Start),
+    Stop {},
+}
+
+#[derive(Debug, Deserialize)]
+struct Start {
+    #[serde(default)]
+    cmd: String,
+    #[serde(default)]
+    args: Option<Vec<String>>,
+    #[serde(default)]
+    envs: Option<BTreeMap<String, String>>,
+    #[serde(default)]
+    cwd: Option<String>,
+    #[serde(default)]
+    timeout_sec: Option<i64>,
+}
+
+/// What a client is told.
+#[derive(Debug, Serialize)]
+#[serde(tag = "type", rename_all = "lowercase")]
+enum News<'a> {
+    Start {
+        pid: u32,
+    },
+    Stdout(Data<'a>),
+    Stderr(Data<'a>),
+    Exit {
+        exit_code: i32,
+        #[serde(skip_serializing_if = "std::ops::Not::not")]
+        timed_out: bool,
+    },
+    Error {
+        data: String,
+    },
+}
+
+/// Output. What is not UTF-8 is base64, and says so.
+#[derive(Debug, Serialize)]
+struct Data<'a> {
+    data: std::borrow::Cow<'a, str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    encoding: Option<&'static str>,
+}
+
+impl<'a> Data<'a> {
+    fn new(bytes: &'a [u8]) -> Self {
+        match std::str::from_utf8(bytes) {
+            Ok(text) => Self {
+                data: text.into(),
+                encoding: None,
+            },
+            Err(_) => Self {
+                data: STANDARD.encode(bytes).into(),
+                encoding: Some("base64"),
+            },
+        }
+    }
+}
+
+/// Execute a command and follow its output
+///
+/// A WebSocket. The client's first message is `{"type":"start","cmd":…}`, with the fields of an
+/// exec, but `timeout_sec` is 86400 by default. Then it is told `start` with the `pid`, `stdout` and
+/// `stderr` with `data` (`encoding` is `base64` for what is not UTF-8), and at last `exit` with the
+/// `exit_code`, or `error`. A client that goes away ends the command.
+#[utoipa::path(
+    get, path = "/v1/sandboxes/{id}/exec/stream", operation_id = "execStream", tag = "sandboxes",
+    params(("id" = String, Path)),
+    responses(
+        (status = 101, description = "The WebSocket is open"),
+        (status = 400, description = "Not a WebSocket's handshake", body = ErrorBody),
+        (status = 404, description = "Sandbox not found", body = ErrorBody),
+        (status = 409, description = "Sandbox not running", body = ErrorBody),
+    ),
+)]
+pub async fn exec_stream(
+    State(state): State<AppState>,
+    Path(id): Path<String>,
+    upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
+) -> Result<Response, ApiError> {
+    let in_use = state.manager.running(&id).await?;
+    let upgrade = upgrade
+        .map_err(|rejection| ApiError::invalid(format!("expected a WebSocket: {rejection}")))?;
+    Ok(upgrade
+        .max_message_size(MAX_MESSAGE)
+        .on_upgrade(async move |socket| {
+            serve(socket, &state.manager, &in_use).await;
+            state.manager.keep(in_use).await;
+        }))
+}
+
+/// Serves one client until its command has ended or it goes away. There is nobody to tell why.
+async fn serve(mut socket: WebSocket, manager: &Manager, in_use: &InUse) {
+    let last = match timeout(START_TIMEOUT, first_order(&mut socket)).await {
+        Ok(Some(Ok(start))) => run(&mut socket, manager, in_use, start).await,
+        Ok(Some(Err(problem))) => Some(News::Error { data: problem }),
+        Ok(None) => None,
+        Err(_) => Some(News::Error {
+            data: format!(
+                "nothing to run was sent within {} s: expected {{\"type\":\"start\",\"cmd\":…}}",
+                START_TIMEOUT.as_secs()
+            ),
+        }),
+    };
+    let Some(last) = last else { return };
+    if tell(&mut socket, &last).await.is_some() {
+        let close = CloseFrame {
+            code: close_code::NORMAL,
+            reason: "".into(),
+        };
+        let _ = socket.send(Message::Close(Some(close))).await;
+    }
+}
+
+/// What the client wants to run; `None` if it went away.
+async fn first_order(socket: &mut WebSocket) -> Option<Result<Start, String>> {
+    let order = next_order(socket).await?;
+    Some(match order {
+        Ok(Order::Start(start)) => Ok(start),
+        Ok(Order::Stop {}) => Err("there is nothing to stop yet".to_owned()),
+        Err(problem) => Err(problem),
+    })
+}
+
+/// The client's next message; `None` if it went away.
+async fn next_order(socket: &mut WebSocket) -> Option<Result<Order, String>> {
+    loop {
+        let text = match socket.recv().await?.ok()? {
+            Message::Text(text) => Bytes::from(text),
+            Message::Binary(bytes) => bytes,
+            Message::Close(_) => return None,
+            Message::Ping(_) | Message::Pong(_) => continue,
+        };
+        return Some(
+            serde_json::from_slice(&text).map_err(|source| format!("invalid message: {source}")),
+        );
+    }
+}
+
+/// Runs the command and tells what it writes. The last thing to tell; `None` if the client went
+/// away.
+async fn run(
+    socket: &mut WebSocket,
+    manager: &Manager,
+    in_use: &InUse,
+    start: Start,
+) -> Option<News<'static>> {
+    let error = |data| Some(News::Error { data });
+    let mut argv = vec![start.cmd];
+    argv.extend(start.args.unwrap_or_default());
+    let command = Command {
+        argv,
+        env: start.envs.unwrap_or_default(),
+        cwd: start.cwd,
+        timeout_sec: start.timeout_sec.unwrap_or(MAX_EXEC_TIMEOUT_SEC),
+    };
+    let mut events = match manager.exec_events(in_use, command).await {
+        Ok(events) => events,
+        Err(source) => return error(ApiError::from(source).message),
+    };
+    let (mut stdout, mut stderr) = (Text::default(), Text::default());
+    let last = loop {
+        let event = tokio::select! {
+            order = next_order(socket) => match order? {
+                Ok(Order::Stop {}) => return error("the command was stopped".to_owned()),
+                Ok(Order::Start(_)) => return error("only one command runs here".to_owned()),
+                Err(problem) => return error(problem),
+            },
+            event = events.next() => event,
+        };
+        match event {
+            Some(Ok(ExecEvent::Started { pid })) => tell(socket, &News::Start { pid }).await?,
+            Some(Ok(ExecEvent::Stdout(bytes))) => {
+                if let Some(piece) = stdout.push(&bytes) {
+                    tell(socket, &News::Stdout(Data::new(&piece))).await?;
+                }
+            }
+            Some(Ok(ExecEvent::Stderr(bytes))) => {
+                if let Some(piece) = stderr.push(&bytes) {
+                    tell(socket, &News::Stderr(Data::new(&piece))).await?;
+                }
+            }
+            Some(Ok(ExecEvent::Exited(exit))) => {
+                break News::Exit {
+                    exit_code: exit.code,
+                    timed_out: exit.timed_out,
+                };
+            }
+            Some(Err(source)) => {
+                break News::Error {
+                    data: ApiError::from(ExecError::Host(source)).message,
+                };
+            }
+            None => {
+                break News::Error {
+                    data: "the command's output ended without its exit status".to_owned(),
+                };
+            }
+        }
+    };
+    if let Some(piece) = stdout.rest() {
+        tell(socket, &News::Stdout(Data::new(&piece))).await?;
+    }
+    if let Some(piece) = stderr.rest() {
+        tell(socket, &News::Stderr(Data::new(&piece))).await?;
+    }
+    Some(last)
+}
+
+/// `None` if the client went away.
+async fn tell(socket: &mut WebSocket, news: &News<'_>) -> Option<()> {
+    let text = serde_json::to_string(news).ok()?;
+    socket.send(Message::Text(text.into())).await.ok()
+}
