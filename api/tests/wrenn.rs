@@ -113,6 +113,74 @@ async fn sandboxes_have_two_names() {
 }
 
 #[tokio::test]
+async fn directories_are_listed_to_a_depth_and_files_removed() {
+    let api = api().await;
+    let path = format!("/v1/capsules/{}/files", api.create().await);
+    for file in ["/d/a", "/d/e/b", "/d/e/f/c"] {
+        let mut files = api.host.files.lock().unwrap();
+        files.insert(file.to_owned(), Vec::new());
+    }
+    let list = async |body: Value| {
+        api.call("POST", &format!("{path}/list"), &body.to_string())
+            .await
+    };
+    let (status, listed) = list(json!({"path": "/d"})).await;
+    assert_eq!(status, StatusCode::OK);
+    assert_eq!(
+        listed["entries"][1],
+        json!({"name": "e", "path": "/d/e", "type": "directory", "size": 5, "mode": 0o750,
+               "permissions": "drwxr-x---", "owner": "0", "group": "7", "modified_at": 2})
+    );
+    for (depth, expected) in [
+        (0, &["/d/a", "/d/e"][..]),
+        (1, &["/d/a", "/d/e"]),
+        (2, &["/d/a", "/d/e", "/d/e/b", "/d/e/f"]),
+        (64, &["/d/a", "/d/e", "/d/e/b", "/d/e/f", "/d/e/f/c"]),
+    ] {
+        let (_, listed) = list(json!({"path": "/d", "depth": depth})).await;
+        let entries = listed["entries"].as_array().unwrap();
+        let paths: Vec<_> = entries
+            .iter()
+            .map(|entry| entry["path"].as_str().unwrap())
+            .collect();
+        assert_eq!(paths, expected, "{depth}");
+    }
+    let call = async |operation: &str, body: &str| {
+        let path = format!("{path}/{operation}");
+        let (status, answer) = api.call("POST", &path, body).await;
+        (status.as_u16(), answer)
+    };
+    let (status, made) = call("mkdir", r#"{"path": "/new/dir/"}"#).await;
+    assert_eq!((status, &made["entry"]["name"]), (200, &json!("dir")));
+    assert_eq!(call("remove", r#"{"path": "/d/a"}"#).await.0, 204);
+    assert_eq!(call("remove", r#"{"path": "/d/a"}"#).await.0, 404);
+    assert_eq!(call("list", r#"{"path": "/none"}"#).await.0, 404);
+    for (operation, body, expected) in [
+        ("list", r#"{"path": "d"}"#, "path must be absolute"),
+        ("list", "{}", "path is required"),
+        (
+            "list",
+            r#"{"path": "/", "depth": 65}"#,
+            "depth must be 1 to 64, not 65",
+        ),
+        ("list", r#"{"path": "/", "depth": -1}"#, "invalid JSON body"),
+        ("mkdir", r#"{"path": ""}"#, "path is required"),
+        (
+            "remove",
+            r#"{"path": "//"}"#,
+            "the root directory cannot be removed",
+        ),
+    ] {
+        let (status, answer) = call(operation, body).await;
+        assert_eq!(status, 400, "{operation} {body}");
+        assert!(
+            message(&answer).starts_with(expected),
+            "{operation} {body}: {answer}"
+        );
+    }
+}
+
+#[tokio::test]
 async fn a_command_has_the_variables_and_the_directory_that_it_is_given() {
     let api = api().await;
     let path = format!("/v1/sandboxes/{}/exec", api.create().await);

@@ -142,6 +142,8 @@ impl Agent {
             (protocol::PATH_EXEC, Method::POST) => self.exec(request).await,
             (protocol::PATH_FILES, Method::PUT) => put(request).await,
             (protocol::PATH_FILES, Method::GET) => get(&query(&request)?).await,
+            (protocol::PATH_FILES, Method::DELETE) => remove(&query(&request)?).await,
+            (protocol::PATH_DIR, Method::PUT) => make_dir(&query(&request)?).await,
             (protocol::PATH_STAT, Method::GET) => stat(&query(&request)?).await,
             (protocol::PATH_DIR, Method::GET) => list(&query(&request)?).await,
             (protocol::PATH_RESUMED, Method::POST) => self.resumed(request).await,
@@ -348,6 +350,25 @@ async fn list(query: &FileQuery) -> Answer {
     let mut listing = blocking(move || Listing::open(&path)).await?;
     let body = Body::stream(None, move || listing.next_lines());
     Ok(respond(StatusCode::OK, JSON_LINES, body))
+}
+
+async fn make_dir(query: &FileQuery) -> Answer {
+    let path = path(query);
+    let (is_new, entry) = blocking(move || files::make_dir(&path)).await?;
+    let status = if is_new {
+        StatusCode::CREATED
+    } else {
+        StatusCode::OK
+    };
+    json(status, &entry)
+}
+
+async fn remove(query: &FileQuery) -> Answer {
+    let path = path(query);
+    blocking(move || files::remove(&path)).await?;
+    let mut response = Response::new(Body::full(Bytes::new()));
+    *response.status_mut() = StatusCode::NO_CONTENT;
+    Ok(response)
 }
 
 /// Waits a moment where accepting fails for want of resources, which come back as operations

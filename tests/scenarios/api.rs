@@ -18,6 +18,46 @@ fn small() -> Value {
 }
 
 #[test]
+fn directories_are_listed_made_and_removed() {
+    let daemon = Daemon::start();
+    let sandbox = daemon.create(&small());
+    let call = |operation: &str, body: Value| {
+        let path = sandbox.path(&format!("files/{operation}"));
+        daemon.call("POST", &path, &body.to_string())
+    };
+    let (status, made) = call("mkdir", json!({"path": "/srv/a/b"}));
+    assert_eq!(
+        (status, &made["entry"]["permissions"]),
+        (200, &json!("drwxr-xr-x"))
+    );
+    sandbox.must("mkfifo /srv/a/fifo && ln -s /etc /srv/a/link && echo x >/srv/a/b/file");
+    let (status, listed) = call("list", json!({"path": "/srv", "depth": 3}));
+    assert_eq!(status, 200, "{listed}");
+    let entries: Vec<_> = listed["entries"].as_array().unwrap().iter().collect();
+    let found: Vec<_> = entries
+        .iter()
+        .map(|entry| (&entry["path"], &entry["type"]))
+        .collect();
+    let expected = [
+        ("/srv/a", "directory"),
+        ("/srv/a/b", "directory"),
+        ("/srv/a/b/file", "file"),
+        ("/srv/a/fifo", "file"),
+        ("/srv/a/link", "symlink"),
+    ];
+    assert!(
+        found.iter().zip(expected).all(|((path, kind), expected)| {
+            (path.as_str(), kind.as_str()) == (Some(expected.0), Some(expected.1))
+        }),
+        "{listed}"
+    );
+    assert_eq!(found.len(), expected.len());
+    assert_eq!(call("remove", json!({"path": "/srv/a"})).0, 204);
+    assert_eq!(sandbox.must("ls /srv; ls /etc/passwd"), "/etc/passwd");
+    assert_eq!(call("remove", json!({"path": "/proc"})).0, 400);
+}
+
+#[test]
 fn an_idle_sandbox_is_paused_and_goes_on() {
     let daemon = Daemon::start();
     let sandbox = daemon.create(&json!({"memory_mb": 192, "timeout_sec": 2}));

@@ -5,6 +5,7 @@
 //! untrusted as the rest of the guest: every length is bounded and every wait has a deadline.
 
 mod connect;
+mod directories;
 mod exec;
 mod files;
 mod identity;

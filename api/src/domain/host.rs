@@ -111,6 +111,29 @@ pub trait Host: Send + Sync {
         request: ReadFileRequest,
     ) -> Result<FileContent, HostError>;
 
+    /// What is in a directory, in no order; at most `limit` entries.
+    ///
+    /// # Errors
+    /// There is no such directory, or it has more.
+    async fn list_dir(
+        &self,
+        id: &SandboxId,
+        path: &str,
+        limit: usize,
+    ) -> Result<Vec<FileInfo>, HostError>;
+
+    /// Makes a directory and its parents, as far as they are not there.
+    ///
+    /// # Errors
+    /// It is not there; some of its parents may be.
+    async fn make_dir(&self, id: &SandboxId, path: &str) -> Result<FileInfo, HostError>;
+
+    /// Removes a file, or a directory with all that is in it.
+    ///
+    /// # Errors
+    /// There is none, or something is left.
+    async fn remove_file(&self, id: &SandboxId, path: &str) -> Result<(), HostError>;
+
     /// Tells from now on what happens without being asked for.
     async fn events(&self) -> BoxStream<'static, HostEvent>;
 
@@ -248,6 +271,48 @@ pub struct FileContent {
     pub size: Option<u64>,
     /// Its bytes.
     pub content: BoxStream<'static, io::Result<Bytes>>,
+}
+
+/// What a file is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FileKind {
+    /// A regular file.
+    File,
+    /// A directory.
+    Directory,
+    /// A symbolic link.
+    Symlink,
+    /// A FIFO.
+    Fifo,
+    /// A UNIX socket.
+    Socket,
+    /// A character device.
+    CharDevice,
+    /// A block device.
+    BlockDevice,
+    /// Something else.
+    Other,
+}
+
+/// A file in a guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileInfo {
+    /// Absolute path. What is not UTF-8 is replaced by U+FFFD.
+    pub path: String,
+    /// What it is.
+    pub kind: FileKind,
+    /// Permission bits, 0 to 0o7777.
+    pub mode: u32,
+    /// Numeric user id of its owner.
+    pub uid: u32,
+    /// Numeric group id of its owner.
+    pub gid: u32,
+    /// Size in bytes.
+    pub size: u64,
+    /// Last modification, in microseconds since the Unix epoch.
+    pub mtime_us: i64,
+    /// Where a symbolic link points.
+    pub target: Option<String>,
 }
 
 /// Something happened on the host without being asked for.

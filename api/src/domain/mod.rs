@@ -21,8 +21,9 @@ pub use error::{
 };
 pub use exec::{CollectError, ExecEnd, ExecLimits, ExecOutput};
 pub use host::{
-    CreateRequest, Created, End, ExecEvent, ExecRequest, ExitInfo, FileContent, Host, HostError,
-    HostEvent, HostInfo, Identity, ReadFileRequest, SaveRequest, Saved, Shape, WriteFileRequest,
+    CreateRequest, Created, End, ExecEvent, ExecRequest, ExitInfo, FileContent, FileInfo, FileKind,
+    Host, HostError, HostEvent, HostInfo, Identity, ReadFileRequest, SaveRequest, Saved, Shape,
+    WriteFileRequest,
 };
 pub use id::{Id, Kind, LayerId, ParseIdError, SandboxId, SnapshotId};
 pub use layer::{Layers, MAX_DISK};

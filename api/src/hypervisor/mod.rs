@@ -31,9 +31,9 @@ use tokio::sync::{mpsc, oneshot};
 use tracing::warn;
 
 use crate::domain::{
-    CreateRequest, Created, ExecEvent, ExecRequest, FileContent, Host, HostError, HostEvent,
-    HostInfo, LayerId, Layers, LayersInfo, ReadFileRequest, SandboxId, SaveRequest, Saved, Shape,
-    WriteFileRequest,
+    CreateRequest, Created, ExecEvent, ExecRequest, FileContent, FileInfo, Host, HostError,
+    HostEvent, HostInfo, LayerId, Layers, LayersInfo, ReadFileRequest, SandboxId, SaveRequest,
+    Saved, Shape, WriteFileRequest,
 };
 use crate::images::{Base, Chain, Images};
 use cgroup::Cgroups;
@@ -305,6 +305,26 @@ impl Host for LocalHost {
         entry
             .unless_paused(entry.agent.write_file(request, content))
             .await
+    }
+
+    async fn list_dir(
+        &self,
+        id: &SandboxId,
+        path: &str,
+        limit: usize,
+    ) -> Result<Vec<FileInfo>, HostError> {
+        let entry = self.running(id)?;
+        entry.unless_paused(entry.agent.list_dir(path, limit)).await
+    }
+
+    async fn make_dir(&self, id: &SandboxId, path: &str) -> Result<FileInfo, HostError> {
+        let entry = self.running(id)?;
+        entry.unless_paused(entry.agent.make_dir(path)).await
+    }
+
+    async fn remove_file(&self, id: &SandboxId, path: &str) -> Result<(), HostError> {
+        let entry = self.running(id)?;
+        entry.unless_paused(entry.agent.remove_file(path)).await
     }
 
     async fn read_file(

@@ -9,9 +9,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use api::domain::{
-    CreateRequest, Created, End, ExecEvent, ExecLimits, ExecRequest, ExitInfo, FileContent, Host,
-    HostError, HostEvent, HostInfo, LayerId, Layers, LayersInfo, Limits, Manager, ReadFileRequest,
-    SandboxId, SaveRequest, SaveTimings, Saved, Shape, Timings, WhenIdle, WriteFileRequest,
+    CreateRequest, Created, End, ExecEvent, ExecLimits, ExecRequest, ExitInfo, FileContent,
+    FileInfo, FileKind, Host, HostError, HostEvent, HostInfo, LayerId, Layers, LayersInfo, Limits,
+    Manager, ReadFileRequest, SandboxId, SaveRequest, SaveTimings, Saved, Shape, Timings, WhenIdle,
+    WriteFileRequest,
 };
 use api::http::{AppState, router};
 use api::store::SqliteStore;
@@ -362,6 +363,46 @@ impl Host for FakeHost {
         })
     }
 
+    async fn list_dir(
+        &self,
+        _id: &SandboxId,
+        path: &str,
+        limit: usize,
+    ) -> Result<Vec<FileInfo>, HostError> {
+        let (path, files) = (path.trim_end_matches('/'), self.files.lock().unwrap());
+        let mut found = BTreeSet::new();
+        for name in files.keys() {
+            let below = name
+                .strip_prefix(path)
+                .and_then(|rest| rest.strip_prefix('/'));
+            if let Some((directory, _)) = below.and_then(|below| below.split_once('/')) {
+                found.insert((format!("{path}/{directory}"), true));
+            } else if below.is_some() {
+                found.insert((name.clone(), false));
+            }
+        }
+        if found.is_empty() {
+            let path = path.to_owned();
+            return Err(HostError::FileNotFound { path });
+        }
+        assert!(found.len() <= limit);
+        Ok(found
+            .into_iter()
+            .map(|(path, is_dir)| file_info(path, is_dir))
+            .collect())
+    }
+
+    async fn make_dir(&self, _id: &SandboxId, path: &str) -> Result<FileInfo, HostError> {
+        Ok(file_info(path.to_owned(), true))
+    }
+
+    async fn remove_file(&self, _id: &SandboxId, path: &str) -> Result<(), HostError> {
+        let removed = self.files.lock().unwrap().remove(path);
+        removed.map(drop).ok_or(HostError::FileNotFound {
+            path: path.to_owned(),
+        })
+    }
+
     async fn events(&self) -> BoxStream<'static, HostEvent> {
         let (sender, receiver) = mpsc::unbounded_channel();
         self.listeners.lock().unwrap().push(sender);
@@ -373,6 +414,23 @@ impl Host for FakeHost {
 
     async fn shutdown(&self) {
         self.sandboxes.lock().unwrap().clear();
+    }
+}
+
+fn file_info(path: String, is_dir: bool) -> FileInfo {
+    FileInfo {
+        path,
+        kind: if is_dir {
+            FileKind::Directory
+        } else {
+            FileKind::File
+        },
+        mode: 0o750,
+        uid: 0,
+        gid: 7,
+        size: 5,
+        mtime_us: 2_999_999,
+        target: None,
     }
 }
 

@@ -17,6 +17,8 @@
 //! | `PUT /v1/files?path=&mode=&user=`, raw bytes | 201 (created) or 200 (replaced), JSON [`Entry`] |
 //! | `GET /v1/files?path=` | 200, raw bytes, metadata in the headers [`HEADER_MODE`] … |
 //! | `GET /v1/stat?path=` | 200, JSON [`Entry`]; a symbolic link is described, not followed |
+//! | `DELETE /v1/files?path=` | 204; a directory goes with all that is in it, a symbolic link alone |
+//! | `PUT /v1/dir?path=` | 201 (created, with its parents) or 200 (it was there), JSON [`Entry`] |
 //! | `GET /v1/dir?path=` | 200, one JSON [`Entry`] per line, in no order, without `.` and `..` |
 //! | `POST /v1/resumed`, JSON [`ResumedRequest`] | 200, JSON [`Resumed`] |
 //! | `POST /v1/shutdown`, JSON [`ShutdownRequest`] | 202 with an empty body, then the guest goes down |

@@ -1,4 +1,4 @@
-//! Files: describe, list, read. Writing is in [`write`](mod@write).
+//! Files: describe, list, read, remove, and make directories. Writing is in [`write`](mod@write).
 //!
 //! Everything here blocks and is to be called on a thread for blocking work.
 
@@ -68,8 +68,10 @@ impl FileError {
             Self::System { source, .. } => match source.raw_os_error() {
                 Some(libc::ENOENT) => ErrorCode::NotFound,
                 Some(libc::EISDIR) => ErrorCode::IsADirectory,
-                Some(libc::ENOTDIR) => ErrorCode::NotADirectory,
-                Some(libc::EACCES | libc::EPERM | libc::EROFS) => ErrorCode::PermissionDenied,
+                Some(libc::ENOTDIR | libc::EEXIST) => ErrorCode::NotADirectory,
+                Some(libc::EACCES | libc::EPERM | libc::EROFS | libc::EBUSY) => {
+                    ErrorCode::PermissionDenied
+                }
                 Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => ErrorCode::NoSpace,
                 Some(libc::ENAMETOOLONG | libc::ELOOP | libc::EINVAL) => ErrorCode::BadPath,
                 Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM) => ErrorCode::OutOfResources,
@@ -88,6 +90,37 @@ pub fn stat(path: &Path) -> Result<Entry, FileError> {
     let metadata = fs::symlink_metadata(path).map_err(FileError::system("look at", path))?;
     let name = path.file_name().unwrap_or(OsStr::new("/"));
     Ok(entry(name, &metadata, || fs::read_link(path)))
+}
+
+/// Makes the directory `path` and its parents, as far as they are not there. Whether it is new, and
+/// what it is.
+///
+/// # Errors
+/// [`FileError`]
+pub fn make_dir(path: &Path) -> Result<(bool, Entry), FileError> {
+    let failed = FileError::system("make the directory", path);
+    let parent = path.parent().unwrap_or(path);
+    let is_new = match fs::create_dir_all(parent).and_then(|()| fs::create_dir(path)) {
+        Ok(()) => true,
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => false,
+        Err(e) => return Err(failed(e)),
+    };
+    Ok((is_new, stat(path)?))
+}
+
+/// Removes the file `path`, or the directory with all that is in it. A symbolic link is removed
+/// itself, and none is followed.
+///
+/// # Errors
+/// [`FileError`]; a part of a directory may be gone.
+pub fn remove(path: &Path) -> Result<(), FileError> {
+    let failed = FileError::system("remove", path);
+    let removed = match fs::symlink_metadata(path) {
+        Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(path),
+        Ok(_) => fs::remove_file(path),
+        Err(e) => Err(e),
+    };
+    removed.map_err(failed)
 }
 
 fn entry(name: &OsStr, metadata: &Metadata, target: impl FnOnce() -> io::Result<PathBuf>) -> Entry {

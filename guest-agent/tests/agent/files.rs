@@ -37,6 +37,48 @@ async fn bytes(agent: &Agent, target: &str) -> Bytes {
 }
 
 #[tokio::test]
+async fn directories_are_made_and_removed_and_links_are_not_followed() {
+    let agent = Agent::start();
+    let root = agent.directory();
+    let call = async |method: Method, operation: &str, path: &Path| {
+        agent.call(method, &target(operation, path), b"").await
+    };
+    let deep = root.join("a/b/c");
+    for status in [201, 200] {
+        let response = call(Method::PUT, "/v1/dir", &deep).await;
+        assert_eq!(response.status(), status);
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        let entry: Entry = serde_json::from_slice(&body).unwrap();
+        assert_eq!(
+            (entry.kind, entry.name.as_str()),
+            (EntryKind::Directory, "c")
+        );
+    }
+    fs::write(deep.join("file"), "x").unwrap();
+    let kept = root.join("kept");
+    fs::write(&kept, "y").unwrap();
+    std::os::unix::fs::symlink(root, deep.join("link")).unwrap();
+    std::os::unix::fs::symlink(&kept, root.join("link")).unwrap();
+    for (path, code) in [
+        (kept.as_path(), ErrorCode::NotADirectory),
+        (&kept.join("below"), ErrorCode::NotADirectory),
+        (Path::new("/proc/none"), ErrorCode::NotFound),
+    ] {
+        let response = call(Method::PUT, "/v1/dir", path).await;
+        assert_eq!(error_of(response).await.1.code, code, "{path:?}");
+    }
+    for gone in [root.join("a"), root.join("link")] {
+        assert_eq!(call(Method::DELETE, "/v1/files", &gone).await.status(), 204);
+        let again = call(Method::DELETE, "/v1/files", &gone).await;
+        assert_eq!(error_of(again).await.1.code, ErrorCode::NotFound);
+    }
+    assert_eq!(names(root), ["agent.sock", "kept"]);
+    assert_eq!(call(Method::DELETE, "/v1/files", &kept).await.status(), 204);
+    let busy = call(Method::DELETE, "/v1/files", Path::new("/proc/self/stat")).await;
+    assert_eq!(error_of(busy).await.1.code, ErrorCode::PermissionDenied);
+}
+
+#[tokio::test]
 async fn a_large_file_goes_in_and_comes_out() {
     const LEN: u64 = 200 << 20;
     let agent = Agent::start();
@@ -326,7 +368,7 @@ async fn refusals_of_the_file_operations() {
             ErrorCode::NotFound,
         ),
         (
-            Method::DELETE,
+            Method::PATCH,
             format!("/v1/files?path={here}/f"),
             ErrorCode::MethodNotAllowed,
         ),

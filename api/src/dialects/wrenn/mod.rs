@@ -1,5 +1,6 @@
 //! `/v1/sandboxes`, also as `/v1/capsules`, and `/v1/snapshots`.
 
+mod directories;
 mod error;
 mod exec;
 mod exec_stream;
@@ -31,6 +32,9 @@ use crate::http::{AppState, ErrorBody};
         exec_stream::exec_stream,
         files::write,
         files::read,
+        directories::list,
+        directories::make,
+        directories::remove,
         snapshots::fork_sandbox,
         snapshots::create,
         snapshots::list,
@@ -46,6 +50,10 @@ use crate::http::{AppState, ErrorBody};
         exec::ExecRequestBody,
         exec::ExecResponseBody,
         files::ReadFileRequestBody,
+        directories::ListDirRequestBody,
+        directories::PathRequestBody,
+        directories::ListDirBody,
+        directories::MakeDirBody,
         snapshots::CreateSnapshotRequest,
         snapshots::SnapshotBody,
         snapshots::ForkRequest,
@@ -107,8 +115,13 @@ fn sandboxes(base: &str) -> Router<AppState> {
         .route("/pause", post(sandboxes::pause))
         .route("/resume", post(sandboxes::resume))
         .route("/fork", post(snapshots::fork_sandbox))
-        .route("/files/write", upload)
-        .route("/files/read", post(files::read));
+        .route("/files/write", upload.clone())
+        .route("/files/stream/write", upload)
+        .route("/files/read", post(files::read))
+        .route("/files/stream/read", post(files::read))
+        .route("/files/list", post(directories::list))
+        .route("/files/mkdir", post(directories::make))
+        .route("/files/remove", post(directories::remove));
     Router::new()
         .route(base, post(sandboxes::create).get(sandboxes::list))
         .route(

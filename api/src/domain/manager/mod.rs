@@ -7,6 +7,7 @@
 //! written back, never while the host works. Who takes a sandbox from one state to another has its
 //! [turn](super::turns) for all of that.
 
+mod directories;
 mod idle;
 mod pause;
 mod recover;
