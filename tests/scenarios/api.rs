@@ -22,7 +22,7 @@ fn directories_are_listed_made_and_removed() {
     let daemon = Daemon::start();
     let sandbox = daemon.create(&small());
     let call = |operation: &str, body: Value| {
-        let path = sandbox.path(&format!("files/{operation}"));
+        let path = sandbox.path(&format!("/files/{operation}"));
         daemon.call("POST", &path, &body.to_string())
     };
     let (status, made) = call("mkdir", json!({"path": "/srv/a/b"}));
