@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::config::Config;
-use crate::domain::{ExecLimits, Host, Limits, Manager, RecoverError};
+use crate::domain::{ExecLimits, Host, Limits, Manager, PoolLimits, RecoverError};
 use crate::http::{self, AppState, OpenApiError};
 use crate::hypervisor::{HostConfig, LeftoverError, LocalHost, Paths, PathsError};
 use crate::images::{ImageError, Images};
@@ -149,12 +149,20 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
             spool_dir,
         },
         warm_bytes: config.limits.warm_disk_bytes,
+        pool: PoolLimits {
+            per_shape: config.limits.pool_size,
+            total: config.limits.pool_total,
+            memory_mb: config.limits.pool_memory_mb,
+            idle: Duration::from_secs(config.limits.pool_idle_sec),
+        },
     };
     let events = host.events().await;
     let manager = Manager::new(Arc::new(host), Arc::new(store), limits);
     manager.recover().await?;
     let follower = manager.clone();
     tokio::spawn(async move { follower.follow(events).await });
+    let keeper = manager.clone();
+    tokio::spawn(async move { keeper.keep_pool().await });
 
     let state = AppState {
         manager: manager.clone(),

@@ -20,12 +20,13 @@ pub use error::{
 };
 pub use exec::{CollectError, ExecEnd, ExecLimits, ExecOutput};
 pub use host::{
-    CreateRequest, Created, End, ExecEvent, ExecRequest, ExitInfo, FileContent, Host, HostError,
-    HostEvent, HostInfo, Identity, ReadFileRequest, SaveRequest, Saved, Shape, WriteFileRequest,
+    ClaimRequest, CreateRequest, Created, End, ExecEvent, ExecRequest, ExitInfo, FileContent, Host,
+    HostError, HostEvent, HostInfo, Identity, PrepareRequest, ReadFileRequest, SaveRequest, Saved,
+    Shape, WriteFileRequest,
 };
 pub use id::{Id, Kind, LayerId, ParseIdError, SandboxId, SnapshotId};
 pub use layer::{Layers, MAX_DISK};
-pub use manager::{Forked, Limits, Manager, RecoverError};
+pub use manager::{Forked, Limits, Manager, PoolLimits, RecoverError};
 pub use request::{Command, CreateSpec, SnapshotSpec};
 pub use sandbox::{Desired, IllegalTransition, Sandbox, Spec, Status, Transition};
 pub use snapshot::{LayersInfo, Snapshot, WarmSnapshot};

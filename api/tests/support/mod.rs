@@ -6,11 +6,13 @@
 use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use api::domain::{
-    CreateRequest, Created, End, ExecEvent, ExecLimits, ExecRequest, ExitInfo, FileContent, Host,
-    HostError, HostEvent, HostInfo, LayerId, Layers, LayersInfo, Limits, Manager, ReadFileRequest,
-    SandboxId, SaveRequest, SaveTimings, Saved, Shape, Timings, WriteFileRequest,
+    ClaimRequest, CreateRequest, Created, End, ExecEvent, ExecLimits, ExecRequest, ExitInfo,
+    FileContent, Host, HostError, HostEvent, HostInfo, LayerId, Layers, LayersInfo, Limits,
+    Manager, PoolLimits, PrepareRequest, ReadFileRequest, SandboxId, SaveRequest, SaveTimings,
+    Saved, Shape, Start, Timings, WriteFileRequest,
 };
 use api::http::{AppState, router};
 use api::store::SqliteStore;
@@ -37,6 +39,10 @@ pub enum Fault {
     NotSavedAndLess,
     /// A sandbox does not start from layers.
     NotRestored,
+    /// A ready machine does not start.
+    NotClaimed,
+    /// A machine does not become ready.
+    NotPrepared,
     /// The daemon ends before a sandbox is saved.
     CrashBeforeSave,
     /// The daemon ends when one of the two layers is there.
@@ -54,6 +60,10 @@ pub enum Fault {
 pub struct FakeHost {
     pub files: Mutex<HashMap<String, Vec<u8>>>,
     pub sandboxes: Mutex<Vec<SandboxId>>,
+    /// Machines that are ready, and what each was made from.
+    pub ready: Mutex<HashMap<SandboxId, PrepareRequest>>,
+    /// Those that were claimed, in order.
+    pub claims: Mutex<Vec<ClaimRequest>>,
     pub layers: Mutex<BTreeSet<LayerId>>,
     /// What sandboxes were started from and how, in order.
     pub starts: Mutex<Vec<CreateRequest>>,
@@ -116,6 +126,14 @@ impl FakeHost {
                 memory_us: 1000,
             },
         })
+    }
+
+    /// A machine that is ready ends.
+    pub fn lose(&self, id: &SandboxId) {
+        self.ready.lock().unwrap().remove(id).unwrap();
+        for listener in self.listeners.lock().unwrap().iter() {
+            let _ = listener.send(HostEvent::Lost { id: id.clone() });
+        }
     }
 
     /// A sandbox ends by itself.
@@ -189,6 +207,37 @@ impl Host for FakeHost {
         Ok(Created { timings })
     }
 
+    async fn prepare(&self, request: PrepareRequest) -> Result<(), HostError> {
+        assert!(self.has(&request.layers.memory) && !request.layers.memory.is_empty());
+        if self.fails(Fault::NotPrepared) {
+            let reason = "no user is free".to_owned();
+            return Err(HostError::Start { reason });
+        }
+        assert!(!self.sandboxes.lock().unwrap().contains(&request.id));
+        let mut ready = self.ready.lock().unwrap();
+        assert!(ready.insert(request.id.clone(), request).is_none());
+        Ok(())
+    }
+
+    async fn claim(&self, request: ClaimRequest) -> Result<Created, HostError> {
+        let id = request.id.clone();
+        let ready = self.ready.lock().unwrap().remove(&id);
+        if ready.is_none() {
+            return Err(HostError::NotRunning { id });
+        }
+        if self.fails(Fault::NotClaimed) {
+            let reason = "the vmm was killed".to_owned();
+            return Err(HostError::Start { reason });
+        }
+        self.claims.lock().unwrap().push(request);
+        self.sandboxes.lock().unwrap().push(id);
+        let timings = Timings {
+            start: Start::Pool,
+            ..Timings::default()
+        };
+        Ok(Created { timings })
+    }
+
     async fn pause(&self, request: SaveRequest) -> Result<Saved, HostError> {
         let id = request.id.clone();
         let saved = self.save(request).await?;
@@ -229,6 +278,7 @@ impl Host for FakeHost {
 
     async fn destroy(&self, id: &SandboxId) -> Result<(), HostError> {
         self.sandboxes.lock().unwrap().retain(|other| other != id);
+        self.ready.lock().unwrap().remove(id);
         Ok(())
     }
 
@@ -327,6 +377,7 @@ impl Host for FakeHost {
 
     async fn shutdown(&self) {
         self.sandboxes.lock().unwrap().clear();
+        self.ready.lock().unwrap().clear();
     }
 }
 
@@ -347,7 +398,7 @@ impl Api {
             Arc::default(),
             max_upload,
             max_output,
-            0,
+            (0, 0),
         )
         .await
     }
@@ -355,17 +406,25 @@ impl Api {
     /// An API that keeps warm snapshots of so many bytes.
     pub async fn warm(warm_bytes: u64) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        Self::start(dir, Arc::default(), 1 << 20, 1 << 20, warm_bytes).await
+        Self::start(dir, Arc::default(), 1 << 20, 1 << 20, (warm_bytes, 0)).await
+    }
+
+    /// An API that keeps warm snapshots, and so many machines ready for each shape.
+    pub async fn pooled(per_shape: usize) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        Self::start(dir, Arc::default(), 1 << 20, 1 << 20, (1 << 20, per_shape)).await
     }
 
     /// What the next daemon makes of what this one leaves.
     pub async fn restart(self) -> Self {
-        let warm_bytes = self.manager.limits().warm_bytes;
+        let limits = self.manager.limits();
+        let warm = (limits.warm_bytes, limits.pool.per_shape);
         // The next daemon ends all processes, whatever they are at.
         self.host.sandboxes.lock().unwrap().clear();
+        self.host.ready.lock().unwrap().clear();
         *self.host.fault.lock().unwrap() = None;
         let Self { host, dir, .. } = self;
-        Self::start(dir, host, 1 << 20, 1 << 20, warm_bytes).await
+        Self::start(dir, host, 1 << 20, 1 << 20, warm).await
     }
 
     async fn start(
@@ -373,7 +432,7 @@ impl Api {
         host: Arc<FakeHost>,
         max_upload: u64,
         max_output: u64,
-        warm_bytes: u64,
+        (warm_bytes, per_shape): (u64, usize),
     ) -> Self {
         let store = Arc::new(SqliteStore::open(&dir.path().join("db")).unwrap());
         let limits = Limits {
@@ -383,12 +442,20 @@ impl Api {
                 spool_dir: dir.path().to_owned(),
             },
             warm_bytes,
+            pool: PoolLimits {
+                per_shape,
+                total: 8,
+                memory_mb: 4096,
+                idle: Duration::from_secs(600),
+            },
         };
         let manager = Manager::new(host.clone(), store.clone(), limits);
         let events = host.events().await;
         manager.recover().await.unwrap();
         let follower = manager.clone();
         tokio::spawn(async move { follower.follow(events).await });
+        let keeper = manager.clone();
+        tokio::spawn(async move { keeper.keep_pool().await });
         let state = AppState {
             manager: manager.clone(),
             max_upload,

@@ -123,7 +123,10 @@ impl Vmm {
                 serve_agent(&vsock);
             }
             self.event("restored");
-            self.event("resumed");
+            self.paused = options.contains(",resume=off");
+            if !self.paused {
+                self.event("resumed");
+            }
         } else {
             self.log("boot");
             self.event("booting");
@@ -147,6 +150,7 @@ impl Vmm {
         let result = match what {
             "vm.pause" if self.has("no-pause") => Err("a device does not stop".to_owned()),
             "vm.pause" => self.set_paused(true),
+            "vm.resume" if self.has("no-resume") => Err("a device does not start".to_owned()),
             "vm.resume" => self.set_paused(false),
             "vm.snapshot" => self.snapshot(body, files),
             "vm.replace-disk" => self.replace_disk(body, files),
@@ -253,6 +257,7 @@ fn images(options: &str) -> Vec<PathBuf> {
 
 /// The directories of a snapshot and those that it is based on, bottom first.
 fn layers(options: &str) -> Vec<PathBuf> {
+    let options = options.strip_suffix(",resume=off").unwrap_or(options);
     let options = options.strip_suffix(",config=flags").unwrap();
     let options = options.replace("source_url=", "").replace("base_url=[", "");
     let options = options.trim_end_matches(']').split(',');

@@ -8,6 +8,7 @@
 //! [turn](super::turns) for all of that.
 
 mod pause;
+mod pool;
 mod recover;
 mod snapshots;
 mod warm;
@@ -38,6 +39,8 @@ use super::store::{Store, StoreError};
 use super::timings::Start;
 use super::turns::{Turn, Turns};
 use crate::chain;
+use pool::Pool;
+pub use pool::PoolLimits;
 pub use recover::RecoverError;
 pub use snapshots::Forked;
 use warm::Warm;
@@ -49,6 +52,8 @@ pub struct Limits {
     pub exec: ExecLimits,
     /// Size on the disk of all warm snapshots, in bytes; with 0 there are none.
     pub warm_bytes: u64,
+    /// Machines that are ready before they are asked for.
+    pub pool: PoolLimits,
 }
 
 /// The owner of all sandboxes; clones share it.
@@ -65,6 +70,7 @@ struct Inner {
     records: Mutex<()>,
     turns: Turns,
     warm: Warm,
+    pool: Pool,
     closing: AtomicBool,
 }
 
@@ -79,6 +85,7 @@ impl Manager {
                 records: Mutex::new(()),
                 turns: Turns::default(),
                 warm: Warm::default(),
+                pool: Pool::default(),
                 closing: AtomicBool::new(false),
             }),
         }
@@ -86,7 +93,15 @@ impl Manager {
 
     /// Writes down what happens on the host, until it tells no more.
     pub async fn follow(&self, mut events: BoxStream<'static, HostEvent>) {
-        while let Some(HostEvent::Ended { id, end }) = events.next().await {
+        while let Some(event) = events.next().await {
+            let (id, end) = match event {
+                HostEvent::Ended { id, end } => (id, end),
+                HostEvent::Lost { id } => {
+                    warn!(sandbox = %id, "a ready machine has ended");
+                    self.inner.pool.lost(&id);
+                    continue;
+                }
+            };
             let transition = match end {
                 End::Orderly { reason } => Transition::Stopped {
                     reason: Some(reason),
@@ -112,12 +127,13 @@ impl Manager {
     }
 
     async fn create_checked(&self, spec: Spec) -> Result<Sandbox, CreateError> {
+        let _starting = self.inner.pool.starting();
         let shape = shape_of(&spec);
         let (sandbox, turn, warm) = self.insert_warm(spec).await?;
         info!(sandbox = %sandbox.id, template = shape.template, vcpus = shape.vcpus,
             memory_mb = shape.memory_mb, is_warm = warm.is_some(), "creating sandbox");
         let started = match warm {
-            Some(key) => self.start_warm(sandbox, &key).await,
+            Some(warm) => self.start_warm(sandbox, warm).await,
             None => self.start(sandbox, Start::Cold).await,
         };
         drop(turn);
@@ -177,13 +193,23 @@ impl Manager {
     /// records where `layers` are those of another record.
     async fn insert(&self, spec: &Spec, layers: &Layers) -> Result<(Sandbox, Turn), StoreError> {
         loop {
-            let now = Timestamp::now();
-            let sandbox = Sandbox::new(SandboxId::random(), spec.clone(), layers.clone(), now);
-            let turn = self.inner.turns.take(&sandbox.id).await;
-            if self.inner.store.insert(&sandbox).await? {
-                return Ok((sandbox, turn));
+            if let Some(inserted) = self.insert_as(SandboxId::random(), spec, layers).await? {
+                return Ok(inserted);
             }
         }
+    }
+
+    /// The same under this name; `None` if one had it before.
+    async fn insert_as(
+        &self,
+        id: SandboxId,
+        spec: &Spec,
+        layers: &Layers,
+    ) -> Result<Option<(Sandbox, Turn)>, StoreError> {
+        let sandbox = Sandbox::new(id, spec.clone(), layers.clone(), Timestamp::now());
+        let turn = self.inner.turns.take(&sandbox.id).await;
+        let is_new = self.inner.store.insert(&sandbox).await?;
+        Ok(is_new.then_some((sandbox, turn)))
     }
 
     async fn check(&self, spec: CreateSpec) -> Result<Spec, CreateError> {
@@ -322,6 +348,7 @@ impl Manager {
     /// Ends every sandbox that runs, and writes that down. Paused ones stay.
     pub async fn shutdown(&self) {
         self.inner.closing.store(true, Ordering::Release);
+        self.inner.pool.wake();
         self.inner.host.shutdown().await;
         let live = match self.inner.store.list_live().await {
             Ok(live) => live,
