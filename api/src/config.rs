@@ -117,6 +117,9 @@ pub struct LimitsConfig {
     pub exec_memory_bytes: usize,
     /// Warm snapshots of templates on the disk, in bytes; 0 is none.
     pub warm_disk_bytes: u64,
+    /// Whether sandboxes that start warm, are forked or resumed have the memory that they touch first
+    /// before they touch it.
+    pub prefetch: bool,
     /// Machines that are ready for each template and shape that was used lately; 0 is none.
     pub pool_size: usize,
     /// Machines that are ready in all.
@@ -172,6 +175,7 @@ impl Default for LimitsConfig {
             exec_output_bytes: 1 << 30,
             exec_memory_bytes: 256 << 10,
             warm_disk_bytes: 4 << 30,
+            prefetch: true,
             pool_size: 2,
             pool_total: 8,
             pool_memory_mb: 4096,
@@ -272,6 +276,10 @@ pub struct Flags {
     /// bytes; 0 is none [default: 4294967296, 4 GiB]
     #[arg(long, env = "SANDBOXD_WARM_DISK_BYTES", value_name = "BYTES")]
     warm_disk_bytes: Option<u64>,
+    /// Give sandboxes that start from a snapshot the memory that they touch first before they touch
+    /// it [default: true]
+    #[arg(long, env = "SANDBOXD_PREFETCH", value_name = "BOOL")]
+    prefetch: Option<bool>,
     /// Machines that are kept ready for each template and shape that was used lately; 0 is none
     /// [default: 2]
     #[arg(long, env = "SANDBOXD_POOL_SIZE", value_name = "COUNT")]
@@ -380,6 +388,7 @@ impl Config {
         set(&mut self.limits.exec_output_bytes, flags.exec_output_bytes);
         set(&mut self.limits.exec_memory_bytes, flags.exec_memory_bytes);
         set(&mut self.limits.warm_disk_bytes, flags.warm_disk_bytes);
+        set(&mut self.limits.prefetch, flags.prefetch);
         set(&mut self.limits.pool_size, flags.pool_size);
         set(&mut self.limits.pool_total, flags.pool_total);
         set(&mut self.limits.pool_memory_mb, flags.pool_memory_mb);

@@ -139,6 +139,7 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
         paths,
         boot_timeout: Duration::from_secs(config.boot_timeout_sec),
         cmdline_extra: config.images.cmdline_extra.clone(),
+        prefetch: config.limits.prefetch,
         jail: config.jail.for_host(),
     })
     .await?;

@@ -98,6 +98,7 @@ impl Bench {
             paths: paths.clone(),
             boot_timeout,
             cmdline_extra: "extra=1".to_owned(),
+            prefetch: false,
             jail: None,
         });
         let host = Arc::new(host.await.unwrap());

@@ -77,6 +77,7 @@ impl Bench {
             paths: Paths::new(&path.join("run"), &path.join("data")).unwrap(),
             boot_timeout,
             cmdline_extra: String::new(),
+            prefetch: false,
             jail: None,
         });
         let host = Arc::new(host.await.unwrap());
@@ -473,6 +474,7 @@ async fn a_key_changes_with_everything_that_a_machine_is_made_of() {
         .unwrap(),
         boot_timeout: Duration::from_secs(1),
         cmdline_extra: String::new(),
+        prefetch: false,
         jail: None,
     };
     let host = LocalHost::start(config.clone()).await.unwrap();
@@ -578,4 +580,34 @@ async fn a_ready_machine_leaves_nothing_whatever_becomes_of_it() {
     bench.prepare(&bench.id, &layers).await.unwrap();
     bench.host.shutdown().await;
     bench.assert_only(&layers);
+}
+
+#[tokio::test]
+async fn a_working_set_is_added_to_the_layer_whole_or_not_at_all() {
+    let bench = Bench::new().await;
+    let layers = bench.paused().await;
+    let directory = format!("data/layers/{}", layers.memory[0]);
+    let files = bench.names(&directory);
+    bench.start(&bench.id, &layers).await.unwrap();
+    bench.spoil("no-working-set");
+    let refused = bench.host.note_working_set(&bench.id, &layers).await;
+    assert!(
+        matches!(refused, Err(HostError::Internal { .. })),
+        "{refused:?}"
+    );
+    assert_eq!(bench.names(&directory), files);
+    bench.mend("no-working-set");
+    bench
+        .host
+        .note_working_set(&bench.id, &layers)
+        .await
+        .unwrap();
+    let file = bench.dir.path().join(&directory).join("working-set.json");
+    assert_eq!(fs::read_to_string(file).unwrap(), "pages");
+    assert_eq!(bench.names(&directory).len(), files.len() + 1);
+    // It goes with its layer.
+    bench.host.destroy(&bench.id).await.unwrap();
+    let all: Vec<_> = layers.all().cloned().collect();
+    bench.host.discard(&all).await.unwrap();
+    bench.assert_only(&Layers::default());
 }

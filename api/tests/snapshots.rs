@@ -438,6 +438,11 @@ async fn the_first_of_a_shape_boots_and_the_next_start_warm() {
     }
     assert_eq!(create(&api, 512).await["timings_ms"]["start"], "cold");
     wait_for_warm(&api, 2).await;
+    // Of each it was noted first what machines touch.
+    let mut noted = api.host.working_sets.lock().unwrap().clone();
+    let warm = api.store.list_warm().await.unwrap();
+    noted.retain(|layers| warm.iter().any(|(warm, _)| warm.layers == *layers));
+    assert_eq!(noted.len(), 2);
     assert_layers_are_settled(&api).await;
 
     let api = api.restart().await;

@@ -50,6 +50,13 @@ pub trait Host: Send + Sync {
     /// layers.
     async fn claim(&self, request: ClaimRequest) -> Result<Created, HostError>;
 
+    /// Notes which memory a sandbox, which was started from these layers, has touched since, for
+    /// others that start from them: they have it before they touch it.
+    ///
+    /// # Errors
+    /// It is not noted. Nothing else depends on it.
+    async fn note_working_set(&self, id: &SandboxId, layers: &Layers) -> Result<(), HostError>;
+
     /// Saves a sandbox to two new layers and ends it. It goes on if the caller goes away.
     ///
     /// # Errors

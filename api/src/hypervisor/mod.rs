@@ -18,6 +18,7 @@ mod save;
 mod warm_key;
 
 use std::collections::{BTreeSet, HashMap};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -37,6 +38,7 @@ use crate::domain::{
 };
 use crate::images::{Base, Chain, Images};
 use cgroup::Cgroups;
+use control::Control;
 pub use disk_limits::DiskLimits;
 use jail::Users;
 pub use jail::{CgroupParent, JailConfig};
@@ -59,6 +61,8 @@ pub struct HostConfig {
     pub boot_timeout: Duration,
     /// Words to add to the guest kernel's command line.
     pub cmdline_extra: String,
+    /// Whether restored guests have the memory that they touch first before they touch it.
+    pub prefetch: bool,
     /// How VMMs are jailed, if they are.
     pub jail: Option<JailConfig>,
 }
@@ -284,6 +288,27 @@ impl Host for LocalHost {
                 Err(gone())
             }
         }
+    }
+
+    async fn note_working_set(&self, id: &SandboxId, layers: &Layers) -> Result<(), HostError> {
+        self.running(id)?;
+        let internal = |what: &str, reason: String| HostError::Internal {
+            reason: format!("the working set is not {what}: {reason}"),
+        };
+        let Some(top) = layers.memory.last() else {
+            return Err(internal("made", "the machine was booted".to_owned()));
+        };
+        let files = LayerFiles(self.inner.config.paths.layers());
+        let draft = files
+            .begin_working_set(top)
+            .map_err(|error| internal("made", error.to_string()))?;
+        Control::new(self.inner.config.paths.api(id))
+            .working_set(draft.file.as_fd())
+            .await
+            .map_err(|error| internal("written", crate::chain(&error)))?;
+        draft
+            .complete()
+            .map_err(|error| internal("put in place", error.to_string()))
     }
 
     async fn pause(&self, request: SaveRequest) -> Result<Saved, HostError> {

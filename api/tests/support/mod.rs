@@ -70,6 +70,8 @@ pub struct FakeHost {
     /// How sandboxes were to be saved, in order.
     pub saves: Mutex<Vec<SaveRequest>>,
     pub fault: Mutex<Option<Fault>>,
+    /// Layers of which is known what machines touch first.
+    pub working_sets: Mutex<Vec<Layers>>,
     pub last_upload: Mutex<Option<u64>>,
     listeners: Mutex<Vec<mpsc::UnboundedSender<HostEvent>>>,
 }
@@ -236,6 +238,12 @@ impl Host for FakeHost {
             ..Timings::default()
         };
         Ok(Created { timings })
+    }
+
+    async fn note_working_set(&self, id: &SandboxId, layers: &Layers) -> Result<(), HostError> {
+        assert!(self.sandboxes.lock().unwrap().contains(id) && self.has(&layers.memory));
+        self.working_sets.lock().unwrap().push(layers.clone());
+        Ok(())
     }
 
     async fn pause(&self, request: SaveRequest) -> Result<Saved, HostError> {

@@ -10,7 +10,8 @@
 //!                     │                                        ▼
 //!                     │ no                               drop it, boot
 //!                     └──► boot, answer; then, in the background: boot a machine of its own,
-//!                          save it, drop least recently used ones until it fits in, write it down
+//!                          save it, start another from that and note which memory it touches, drop
+//!                          least recently used ones until it fits in, write it down
 //! ```
 //!
 //! The key changes with everything that the snapshot was made from. One that does not come about, or
@@ -280,13 +281,15 @@ impl Manager {
         };
         let saved = saved.await;
         host.destroy(&id).await?;
+        let saved = saved?;
+        self.note_working_set(shape, &layers).await;
         let warm = WarmSnapshot {
             key: key.to_owned(),
             template: shape.template.clone(),
             vcpus: shape.vcpus,
             memory_mb: shape.memory_mb,
             layers: layers.clone(),
-            size_bytes: saved?.size_bytes,
+            size_bytes: saved.size_bytes,
             used_at: Timestamp::now(),
         };
         if !self.make_room(warm.size_bytes).await? {
@@ -308,6 +311,33 @@ impl Manager {
             "warm snapshot made"
         );
         Ok(())
+    }
+
+    /// Starts a machine from layers that were just made, as any sandbox will be, and notes what it
+    /// touches until its first command has ended. If that fails, sandboxes start without.
+    async fn note_working_set(&self, shape: &Shape, layers: &Layers) {
+        let host = &self.inner.host;
+        let id = SandboxId::random();
+        let request = CreateRequest {
+            id: id.clone(),
+            shape: shape.clone(),
+            identity: identity_of(&id, Timestamp::now()),
+            layers: layers.clone(),
+            start: Start::Warm,
+        };
+        let noted = async {
+            host.create(request).await?;
+            self.run_first_command(&id).await;
+            host.note_working_set(&id, layers).await
+        };
+        if let Err(source) = noted.await
+            && !self.is_closing()
+        {
+            warn!(template = shape.template, error = %chain(&source), "no working set is known");
+        }
+        if let Err(source) = host.destroy(&id).await {
+            warn!(sandbox = %id, error = %chain(&source), "a machine is left");
+        }
     }
 
     /// Runs what nearly every command needs, so that it is in the guest's memory. Not every template
