@@ -120,6 +120,17 @@ pub struct LimitsConfig {
     pub exec_memory_bytes: usize,
     /// Warm snapshots of templates on the disk, in bytes; 0 is none.
     pub warm_disk_bytes: u64,
+    /// Whether sandboxes that start warm, are forked or resumed have the memory that they touch first
+    /// before they touch it.
+    pub prefetch: bool,
+    /// Machines that are ready for each template and shape that was used lately; 0 is none.
+    pub pool_size: usize,
+    /// Machines that are ready in all.
+    pub pool_total: usize,
+    /// RAM of all guests that are ready, in MiB, as if they used all of it.
+    pub pool_memory_mb: u64,
+    /// Seconds after which machines of a shape that nobody has used are ended.
+    pub pool_idle_sec: u64,
 }
 
 /// Logs.
@@ -168,6 +179,11 @@ impl Default for LimitsConfig {
             exec_output_bytes: 1 << 30,
             exec_memory_bytes: 256 << 10,
             warm_disk_bytes: 4 << 30,
+            prefetch: true,
+            pool_size: 2,
+            pool_total: 8,
+            pool_memory_mb: 4096,
+            pool_idle_sec: 600,
         }
     }
 }
@@ -268,6 +284,23 @@ pub struct Flags {
     /// bytes; 0 is none [default: 4294967296, 4 GiB]
     #[arg(long, env = "SANDBOXD_WARM_DISK_BYTES", value_name = "BYTES")]
     warm_disk_bytes: Option<u64>,
+    /// Give sandboxes that start from a snapshot the memory that they touch first before they touch
+    /// it [default: true]
+    #[arg(long, env = "SANDBOXD_PREFETCH", value_name = "BOOL")]
+    prefetch: Option<bool>,
+    /// Machines that are kept ready for each template and shape that was used lately; 0 is none
+    /// [default: 2]
+    #[arg(long, env = "SANDBOXD_POOL_SIZE", value_name = "COUNT")]
+    pool_size: Option<usize>,
+    /// Machines that are kept ready in all [default: 8]
+    #[arg(long, env = "SANDBOXD_POOL_TOTAL", value_name = "COUNT")]
+    pool_total: Option<usize>,
+    /// RAM of all machines that are kept ready, in MiB, as if they used all of it [default: 4096]
+    #[arg(long, env = "SANDBOXD_POOL_MEMORY_MB", value_name = "MIB")]
+    pool_memory_mb: Option<u64>,
+    /// Seconds after which ready machines are ended if nobody has used their shape [default: 600]
+    #[arg(long, env = "SANDBOXD_POOL_IDLE_SEC", value_name = "SECONDS")]
+    pool_idle_sec: Option<u64>,
     /// How log lines look [default: text]
     #[arg(long, env = "SANDBOXD_LOG_FORMAT", value_name = "FORMAT")]
     log_format: Option<LogFormat>,
@@ -372,6 +405,11 @@ impl Config {
         set(&mut self.limits.exec_output_bytes, flags.exec_output_bytes);
         set(&mut self.limits.exec_memory_bytes, flags.exec_memory_bytes);
         set(&mut self.limits.warm_disk_bytes, flags.warm_disk_bytes);
+        set(&mut self.limits.prefetch, flags.prefetch);
+        set(&mut self.limits.pool_size, flags.pool_size);
+        set(&mut self.limits.pool_total, flags.pool_total);
+        set(&mut self.limits.pool_memory_mb, flags.pool_memory_mb);
+        set(&mut self.limits.pool_idle_sec, flags.pool_idle_sec);
         set(&mut self.log.format, flags.log_format);
         set(&mut self.log.filter, flags.log);
     }
@@ -402,6 +440,12 @@ impl Config {
         }
         if self.limits.exec_memory_bytes > 64 << 20 {
             return invalid("limits.exec_memory_bytes must be 64 MiB at most".to_owned());
+        }
+        if !(1..=7 * 86_400).contains(&self.limits.pool_idle_sec) {
+            return invalid(format!(
+                "limits.pool_idle_sec must be 1 to 604800, not {}",
+                self.limits.pool_idle_sec
+            ));
         }
         if self.jail.first_uid == 0 || self.jail.first_uid > u32::MAX - (1 << 16) {
             return invalid(format!(
@@ -559,6 +603,7 @@ mod tests {
         for arguments in [
             ["--listen=0.0.0.0:8000"],
             ["--boot-timeout-sec=0"],
+            ["--pool-idle-sec=0"],
             ["--exec-memory-bytes=99999999999"],
             ["--jail-first-uid=0"],
             ["--jail-cgroup=somewhere"],

@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::config::Config;
-use crate::domain::{ExecLimits, Host, Limits, Manager, RecoverError};
+use crate::domain::{ExecLimits, Host, Limits, Manager, PoolLimits, RecoverError};
 use crate::http::{self, AppState, OpenApiError};
 use crate::hypervisor::{HostConfig, LeftoverError, LocalHost, Paths, PathsError};
 use crate::images::{ImageError, Images};
@@ -139,6 +139,7 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
         paths,
         boot_timeout: Duration::from_secs(config.boot_timeout_sec),
         cmdline_extra: config.images.cmdline_extra.clone(),
+        prefetch: config.limits.prefetch,
         jail: config.jail.for_host(),
     })
     .await?;
@@ -150,6 +151,12 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
         },
         warm_bytes: config.limits.warm_disk_bytes,
         when_idle: config.when_idle,
+        pool: PoolLimits {
+            per_shape: config.limits.pool_size,
+            total: config.limits.pool_total,
+            memory_mb: config.limits.pool_memory_mb,
+            idle: Duration::from_secs(config.limits.pool_idle_sec),
+        },
     };
     let events = host.events().await;
     let manager = Manager::new(Arc::new(host), Arc::new(store), limits);
@@ -158,6 +165,8 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
     tokio::spawn(async move { follower.follow(events).await });
     let reaper = manager.clone();
     tokio::spawn(async move { reaper.set_aside_idle().await });
+    let keeper = manager.clone();
+    tokio::spawn(async move { keeper.keep_pool().await });
 
     let state = AppState {
         manager: manager.clone(),

@@ -98,6 +98,7 @@ impl Bench {
             paths: paths.clone(),
             boot_timeout,
             cmdline_extra: "extra=1".to_owned(),
+            prefetch: false,
             jail: None,
         });
         let host = Arc::new(host.await.unwrap());
@@ -545,7 +546,10 @@ async fn the_end_of_a_vmm_is_an_event_with_its_reason() {
         tokio::fs::write(bench.dir.path().join("go"), format!("{word}\n"))
             .await
             .unwrap();
-        let HostEvent::Ended { id: ended, end } = events.next().await.unwrap();
+        let event = events.next().await.unwrap();
+        let HostEvent::Ended { id: ended, end } = event else {
+            unreachable!("{event:?}");
+        };
         assert_eq!(ended, id);
         let (was_orderly, reason) = match end {
             End::Orderly { reason } => (true, reason),

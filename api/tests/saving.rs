@@ -20,8 +20,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::domain::{
-    CreateRequest, End, ExecEvent, ExecRequest, Host, HostError, HostEvent, Identity, LayerId,
-    Layers, SandboxId, SaveRequest, Saved, Shape, Start,
+    ClaimRequest, CreateRequest, Created, End, ExecEvent, ExecRequest, Host, HostError, HostEvent,
+    Identity, LayerId, Layers, PrepareRequest, SandboxId, SaveRequest, Saved, Shape, Start,
 };
 use api::hypervisor::{HostConfig, LocalHost, Paths};
 use api::images::Images;
@@ -31,6 +31,21 @@ use futures_util::StreamExt;
 #[test]
 fn as_a_vmm() {
     vmm::run();
+}
+
+fn shape() -> Shape {
+    Shape {
+        template: "minimal".into(),
+        vcpus: 1,
+        memory_mb: 128,
+    }
+}
+
+fn identity(id: &SandboxId) -> Identity {
+    Identity {
+        hostname: id.to_string(),
+        machine_id: "1".repeat(32),
+    }
 }
 
 struct Bench {
@@ -62,6 +77,7 @@ impl Bench {
             paths: Paths::new(&path.join("run"), &path.join("data")).unwrap(),
             boot_timeout,
             cmdline_extra: String::new(),
+            prefetch: false,
             jail: None,
         });
         let host = Arc::new(host.await.unwrap());
@@ -75,19 +91,29 @@ impl Bench {
     async fn start(&self, id: &SandboxId, layers: &Layers) -> Result<(), HostError> {
         let request = CreateRequest {
             id: id.clone(),
-            shape: Shape {
-                template: "minimal".into(),
-                vcpus: 1,
-                memory_mb: 128,
-            },
-            identity: Identity {
-                hostname: id.to_string(),
-                machine_id: "1".repeat(32),
-            },
+            shape: shape(),
+            identity: identity(id),
             layers: layers.clone(),
             start: Start::Cold,
         };
         self.host.create(request).await.map(drop)
+    }
+
+    async fn prepare(&self, id: &SandboxId, layers: &Layers) -> Result<(), HostError> {
+        let request = PrepareRequest {
+            id: id.clone(),
+            shape: shape(),
+            layers: layers.clone(),
+        };
+        self.host.prepare(request).await
+    }
+
+    async fn claim(&self, id: &SandboxId) -> Result<Created, HostError> {
+        let request = ClaimRequest {
+            id: id.clone(),
+            identity: identity(id),
+        };
+        self.host.claim(request).await
     }
 
     /// A sandbox that was booted and saved to the layers that are returned.
@@ -384,7 +410,10 @@ async fn a_vmm_that_dies_while_it_saves_is_an_end_and_leaves_nothing() {
         matches!(saved, Err(HostError::NotRunning { .. })),
         "{saved:?}"
     );
-    let HostEvent::Ended { id, end } = events.next().await.unwrap();
+    let event = events.next().await.unwrap();
+    let HostEvent::Ended { id, end } = event else {
+        unreachable!("{event:?}");
+    };
     assert_eq!(id, bench.id);
     assert!(matches!(end, End::Failed { .. }), "{end:?}");
     bench.assert_only(&none);
@@ -449,6 +478,7 @@ async fn a_key_changes_with_everything_that_a_machine_is_made_of() {
         .unwrap(),
         boot_timeout: Duration::from_secs(1),
         cmdline_extra: String::new(),
+        prefetch: false,
         jail: None,
     };
     let host = LocalHost::start(config.clone()).await.unwrap();
@@ -477,4 +507,111 @@ async fn a_key_changes_with_everything_that_a_machine_is_made_of() {
     assert_eq!(different.len(), keys.len());
     fs::remove_file(template).unwrap();
     assert!(host.warm_key(&shape(1, 256)).await.is_err());
+}
+
+#[tokio::test]
+async fn a_machine_that_is_ready_runs_when_it_is_claimed_and_not_before() {
+    let bench = Bench::new().await;
+    let layers = bench.paused().await;
+    bench.log();
+    bench.prepare(&bench.id, &layers).await.unwrap();
+    assert_eq!(bench.log(), ["restore 0+0"]);
+    let not_running = || HostError::NotRunning {
+        id: bench.id.clone(),
+    };
+    assert_eq!(bench.exec("exit 3").await, Err(not_running()));
+    assert_eq!(bench.pause(&layers).await.1, Err(not_running()));
+
+    let created = bench.claim(&bench.id).await.unwrap();
+    assert_eq!(created.timings.start, Start::Pool);
+    assert_eq!(bench.log(), ["vm.resume  0"]);
+    assert_eq!(bench.exec("exit 3").await, Ok(3));
+    assert_eq!(bench.claim(&bench.id).await, Err(not_running()), "once");
+    // It is a sandbox like any other.
+    let (next, saved) = bench.pause(&layers).await;
+    saved.unwrap();
+    bench.assert_only(&next);
+}
+
+#[tokio::test]
+async fn a_ready_machine_leaves_nothing_whatever_becomes_of_it() {
+    let bench = Bench::new().await;
+    let layers = bench.paused().await;
+    let none = Layers::default();
+    let refused = bench.prepare(&bench.id, &none).await;
+    assert!(
+        matches!(refused, Err(HostError::Internal { .. })),
+        "{refused:?}"
+    );
+    bench.spoil("refuse-restore");
+    let refused = bench.prepare(&bench.id, &layers).await;
+    assert!(
+        matches!(refused, Err(HostError::Start { .. })),
+        "{refused:?}"
+    );
+    bench.assert_only(&layers);
+    bench.mend("refuse-restore");
+
+    bench.prepare(&bench.id, &layers).await.unwrap();
+    bench.host.destroy(&bench.id).await.unwrap();
+    bench.assert_only(&layers);
+
+    let mut events = bench.host.events().await;
+    let _ = fs::remove_file(bench.dir.path().join("pid"));
+    bench.prepare(&bench.id, &layers).await.unwrap();
+    let pid = fs::read_to_string(bench.dir.path().join("pid")).unwrap();
+    let pid = rustix::process::Pid::from_raw(pid.trim().parse().unwrap()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    let lost = HostEvent::Lost {
+        id: bench.id.clone(),
+    };
+    assert_eq!(events.next().await, Some(lost));
+    bench.assert_only(&layers);
+    let id = bench.id.clone();
+    assert_eq!(bench.claim(&id).await, Err(HostError::NotRunning { id }));
+
+    for fault in ["no-resume", "mute"] {
+        bench.spoil(fault);
+        bench.prepare(&bench.id, &layers).await.unwrap();
+        let claimed = bench.claim(&bench.id).await;
+        assert!(
+            matches!(claimed, Err(HostError::Start { .. })),
+            "{claimed:?}"
+        );
+        bench.assert_only(&layers);
+        bench.mend(fault);
+    }
+    bench.prepare(&bench.id, &layers).await.unwrap();
+    bench.host.shutdown().await;
+    bench.assert_only(&layers);
+}
+
+#[tokio::test]
+async fn a_working_set_is_added_to_the_layer_whole_or_not_at_all() {
+    let bench = Bench::new().await;
+    let layers = bench.paused().await;
+    let directory = format!("data/layers/{}", layers.memory[0]);
+    let files = bench.names(&directory);
+    bench.start(&bench.id, &layers).await.unwrap();
+    bench.spoil("no-working-set");
+    let refused = bench.host.note_working_set(&bench.id, &layers).await;
+    assert!(
+        matches!(refused, Err(HostError::Internal { .. })),
+        "{refused:?}"
+    );
+    assert_eq!(bench.names(&directory), files);
+    bench.mend("no-working-set");
+    bench
+        .host
+        .note_working_set(&bench.id, &layers)
+        .await
+        .unwrap();
+    let file = bench.dir.path().join(&directory).join("working-set.json");
+    assert_eq!(fs::read_to_string(file).unwrap(), "pages");
+    assert_eq!(bench.names(&directory).len(), files.len() + 1);
+    // It goes with its layer.
+    bench.host.destroy(&bench.id).await.unwrap();
+    let all: Vec<_> = layers.all().cloned().collect();
+    bench.host.discard(&all).await.unwrap();
+    bench.assert_only(&Layers::default());
 }

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::io::{self, BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -18,6 +19,9 @@ const PATIENCE: Duration = Duration::from_secs(300);
 
 /// How much of the end of a daemon's log is kept, in lines.
 const LAST_LINES: usize = 60;
+
+/// The phases of a start that a daemon tells of.
+const PHASES: [&str; 5] = ["prepare", "vmm", "boot", "identity", "total"];
 
 /// What a daemon is started with.
 #[derive(Debug, Clone)]
@@ -72,6 +76,30 @@ pub enum SandboxError {
     System(#[from] io::Error),
 }
 
+/// How a daemon starts sandboxes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Starts {
+    /// It boots them.
+    Cold,
+    /// It restores them when they are asked for, and their memory comes as they touch it.
+    Bare,
+    /// It restores them when they are asked for.
+    Warm,
+    /// It has restored one before.
+    Pool,
+}
+
+/// A sandbox that was created.
+#[derive(Debug)]
+pub struct Created {
+    /// Its id.
+    pub id: String,
+    /// How it started.
+    pub start: String,
+    /// How long each phase took, in ms.
+    pub phases: Vec<(&'static str, f64)>,
+}
+
 /// A running daemon, which is ended in order when dropped.
 pub struct Daemon {
     process: Child,
@@ -80,15 +108,17 @@ pub struct Daemon {
     vmm: PathBuf,
     /// The last lines of its log.
     log: Arc<Mutex<VecDeque<String>>>,
+    /// One for each machine that has become ready.
+    ready: Mutex<Receiver<()>>,
     directory: tempfile::TempDir,
 }
 
 impl Daemon {
-    /// Starts a daemon, with or without warm starts.
+    /// Starts a daemon.
     ///
     /// # Errors
     /// It does not come to serve.
-    pub fn start(programs: &Programs, warm: bool) -> Result<Self, SandboxError> {
+    pub fn start(programs: &Programs, starts: Starts) -> Result<Self, SandboxError> {
         let directory = tempfile::tempdir()?;
         let mut process = Command::new(&programs.sandboxd)
             .args(["serve", "--listen", "127.0.0.1:0", "--log-format", "json"])
@@ -100,7 +130,30 @@ impl Daemon {
             .arg(&programs.vmm)
             .arg("--images-dir")
             .arg(&programs.images)
-            .args(["--warm-disk-bytes", if warm { "4294967296" } else { "0" }])
+            .args([
+                "--warm-disk-bytes",
+                if starts == Starts::Cold {
+                    "0"
+                } else {
+                    "4294967296"
+                },
+            ])
+            .args([
+                "--prefetch",
+                if starts == Starts::Bare {
+                    "false"
+                } else {
+                    "true"
+                },
+            ])
+            .args([
+                "--pool-size",
+                if starts == Starts::Pool { "1" } else { "0" },
+            ])
+            // A machine that is busy with something else is slow, and not broken.
+            .args(["--boot-timeout-sec", "300"])
+            // Says when a machine is ready.
+            .args(["--log", "info,api::domain=debug"])
             .env_remove("SANDBOXD_CONFIG")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -111,6 +164,7 @@ impl Daemon {
                 source,
             })?;
         let log: Arc<Mutex<VecDeque<String>>> = Arc::default();
+        let (is_ready, ready) = mpsc::channel();
         let mut said = String::new();
         let mut address = None;
         if let Some(stderr) = process.stderr.take() {
@@ -127,6 +181,10 @@ impl Daemon {
             let last = Arc::clone(&log);
             std::thread::spawn(move || {
                 for line in lines.map_while(Result::ok) {
+                    if field(&line, "message").as_deref() == Some("a machine is ready") {
+                        // Nobody has to wait for it.
+                        let _ = is_ready.send(());
+                    }
                     let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
                     if last.len() == LAST_LINES {
                         last.pop_front();
@@ -144,6 +202,7 @@ impl Daemon {
             agent: config.build().into(),
             vmm: programs.vmm.clone(),
             log,
+            ready: Mutex::new(ready),
             directory,
         })
     }
@@ -192,15 +251,31 @@ impl Daemon {
         log.iter().map(|line| format!("{line}\n")).collect()
     }
 
-    /// Creates a sandbox with one vCPU. Returns its id and how it started.
+    /// Creates a sandbox with one vCPU.
     ///
     /// # Errors
     /// It did not start.
-    pub fn create(&self, memory_mb: u32) -> Result<(String, String), SandboxError> {
+    pub fn create(&self, memory_mb: u32) -> Result<Created, SandboxError> {
         let body = json!({"template": "minimal", "vcpus": 1, "memory_mb": memory_mb});
         let sandbox = self.call("POST", "/v1/sandboxes", Some(&body), 201)?;
-        let start = sandbox["timings_ms"]["start"].as_str().unwrap_or_default();
-        Ok((id_of(&sandbox), start.to_owned()))
+        let timings = &sandbox["timings_ms"];
+        let phases = PHASES.map(|phase| (phase, timings[phase].as_f64().unwrap_or_default()));
+        Ok(Created {
+            id: id_of(&sandbox),
+            start: timings["start"].as_str().unwrap_or_default().to_owned(),
+            phases: phases.to_vec(),
+        })
+    }
+
+    /// Waits until one more machine is ready than when this was last asked.
+    ///
+    /// # Errors
+    /// There is none in time.
+    pub fn wait_until_ready(&self) -> Result<(), SandboxError> {
+        let ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
+        ready
+            .recv_timeout(PATIENCE)
+            .map_err(|_| SandboxError::NotWarm)
     }
 
     /// Runs a command, which has to succeed.
@@ -266,9 +341,9 @@ impl Daemon {
     pub fn warm_up(&self, memory_mb: u32) -> Result<(), SandboxError> {
         let deadline = Instant::now() + PATIENCE;
         while Instant::now() < deadline {
-            let (id, start) = self.create(memory_mb)?;
+            let Created { id, start, .. } = self.create(memory_mb)?;
             self.delete(&id)?;
-            if start == "warm" {
+            if start != "cold" {
                 return Ok(());
             }
         }

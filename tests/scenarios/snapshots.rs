@@ -9,6 +9,7 @@ use e2e_tests::daemon::{Daemon, Sandbox};
 use e2e_tests::process::children_of;
 use e2e_tests::{report, until};
 use rustix::mount::{MountFlags, UnmountFlags};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 /// How far a guest's clock may be off, in nanoseconds.
@@ -335,7 +336,7 @@ fn a_daemon_that_is_killed_in_a_pause_leaves_the_sandbox_before_or_after() {
 
 #[test]
 fn the_second_of_a_shape_starts_warm() {
-    let daemon = Daemon::start_with(&["--warm-disk-bytes", "1073741824"]);
+    let daemon = Daemon::start_with(&["--warm-disk-bytes", "1073741824", "--pool-size", "0"]);
     let first = daemon.create(&small());
     let timings = first.get()["timings_ms"].clone();
     assert_eq!(timings["start"], "cold");
@@ -372,6 +373,95 @@ fn the_second_of_a_shape_starts_warm() {
     assert!(new < 40 << 20, "{new} bytes");
     second.resume();
     assert_eq!(second.must("cat /root/file"), "mine");
+}
+
+/// The names of the machines that have become ready so far, once they are so many.
+fn wait_until_ready(daemon: &Daemon, count: usize) -> Vec<String> {
+    let is_ready = |line: &str| {
+        let line: Value = serde_json::from_str(line).ok()?;
+        let fields = line.get("fields").unwrap_or(&line);
+        (fields["message"] == "a machine is ready").then_some(())?;
+        Some(fields["sandbox"].as_str()?.to_owned())
+    };
+    daemon
+        .process
+        .stderr
+        .wait_for_text("ready machines", |text| {
+            let ready: Vec<_> = text.lines().filter_map(is_ready).collect();
+            (ready.len() >= count).then_some(ready)
+        })
+}
+
+#[test]
+fn a_sandbox_from_the_pool_is_one_of_its_own_whenever_it_is_taken() {
+    let mut daemon = Daemon::start_with(&["--warm-disk-bytes", "1073741824", "--pool-size", "2"]);
+    daemon.create(&small()).delete();
+    let ready = wait_until_ready(&daemon, 2);
+    let noted = daemon.layers().into_iter().any(|layer| {
+        let directory = daemon.layers_directory().join(layer);
+        directory.join("working-set.json").is_file()
+    });
+    assert!(noted, "it is known what machines touch first");
+
+    // Time passes for them as for a machine that is paused.
+    let waited = Duration::from_secs(3);
+    std::thread::sleep(waited);
+    let sandboxes = [daemon.create(&small()), daemon.create(&small())];
+    for sandbox in &sandboxes {
+        assert!(ready.contains(&sandbox.id));
+        let timings = sandbox.get()["timings_ms"].clone();
+        assert_eq!(timings["start"], "pool");
+        report(&format!("pool: {timings}"));
+        assert_clock(sandbox);
+        let uptime = || {
+            sandbox
+                .must("cut -d. -f1 /proc/uptime")
+                .parse::<u64>()
+                .unwrap()
+        };
+        let first = uptime();
+        assert!(first >= waited.as_secs() && uptime() >= first);
+    }
+    let [one, other] = [identity(&sandboxes[0]), identity(&sandboxes[1])];
+    for what in 0..4 {
+        assert_ne!(one[what], other[what]);
+    }
+    assert_eq!((&one[0], &other[0]), (&sandboxes[0].id, &sandboxes[1].id));
+    sandboxes[0].must("echo mine >/root/file");
+    sandboxes[1].must("! [ -e /root/file ]");
+    sandboxes[0].pause();
+    sandboxes[0].resume();
+    assert_eq!(sandboxes[0].must("cat /root/file"), "mine");
+    for sandbox in sandboxes {
+        sandbox.delete();
+    }
+
+    // One that is killed is replaced, and not handed out.
+    let ready = wait_until_ready(&daemon, 4);
+    let killed = daemon.sandbox(&ready[3]);
+    let pid = Pid::from_raw(killed.outer_pid().cast_signed()).unwrap();
+    kill_process(pid, Signal::KILL).unwrap();
+    let ready = wait_until_ready(&daemon, 5);
+    let sandbox = daemon.create(&small());
+    assert!(
+        sandbox.id == ready[2] || sandbox.id == ready[4],
+        "{}",
+        sandbox.id
+    );
+    sandbox.must("true");
+
+    // A crash leaves nothing of them, and neither does an orderly end.
+    let crashed: Vec<_> = ready
+        .iter()
+        .map(|id| daemon.runtime_directory(id))
+        .collect();
+    daemon = daemon.crash();
+    for directory in crashed {
+        assert!(!directory.exists(), "{}", directory.display());
+    }
+    daemon.create(&small()).delete();
+    wait_until_ready(&daemon, 1);
+    daemon.stop();
 }
 
 /// What the files in a directory occupy, in bytes.

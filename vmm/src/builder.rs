@@ -33,6 +33,7 @@ use crate::kvm::vcpu::{Vcpu, VcpuError};
 use crate::kvm::vm::{RestoreVcpusError, Vm, VmError};
 use crate::machine::{self, EventLoop, ExitWatch, Machine};
 use crate::memory::pagemap::Pagemap;
+use crate::memory::working_set::WorkingSet;
 use crate::memory::{self, AllocateError, GuestMemory, Ram};
 use crate::resources::{BootFiles, Devices as HostDevices, HostResources, Origin};
 use crate::sandboxing::JailError;
@@ -262,7 +263,7 @@ fn build_for_boot(
         exit,
         (vm, vcpus),
         devices,
-        (owner, lineage),
+        (owner, lineage, None),
         ground.aids,
     )
 }
@@ -289,7 +290,11 @@ fn build_from_snapshot(
     };
     let (owner, _, pluggable) = allocate_memory(&small_pages)?;
     let memory = owner.memory().clone();
-    let Loaded { state, lineage } = source.load(&memory, ground.pagemap)?;
+    let Loaded {
+        state,
+        lineage,
+        working_set,
+    } = source.load(&memory, ground.pagemap)?;
     if state.vcpus.len() != usize::from(config.cpus.max_vcpus) {
         return Err(BuildError::VcpuCount {
             saved: state.vcpus.len(),
@@ -324,7 +329,7 @@ fn build_from_snapshot(
         exit,
         (vm, vcpus),
         devices,
-        (owner, lineage),
+        (owner, lineage, working_set),
         ground.aids,
     )
 }
@@ -341,7 +346,7 @@ fn assemble(
     exit: ExitSignal,
     (vm, mut vcpus): (Vm, Vec<Vcpu>),
     devices: Devices,
-    (ram, lineage): (Ram, Lineage),
+    (ram, lineage, working_set): (Ram, Lineage, Option<WorkingSet>),
     aids: &DebuggingAids,
 ) -> Result<Machine, BuildError> {
     if let Some(first) = vcpus.first_mut() {
@@ -369,6 +374,7 @@ fn assemble(
             cpu_hotplug: devices.cpu_hotplug,
             serial: devices.serial,
             lineage,
+            working_set,
             ram,
         },
     })

@@ -78,7 +78,8 @@ pub struct BootArgs {
     pub cmdline: String,
     /// Go on from a snapshot instead of booting: source_url=file:///DIR
     /// [,base_url=[file:///DIR,...]: the snapshots that it is based on, nearest first]
-    /// [,config=snapshot|flags][,resume=on|off][,prefault=on|off: read all memory at once]
+    /// [,config=snapshot|flags][,resume=on|off]
+    /// [,prefault=on|off|working-set: read all memory at once, or the pages that machines touch first]
     /// [,verify=on|off: compare the checksum of all memory].
     ///
     /// With config=snapshot, the default, the machine is the one that the snapshot is of, and

@@ -27,10 +27,11 @@ use crate::exit::{ExitReason, ExitSignal};
 use crate::gdb::Debugger;
 use crate::kvm::vcpu::{Buses, StoppedError, VcpuHandle};
 use crate::kvm::vm::Vm;
+use crate::memory::working_set::WorkingSet;
 use crate::memory::{GuestMemory, Ram};
 use crate::sandboxing::ThreadKind;
 use crate::sandboxing::seccomp;
-use crate::snapshot::{Destination, Lineage, MachineState, SnapshotError};
+use crate::snapshot::{Destination, Lineage, MachineState, SnapshotError, WorkingSetFile};
 
 /// Stack of a thread, in bytes. None needs more, and one of the default 2 MiB may be given a huge
 /// page where the host has them for all, all of which then counts as used.
@@ -62,6 +63,8 @@ pub(crate) struct Parts {
     pub(crate) serial: Option<SerialPort>,
     /// What the memory is mapped from.
     pub(crate) lineage: Lineage,
+    /// What is to be mapped before it is touched.
+    pub(crate) working_set: Option<WorkingSet>,
     pub(crate) ram: Ram,
 }
 
@@ -222,6 +225,22 @@ impl RunningMachine {
         };
         let memory = parts.ram.memory();
         parts.lineage.save(&state, memory, keep, files)
+    }
+
+    /// Has what the machine touches first mapped, if that is known and wanted. It may run meanwhile.
+    pub fn prefetch(&mut self) {
+        if let Some(pages) = self.parts.working_set.take() {
+            pages.prefetch(self.parts.ram.memory());
+        }
+    }
+
+    /// Writes to `file` what the machine has touched since it was restored. It may run meanwhile.
+    ///
+    /// # Errors
+    /// The file is of no use, or the machine was not restored.
+    pub fn save_working_set(&self, file: &WorkingSetFile) -> Result<(), SnapshotError> {
+        let parts = &self.parts;
+        parts.lineage.save_working_set(parts.ram.memory(), file)
     }
 
     /// Ends the machine, unless it has ended, takes it down, and returns why it ended.

@@ -33,6 +33,30 @@ pub trait Host: Send + Sync {
     /// It did not start; nothing of it is left on the host but the layers.
     async fn create(&self, request: CreateRequest) -> Result<Created, HostError>;
 
+    /// Restores a machine from layers, without letting its guest run, for a sandbox that may be
+    /// asked for later. Until it is claimed it is one that the host holds, and not one that runs:
+    /// it is destroyed like any other, and its own end is told by [`HostEvent::Lost`]. The work goes
+    /// on if the caller goes away.
+    ///
+    /// # Errors
+    /// It was not restored; nothing of it is left on the host but the layers.
+    async fn prepare(&self, request: PrepareRequest) -> Result<(), HostError>;
+
+    /// Makes a machine that is prepared a sandbox: lets its guest run, and waits until its agent has
+    /// answered and the guest knows who it is. The start goes on if the caller goes away.
+    ///
+    /// # Errors
+    /// It did not start, or none of that id is prepared; nothing of it is left on the host but the
+    /// layers.
+    async fn claim(&self, request: ClaimRequest) -> Result<Created, HostError>;
+
+    /// Notes which memory a sandbox, which was started from these layers, has touched since, for
+    /// others that start from them: they have it before they touch it.
+    ///
+    /// # Errors
+    /// It is not noted. Nothing else depends on it.
+    async fn note_working_set(&self, id: &SandboxId, layers: &Layers) -> Result<(), HostError>;
+
     /// Saves a sandbox to two new layers and ends it. It goes on if the caller goes away.
     ///
     /// # Errors
@@ -185,6 +209,26 @@ pub struct CreateRequest {
     pub start: Start,
 }
 
+/// Make a machine ready.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PrepareRequest {
+    /// Its name.
+    pub id: SandboxId,
+    /// What it is made of.
+    pub shape: Shape,
+    /// What it is started from: there are memory layers among them.
+    pub layers: Layers,
+}
+
+/// Start the sandbox that was prepared under this name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClaimRequest {
+    /// Its name.
+    pub id: SandboxId,
+    /// Who its guest is.
+    pub identity: Identity,
+}
+
 /// A sandbox was started.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Created {
@@ -324,6 +368,12 @@ pub enum HostEvent {
         id: SandboxId,
         /// How.
         end: End,
+    },
+    /// A machine that was prepared ended before it was claimed, and nothing of it is left on the
+    /// host.
+    Lost {
+        /// Which one.
+        id: SandboxId,
     },
 }
 

@@ -21,13 +21,13 @@ pub use error::{
 };
 pub use exec::{CollectError, ExecEnd, ExecLimits, ExecOutput};
 pub use host::{
-    CreateRequest, Created, End, ExecEvent, ExecRequest, ExitInfo, FileContent, FileInfo, FileKind,
-    Host, HostError, HostEvent, HostInfo, Identity, ReadFileRequest, SaveRequest, Saved, Shape,
-    WriteFileRequest,
+    ClaimRequest, CreateRequest, Created, End, ExecEvent, ExecRequest, ExitInfo, FileContent,
+    FileInfo, FileKind, Host, HostError, HostEvent, HostInfo, Identity, PrepareRequest,
+    ReadFileRequest, SaveRequest, Saved, Shape, WriteFileRequest,
 };
 pub use id::{Id, Kind, LayerId, ParseIdError, SandboxId, SnapshotId};
 pub use layer::{Layers, MAX_DISK};
-pub use manager::{Forked, InUse, Limits, Manager, RecoverError, WhenIdle};
+pub use manager::{Forked, InUse, Limits, Manager, PoolLimits, RecoverError, WhenIdle};
 pub use request::{Command, CreateSpec, MAX_EXEC_TIMEOUT_SEC, SnapshotSpec};
 pub use sandbox::{Desired, IllegalTransition, Sandbox, Spec, Status, Transition};
 pub use snapshot::{LayersInfo, Snapshot, WarmSnapshot};

@@ -13,6 +13,9 @@ pub enum Start {
     ColdFallback,
     /// From the warm snapshot of its template.
     Warm,
+    /// From the pool: it had been restored from the warm snapshot of its template before it was
+    /// asked for.
+    Pool,
     /// From a snapshot or another sandbox.
     Fork,
     /// From what was saved when it was paused.
@@ -28,7 +31,8 @@ pub struct Timings {
     /// Directories, disk overlay and sockets were made.
     pub prepare_us: u64,
     /// Start of the `vmm` process to just before the guest's first instruction, or to the moment
-    /// that a restored guest ran again.
+    /// that a restored guest ran again. Of one from the pool, whose process was there: the time until
+    /// it let the guest run.
     pub vmm_us: u64,
     /// From there to the agent's first words after a boot; next to nothing after a restore, since
     /// the agent says nothing by itself.

@@ -8,7 +8,7 @@ use tokio::process::Command;
 
 use super::HostConfig;
 use super::layers::LayerFiles;
-use crate::domain::{CreateRequest, Layers};
+use crate::domain::{Layers, PrepareRequest};
 use crate::images::Chain;
 
 /// What every guest's kernel is told: console on the serial port and nearly silent, a reset one
@@ -25,6 +25,15 @@ pub struct Jail<'a> {
     pub cgroup: Option<&'a Path>,
 }
 
+/// Whether a restored guest runs at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Goes {
+    /// It does.
+    On,
+    /// Only when it is told to.
+    WhenTold,
+}
+
 /// The descriptors that a VMM inherits. They stay open here until it is spawned.
 #[derive(Debug, Clone, Copy)]
 pub struct Inherited {
@@ -37,7 +46,7 @@ pub struct Inherited {
 /// The command that starts a sandbox's VMM.
 pub fn command(
     config: &HostConfig,
-    request: &CreateRequest,
+    (request, goes): (&PrepareRequest, Goes),
     chain: &Chain,
     jail: Option<Jail<'_>>,
     inherited: Inherited,
@@ -45,7 +54,12 @@ pub fn command(
     let (id, shape, paths) = (&request.id, &request.shape, &config.paths);
     let Inherited { events, api } = inherited;
     let mut command = Command::new(&config.vmm);
-    match restore_options(LayerFiles(paths.layers()), &request.layers) {
+    match restore_options(
+        LayerFiles(paths.layers()),
+        &request.layers,
+        goes,
+        config.prefetch,
+    ) {
         Some(options) => {
             command.args(["--restore", &options]);
         }
@@ -103,7 +117,12 @@ pub fn command(
 }
 
 /// The value of the flag that restores a machine; `None` if it is to be booted.
-fn restore_options(files: LayerFiles<'_>, layers: &Layers) -> Option<String> {
+fn restore_options(
+    files: LayerFiles<'_>,
+    layers: &Layers,
+    goes: Goes,
+    prefetch: bool,
+) -> Option<String> {
     let url = |id| format!("file://{}", files.path(id).display());
     let (top, below) = layers.memory.split_last()?;
     let mut options = format!("source_url={}", url(top));
@@ -112,6 +131,12 @@ fn restore_options(files: LayerFiles<'_>, layers: &Layers) -> Option<String> {
         options.push_str(&format!(",base_url=[{}]", below.join(",")));
     }
     options.push_str(",config=flags");
+    if prefetch {
+        options.push_str(",prefault=working-set");
+    }
+    if goes == Goes::WhenTold {
+        options.push_str(",resume=off");
+    }
     Some(options)
 }
 
@@ -175,7 +200,7 @@ mod tests {
     fn memory_layers_are_named_from_the_top() {
         let files = LayerFiles(Path::new("/data/layers"));
         let mut layers = Layers::default();
-        assert_eq!(restore_options(files, &layers), None);
+        assert_eq!(restore_options(files, &layers, Goes::On, true), None);
         for expected in [
             "source_url=file:///data/layers/0,config=flags",
             "source_url=file:///data/layers/1,base_url=[file:///data/layers/0],config=flags",
@@ -183,7 +208,9 @@ mod tests {
              base_url=[file:///data/layers/1,file:///data/layers/0],config=flags",
         ] {
             layers = layers.saved(LayerId::random(), LayerId::random());
-            let mut options = restore_options(files, &layers).unwrap();
+            let mut options = restore_options(files, &layers, Goes::On, false).unwrap();
+            let held = restore_options(files, &layers, Goes::WhenTold, true).unwrap();
+            assert_eq!(held, format!("{options},prefault=working-set,resume=off"));
             for (index, id) in layers.memory.iter().enumerate() {
                 options = options.replace(id.as_str(), &index.to_string());
             }

@@ -87,6 +87,12 @@ impl Control {
             .await
     }
 
+    /// Writes to `file` which pages the restored guest has touched so far.
+    pub async fn working_set(&self, file: BorrowedFd<'_>) -> Result<(), ControlError> {
+        self.put("vm.working-set", "{}", &[file], PAUSE_TIMEOUT)
+            .await
+    }
+
     /// Gives the stopped guest's first disk another image: `files` are its layers, the one that is
     /// written first, and the raw one of the template last.
     pub async fn replace_disk(&self, files: &[BorrowedFd<'_>]) -> Result<(), ControlError> {

@@ -7,6 +7,7 @@
 //! | In the directory | What |
 //! |---|---|
 //! | `manifest.json`, `state.json`, `memory-ranges` | a memory layer, as the VMM writes and reads it |
+//! | `working-set.json` | perhaps, in a memory layer: what machines touch first that start from it |
 //! | `disk.qcow2`, `base.json` | a disk layer, and which template's image is at the bottom of it |
 
 use std::collections::BTreeSet;
@@ -23,6 +24,8 @@ use crate::images::{Base, Chain};
 
 /// The files of a memory layer, in the order in which the VMM takes them.
 pub const MEMORY_FILES: [&str; 3] = ["manifest.json", "state.json", "memory-ranges"];
+/// Added to a layer that is complete, whole or not at all.
+const WORKING_SET: &str = "working-set.json";
 const DISK: &str = "disk.qcow2";
 const BASE: &str = "base.json";
 /// What follows the id in the name of a layer that is not complete.
@@ -79,6 +82,19 @@ impl LayerFiles<'_> {
         })
     }
 
+    /// Begins to make the working set of a memory layer: an empty file for the VMM to write. One that
+    /// somebody else has begun is not begun again.
+    pub fn begin_working_set(&self, id: &LayerId) -> io::Result<WorkingSetDraft> {
+        let path = self.path(id).join(WORKING_SET);
+        let draft = path.with_extension("new");
+        let file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&draft)?;
+        Ok(WorkingSetDraft { file, draft, path })
+    }
+
     /// Removes a layer; one that is not there is removed.
     pub fn remove(&self, id: &LayerId) -> io::Result<()> {
         let gone = self.0.join(format!("{id}{GONE}"));
@@ -133,6 +149,29 @@ impl LayerFiles<'_> {
             size_bytes,
             checksum,
         }))
+    }
+}
+
+/// A working set that is being made. It is removed if it is not completed.
+#[derive(Debug)]
+pub struct WorkingSetDraft {
+    /// For the VMM to write.
+    pub file: File,
+    draft: PathBuf,
+    path: PathBuf,
+}
+
+impl WorkingSetDraft {
+    /// Gives it its name.
+    pub fn complete(self) -> io::Result<()> {
+        fs::rename(&self.draft, &self.path)
+    }
+}
+
+impl Drop for WorkingSetDraft {
+    fn drop(&mut self) {
+        // After a rename it is not there.
+        let _ = fs::remove_file(&self.draft);
     }
 }
 

@@ -4,14 +4,16 @@
 //! leaves nothing half done:
 //!
 //! ```text
-//!   prepare ──► spawn ──► wait for the agent ──► running ──► release ──► gone
-//!      │          │               │               │   ▲          ▲
-//!      │          │               │          save │   │ goes on  │
-//!      │          │               │               ▼   │          │
-//!      │          │               │              saving ─────────┤ paused
-//!      └──────────┴───────────────┴─────────────────┴────────────┘
+//!   make files ──► spawn ─────────► wait for the agent ──► running ──► release ──► gone
+//!        │           │                  ▲     │             │   ▲          ▲
+//!        │           └─► held, in the   │     │        save │   │ goes on  │
+//!        │           │   pool ── claim ─┘     │             ▼   │          │
+//!        │           │      │                 │            saving ─────────┤ paused
+//!        └───────────┴──────┴─────────────────┴──────────────┴─────────────┘
 //!         an error; the vmm's exit; the boot timeout; destroy
 //! ```
+//!
+//! A machine for the pool is restored and then held: its guest does not run until it is claimed.
 //!
 //! `release` ends the process if it still lives and removes directories, sockets and the disk.
 //! Only then is the end told: to the creator, to who asked for the pause, to the destroyer, or as an
@@ -20,7 +22,7 @@
 use std::future::Future;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use futures_util::StreamExt;
 use futures_util::stream::{self, BoxStream};
@@ -30,12 +32,14 @@ use tracing::{debug, error};
 
 use super::Inner;
 use super::cgroup::Cgroup;
-use super::command::Jail;
+use super::command::{Goes, Jail};
 use super::jail::User;
-use super::machine::{Launch, Machine, NotReady};
+use super::machine::{Greeting, Launch, Machine, NotReady};
 use super::save::{SaveError, Saving};
 use crate::agent::AgentClient;
-use crate::domain::{CreateRequest, Created, End, HostError, HostEvent, SaveRequest, Saved};
+use crate::domain::{
+    Created, End, HostError, HostEvent, Identity, PrepareRequest, SaveRequest, Saved, Start,
+};
 use crate::images::Chain;
 
 /// A sandbox that this host holds something for.
@@ -44,6 +48,8 @@ pub struct Entry {
     pub agent: AgentClient,
     /// Asks its task to save it. One at a time; who asks waits.
     pub orders: mpsc::Sender<Order>,
+    /// Claims it, while it is held.
+    claims: Mutex<Option<oneshot::Sender<Claim>>>,
     /// Its agent has answered, and it has not ended.
     running: AtomicBool,
     /// It was paused.
@@ -54,6 +60,25 @@ pub struct Entry {
     gone: CancellationToken,
     /// What could not be removed, once it is gone.
     leftover: OnceLock<String>,
+}
+
+/// Start this sandbox, which is held.
+pub struct Claim {
+    /// Who its guest is.
+    pub identity: Identity,
+    /// Where to tell how it went.
+    pub reply: Started,
+}
+
+/// Where to tell how a start went.
+pub type Started = oneshot::Sender<Result<Created, HostError>>;
+
+/// How a sandbox begins.
+pub enum Begin {
+    /// It starts at once.
+    Now(Greeting, Started),
+    /// It is held until it is claimed. That it can be is told here.
+    Held(oneshot::Sender<Result<(), HostError>>),
 }
 
 /// Save this sandbox.
@@ -82,6 +107,7 @@ impl Entry {
         let entry = Self {
             agent: AgentClient::new(vsock),
             orders,
+            claims: Mutex::default(),
             running: AtomicBool::new(false),
             paused: CancellationToken::new(),
             end: CancellationToken::new(),
@@ -94,6 +120,24 @@ impl Entry {
     /// Whether its agent has answered, and it has not ended.
     pub fn is_running(&self) -> bool {
         self.running.load(Ordering::Acquire)
+    }
+
+    /// Claims it for a sandbox. Returns whether it has been held; if it has just ended, the reply is
+    /// dropped.
+    pub fn claim(&self, claim: Claim) -> bool {
+        let mut claims = self.claims.lock().unwrap_or_else(PoisonError::into_inner);
+        let task = claims.take();
+        task.is_some_and(|task| {
+            let _ = task.send(claim);
+            true
+        })
+    }
+
+    /// From now on it can be claimed, once.
+    fn hold(&self) -> oneshot::Receiver<Claim> {
+        let (sender, claim) = oneshot::channel();
+        *self.claims.lock().unwrap_or_else(PoisonError::into_inner) = Some(sender);
+        claim
     }
 
     fn set_running(&self, is_running: bool) {
@@ -163,9 +207,22 @@ async fn remove_cgroup(cgroup: Option<Cgroup>) -> Result<(), String> {
         .map_err(|error| format!("{} cannot be removed: {error}", path.display()))
 }
 
+/// Ends a machine that did not become ready.
+async fn not_started(machine: &mut Machine, why: NotReady) -> Outcome {
+    machine.kill().await;
+    match why {
+        NotReady::Destroyed => Outcome::Destroyed,
+        why => Outcome::NotStarted(HostError::Start {
+            reason: machine.explain_start(why).await,
+        }),
+    }
+}
+
 /// How the task of a sandbox came to its end.
 enum Outcome {
     NotStarted(HostError),
+    /// While it was held.
+    Lost,
     Ended(End),
     Paused(Saved, oneshot::Sender<Result<Saved, HostError>>),
     Destroyed,
@@ -176,19 +233,19 @@ impl Inner {
     pub async fn live(
         &self,
         entry: &Entry,
-        request: CreateRequest,
+        request: PrepareRequest,
         chain: Chain,
         orders: mpsc::Receiver<Order>,
-        started: oneshot::Sender<Result<Created, HostError>>,
+        begin: Begin,
     ) {
         let id = request.id.clone();
-        let mut started = Some(started);
+        let mut begin = Some(begin);
         // The user stays this sandbox's until its last file is gone.
         let mut user = None;
         let outcome = match self.prepare_jail(&request) {
             Ok(jail) => {
                 let outcome = self
-                    .start_and_follow(entry, request, chain, jail.as_ref(), orders, &mut started)
+                    .start_and_follow(entry, request, chain, jail.as_ref(), orders, &mut begin)
                     .await;
                 let (held, cgroup) = jail.map(|jail| (jail.user, jail.cgroup)).unzip();
                 user = held.flatten();
@@ -213,25 +270,28 @@ impl Inner {
             state.listeners.clone()
         };
         entry.gone.cancel();
-        match (outcome, started) {
-            (Outcome::NotStarted(error), Some(started)) => drop(started.send(Err(error))),
-            (Outcome::Ended(end), _) => {
-                for listener in listeners {
-                    // A listener that went away in the meantime misses nothing.
-                    let _ = listener.send(HostEvent::Ended {
-                        id: id.clone(),
-                        end: end.clone(),
-                    });
-                }
+        let tell = |event: HostEvent| {
+            for listener in listeners {
+                // A listener that went away in the meantime misses nothing.
+                let _ = listener.send(event.clone());
             }
-            (Outcome::Paused(saved, reply), _) => drop(reply.send(Ok(saved))),
-            (Outcome::Destroyed, Some(started)) => drop(started.send(Err(HostError::Destroyed))),
-            (Outcome::NotStarted(_) | Outcome::Destroyed, None) => {}
+        };
+        let failure = match outcome {
+            Outcome::NotStarted(error) => error,
+            Outcome::Destroyed => HostError::Destroyed,
+            Outcome::Ended(end) => return tell(HostEvent::Ended { id, end }),
+            Outcome::Lost => return tell(HostEvent::Lost { id }),
+            Outcome::Paused(saved, reply) => return drop(reply.send(Ok(saved))),
+        };
+        match begin {
+            Some(Begin::Now(_, started)) => drop(started.send(Err(failure))),
+            Some(Begin::Held(ready)) => drop(ready.send(Err(failure))),
+            None => {}
         }
     }
 
     /// What the jail of a sandbox needs. The error is a sentence.
-    fn prepare_jail(&self, request: &CreateRequest) -> Result<Option<Held>, String> {
+    fn prepare_jail(&self, request: &PrepareRequest) -> Result<Option<Held>, String> {
         if self.config.jail.is_none() {
             return Ok(None);
         }
@@ -253,15 +313,19 @@ impl Inner {
     async fn start_and_follow(
         &self,
         entry: &Entry,
-        request: CreateRequest,
+        request: PrepareRequest,
         chain: Chain,
         jail: Option<&Held>,
         orders: mpsc::Receiver<Order>,
-        started: &mut Option<oneshot::Sender<Result<Created, HostError>>>,
+        begin: &mut Option<Begin>,
     ) -> Outcome {
         let launch = Launch {
             config: &self.config,
             request: &request,
+            goes: match begin {
+                Some(Begin::Held(_)) => Goes::WhenTold,
+                _ => Goes::On,
+            },
             chain: &chain,
             jail: jail.map(|held| Jail {
                 user: held.user.as_ref().map(User::id),
@@ -276,26 +340,33 @@ impl Inner {
                 });
             }
         };
+        if let Some(Begin::Held(_)) = begin {
+            match self.hold(entry, &mut machine, begin).await {
+                Ok(claim) => {
+                    let greeting = Greeting {
+                        identity: claim.identity,
+                        start: Start::Pool,
+                    };
+                    *begin = Some(Begin::Now(greeting, claim.reply));
+                }
+                Err(outcome) => return outcome,
+            }
+        }
+        // One that is held has become one that starts.
+        let Some(Begin::Now(greeting, _)) = begin else {
+            return Outcome::Lost;
+        };
         let ready = tokio::select! {
             biased;
             () = entry.end.cancelled() => Err(NotReady::Destroyed),
-            ready = machine.ready(&entry.agent, self.config.boot_timeout) => ready,
+            ready = machine.ready(&entry.agent, greeting, self.config.boot_timeout) => ready,
         };
         let created = match ready {
             Ok(created) => created,
-            Err(NotReady::Destroyed) => {
-                machine.kill().await;
-                return Outcome::Destroyed;
-            }
-            Err(why) => {
-                machine.kill().await;
-                return Outcome::NotStarted(HostError::Start {
-                    reason: machine.explain_start(why).await,
-                });
-            }
+            Err(why) => return not_started(&mut machine, why).await,
         };
         entry.set_running(true);
-        if let Some(started) = started.take()
+        if let Some(Begin::Now(_, started)) = begin.take()
             && started.send(Ok(created)).is_err()
         {
             debug!(sandbox = %request.id, "nobody waits for this sandbox any more");
@@ -303,6 +374,39 @@ impl Inner {
         let outcome = self.follow(entry, &mut machine, chain, orders).await;
         entry.set_running(false);
         outcome
+    }
+
+    /// Waits until a machine is restored, tells so, and holds it until it is claimed.
+    async fn hold(
+        &self,
+        entry: &Entry,
+        machine: &mut Machine,
+        begin: &mut Option<Begin>,
+    ) -> Result<Claim, Outcome> {
+        let restored = tokio::select! {
+            biased;
+            () = entry.end.cancelled() => Err(NotReady::Destroyed),
+            restored = machine.restored(self.config.boot_timeout) => restored,
+        };
+        if let Err(why) = restored {
+            return Err(not_started(machine, why).await);
+        }
+        let claim = entry.hold();
+        if let Some(Begin::Held(ready)) = begin.take() {
+            // If nobody waits any more, whoever asked knows its name, and destroys it.
+            let _ = ready.send(Ok(()));
+        }
+        tokio::select! {
+            biased;
+            () = entry.end.cancelled() => {
+                machine.kill().await;
+                Err(Outcome::Destroyed)
+            }
+            // Whoever claims it at this moment hears that it is gone, as its sender is dropped.
+            () = machine.exited() => Err(Outcome::Lost),
+            // The entry has the other end, and is there as long as this.
+            Ok(claim) = claim => Ok(claim),
+        }
     }
 
     /// Does what it is told to until the end of the sandbox.

@@ -22,12 +22,12 @@ use tokio::task::JoinHandle;
 use tracing::{debug, info, warn};
 
 use super::HostConfig;
-use super::command::{self, Inherited, Jail};
-use super::control::Control;
+use super::command::{self, Goes, Inherited, Jail};
+use super::control::{Control, ControlError};
 use super::monitor::{self, Seen};
 use super::paths;
 use crate::agent::AgentClient;
-use crate::domain::{CreateRequest, Created, End, HostError, Identity, SandboxId, Start, Timings};
+use crate::domain::{Created, End, HostError, Identity, PrepareRequest, SandboxId, Start, Timings};
 use crate::images::{Chain, OverlayError};
 
 /// How long the last words of a process that has ended may take to be read.
@@ -53,9 +53,19 @@ const SIGSYS: i32 = Signal::SYS.as_raw();
 /// What to start.
 pub struct Launch<'a> {
     pub config: &'a HostConfig,
-    pub request: &'a CreateRequest,
+    pub request: &'a PrepareRequest,
+    pub goes: Goes,
     pub chain: &'a Chain,
     pub jail: Option<Jail<'a>>,
+}
+
+/// Whom a machine is started for, and how.
+#[derive(Debug)]
+pub struct Greeting {
+    /// Who its guest is.
+    pub identity: Identity,
+    /// For the timings.
+    pub start: Start,
 }
 
 /// How long a VMM may take to end when it is told to end at once.
@@ -99,6 +109,8 @@ pub enum NotReady {
     Exited(io::Result<ExitStatus>),
     /// The socket that it should have answered on failed.
     Listener(io::Error),
+    /// It was restored, and could not be told to go on.
+    Control(ControlError),
     /// It was there, and then did not take its identity.
     Identity(HostError),
     /// The sandbox is to be destroyed.
@@ -115,8 +127,7 @@ pub struct Machine {
     ready_path: PathBuf,
     console: PathBuf,
     control: Control,
-    identity: Identity,
-    start: Start,
+    goes: Goes,
     seen: watch::Receiver<Seen>,
     events: JoinHandle<()>,
     stderr: JoinHandle<String>,
@@ -132,6 +143,7 @@ impl Machine {
         let Launch {
             config,
             request,
+            goes,
             chain,
             jail,
         } = launch;
@@ -161,7 +173,7 @@ impl Machine {
             events: event_writer.as_raw_fd(),
             api: api_listener.as_raw_fd(),
         };
-        let mut command = command::command(config, request, chain, jail, inherited);
+        let mut command = command::command(config, (request, goes), chain, jail, inherited);
         let spawned = Instant::now();
         let mut child = command.spawn().map_err(|source| SpawnError::Execute {
             vmm: config.vmm.clone(),
@@ -177,8 +189,7 @@ impl Machine {
         Ok(Self {
             console: paths.console(&id),
             control: Control::new(api),
-            identity: request.identity.clone(),
-            start: request.start,
+            goes,
             listener,
             ready_path,
             seen,
@@ -198,23 +209,54 @@ impl Machine {
         })
     }
 
+    /// Waits until a machine that only goes on when told is restored; or for the process's end, or
+    /// the timeout, whichever is first.
+    pub async fn restored(&mut self, timeout: Duration) -> Result<(), NotReady> {
+        let deadline = self.spawned + timeout;
+        let mut seen = self.seen.clone();
+        let restored = async {
+            // If the events end, so does the process.
+            if seen.wait_for(|seen| seen.restored).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        };
+        tokio::select! {
+            biased;
+            () = restored => Ok(()),
+            status = self.child.wait() => Err(NotReady::Exited(status)),
+            () = tokio::time::sleep_until(deadline.into()) => Err(NotReady::TimedOut(timeout)),
+        }
+    }
+
     /// Waits until the guest runs, its agent has answered and it knows who it is; or for the
-    /// process's end, or the timeout, whichever is first.
+    /// process's end, or the timeout, whichever is first. A machine that only goes on when told is
+    /// told so, and its time counts from now.
     pub async fn ready(
         &mut self,
         agent: &AgentClient,
+        greeting: &Greeting,
         timeout: Duration,
     ) -> Result<Created, NotReady> {
+        let is_held = self.goes == Goes::WhenTold;
+        if is_held {
+            self.created = Instant::now();
+            self.spawned = self.created;
+        }
         let deadline = self.spawned + timeout;
+        let control = is_held.then(|| self.control.clone());
         let mut seen = self.seen.clone();
         let listener = self.listener.take();
         let words = async {
+            if let Some(control) = control {
+                control.resume().await.map_err(NotReady::Control)?;
+            }
             match &listener {
                 Some(listener) => {
                     first_words(&self.id, listener)
                         .await
                         .map_err(NotReady::Listener)?;
                 }
+                None if is_held => {}
                 // Its agent says nothing by itself. If the events end, so does the process.
                 None => {
                     if seen
@@ -228,7 +270,7 @@ impl Machine {
             }
             let spoke = Instant::now();
             agent
-                .resumed(&self.id, &self.identity, deadline.into())
+                .resumed(&self.id, &greeting.identity, deadline.into())
                 .await
                 .map_err(NotReady::Identity)?;
             Ok(spoke)
@@ -247,7 +289,9 @@ impl Machine {
         {
             debug!(sandbox = %self.id, %error, "ready socket not removed");
         }
-        let vmm_us = {
+        let vmm_us = if is_held {
+            micros(spoke - self.spawned)
+        } else {
             let seen = self.seen.borrow();
             let runs_us = match listener {
                 Some(_) => seen.booting_us,
@@ -256,7 +300,7 @@ impl Machine {
             runs_us.unwrap_or(0)
         };
         let timings = Timings {
-            start: self.start,
+            start: greeting.start,
             prepare_us: micros(self.spawned - self.created),
             vmm_us,
             boot_us: micros(spoke - self.spawned).saturating_sub(vmm_us),
@@ -313,6 +357,7 @@ impl Machine {
                 }
             },
             NotReady::Listener(error) => format!("the agent's ready socket failed: {error}"),
+            NotReady::Control(error) => crate::chain(&error),
             NotReady::Identity(error) => error.to_string(),
             NotReady::Destroyed => "the sandbox was destroyed in the meantime".to_owned(),
         };

@@ -18,6 +18,7 @@ mod save;
 mod warm_key;
 
 use std::collections::{BTreeSet, HashMap};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -31,18 +32,20 @@ use tokio::sync::{mpsc, oneshot};
 use tracing::warn;
 
 use crate::domain::{
-    CreateRequest, Created, ExecEvent, ExecRequest, FileContent, FileInfo, Host, HostError,
-    HostEvent, HostInfo, LayerId, Layers, LayersInfo, ReadFileRequest, SandboxId, SaveRequest,
-    Saved, Shape, WriteFileRequest,
+    ClaimRequest, CreateRequest, Created, ExecEvent, ExecRequest, FileContent, FileInfo, Host,
+    HostError, HostEvent, HostInfo, LayerId, Layers, LayersInfo, PrepareRequest, ReadFileRequest,
+    SandboxId, SaveRequest, Saved, Shape, WriteFileRequest,
 };
 use crate::images::{Base, Chain, Images};
 use cgroup::Cgroups;
+use control::Control;
 pub use disk_limits::DiskLimits;
 use jail::Users;
 pub use jail::{CgroupParent, JailConfig};
 use layers::LayerFiles;
 pub use leftovers::LeftoverError;
-use life::{Entry, Order, Then};
+use life::{Begin, Claim, Entry, Order, Then};
+use machine::Greeting;
 pub use paths::{Paths, PathsError};
 
 /// What this host runs sandboxes with.
@@ -58,6 +61,8 @@ pub struct HostConfig {
     pub boot_timeout: Duration,
     /// Words to add to the guest kernel's command line.
     pub cmdline_extra: String,
+    /// Whether restored guests have the memory that they touch first before they touch it.
+    pub prefetch: bool,
     /// How VMMs are jailed, if they are.
     pub jail: Option<JailConfig>,
 }
@@ -138,6 +143,31 @@ impl LocalHost {
             .ok_or_else(|| HostError::NotRunning { id: id.clone() })
     }
 
+    /// Gives a new sandbox its task.
+    fn begin(&self, request: PrepareRequest, begin: Begin) -> Result<(), HostError> {
+        let chain = self.inner.chain(&request)?;
+        let (entry, orders) = Entry::new(self.inner.config.paths.vsock(&request.id));
+        {
+            let mut state = self.inner.state();
+            if state.closing {
+                return Err(HostError::Start {
+                    reason: "the daemon is shutting down".into(),
+                });
+            }
+            if state.sandboxes.contains_key(&request.id) {
+                return Err(HostError::Internal {
+                    reason: format!("sandbox {} is there already", request.id),
+                });
+            }
+            state
+                .sandboxes
+                .insert(request.id.clone(), Arc::clone(&entry));
+        }
+        let inner = Arc::clone(&self.inner);
+        tokio::spawn(async move { inner.live(&entry, request, chain, orders, begin).await });
+        Ok(())
+    }
+
     async fn save(&self, request: SaveRequest, then: Then) -> Result<Saved, HostError> {
         let entry = self.running(&request.id)?;
         let id = request.id.clone();
@@ -153,6 +183,12 @@ impl LocalHost {
     }
 }
 
+fn ended_early() -> HostError {
+    HostError::Internal {
+        reason: "the sandbox's task ended early".into(),
+    }
+}
+
 impl Inner {
     /// No holder of this lock can panic half way through a change.
     fn state(&self) -> MutexGuard<'_, State> {
@@ -160,7 +196,7 @@ impl Inner {
     }
 
     /// What the disk of a sandbox is made on. The error is a sentence.
-    fn chain(&self, request: &CreateRequest) -> Result<Chain, HostError> {
+    fn chain(&self, request: &PrepareRequest) -> Result<Chain, HostError> {
         let failed = |reason| HostError::Start { reason };
         let files = LayerFiles(self.config.paths.layers());
         let frozen = files
@@ -210,32 +246,69 @@ impl Host for LocalHost {
     }
 
     async fn create(&self, request: CreateRequest) -> Result<Created, HostError> {
-        let chain = self.inner.chain(&request)?;
-        let (entry, orders) = Entry::new(self.inner.config.paths.vsock(&request.id));
-        {
-            let mut state = self.inner.state();
-            if state.closing {
-                return Err(HostError::Start {
-                    reason: "the daemon is shutting down".into(),
-                });
-            }
-            if state.sandboxes.contains_key(&request.id) {
-                return Err(HostError::Internal {
-                    reason: format!("sandbox {} is there already", request.id),
-                });
-            }
-            state
-                .sandboxes
-                .insert(request.id.clone(), Arc::clone(&entry));
-        }
+        let CreateRequest {
+            id,
+            shape,
+            identity,
+            layers,
+            start,
+        } = request;
         let (started, outcome) = oneshot::channel();
-        let inner = Arc::clone(&self.inner);
-        tokio::spawn(async move { inner.live(&entry, request, chain, orders, started).await });
-        outcome.await.unwrap_or_else(|_| {
-            Err(HostError::Internal {
-                reason: "the sandbox's task ended early".into(),
-            })
-        })
+        let greeting = Greeting { identity, start };
+        let request = PrepareRequest { id, shape, layers };
+        self.begin(request, Begin::Now(greeting, started))?;
+        outcome.await.unwrap_or_else(|_| Err(ended_early()))
+    }
+
+    async fn prepare(&self, request: PrepareRequest) -> Result<(), HostError> {
+        if request.layers.memory.is_empty() {
+            return Err(HostError::Internal {
+                reason: "a machine that boots cannot be held before its guest runs".to_owned(),
+            });
+        }
+        let (ready, outcome) = oneshot::channel();
+        self.begin(request, Begin::Held(ready))?;
+        outcome.await.unwrap_or_else(|_| Err(ended_early()))
+    }
+
+    async fn claim(&self, request: ClaimRequest) -> Result<Created, HostError> {
+        let ClaimRequest { id, identity } = request;
+        let entry = self.inner.state().sandboxes.get(&id).cloned();
+        let gone = || HostError::NotRunning { id: id.clone() };
+        let entry = entry.ok_or_else(gone)?;
+        let (reply, outcome) = oneshot::channel();
+        if !entry.claim(Claim { identity, reply }) {
+            return Err(gone());
+        }
+        match outcome.await {
+            Ok(started) => started,
+            Err(_) => {
+                // It ended before it heard of this.
+                entry.destroy().await?;
+                Err(gone())
+            }
+        }
+    }
+
+    async fn note_working_set(&self, id: &SandboxId, layers: &Layers) -> Result<(), HostError> {
+        self.running(id)?;
+        let internal = |what: &str, reason: String| HostError::Internal {
+            reason: format!("the working set is not {what}: {reason}"),
+        };
+        let Some(top) = layers.memory.last() else {
+            return Err(internal("made", "the machine was booted".to_owned()));
+        };
+        let files = LayerFiles(self.inner.config.paths.layers());
+        let draft = files
+            .begin_working_set(top)
+            .map_err(|error| internal("made", error.to_string()))?;
+        Control::new(self.inner.config.paths.api(id))
+            .working_set(draft.file.as_fd())
+            .await
+            .map_err(|error| internal("written", crate::chain(&error)))?;
+        draft
+            .complete()
+            .map_err(|error| internal("put in place", error.to_string()))
     }
 
     async fn pause(&self, request: SaveRequest) -> Result<Saved, HostError> {

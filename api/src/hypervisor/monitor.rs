@@ -20,6 +20,8 @@ pub struct Seen {
     /// When the guest's first instruction was about to run, in microseconds since the start of
     /// the process.
     pub booting_us: Option<u64>,
+    /// Its snapshot has been restored; the guest may not run yet.
+    pub restored: bool,
     /// When a restored guest ran again, in microseconds since the start of the process.
     pub resumed_us: Option<u64>,
     /// Why the machine ended, as a sentence.
@@ -52,6 +54,7 @@ pub async fn follow_events(id: SandboxId, pipe: impl AsyncRead + Unpin, seen: wa
             ("booting", _) => {
                 seen.send_modify(|seen| seen.booting_us = Some(event.timestamp_us));
             }
+            ("restored", _) => seen.send_modify(|seen| seen.restored = true),
             ("resumed", _) => seen.send_modify(|seen| {
                 seen.resumed_us.get_or_insert(event.timestamp_us);
             }),
@@ -149,6 +152,7 @@ mod tests {
             "{\"timestamp_us\":5123,\"event\":\"booting\"}\n",
             "what?\n",
             "{\"timestamp_us\":9000,\"event\":\"booted\",\"more\":[1]}\n",
+            "{\"timestamp_us\":9005,\"event\":\"restored\"}\n",
             "{\"timestamp_us\":9010,\"event\":\"resumed\"}\n",
             "{\"timestamp_us\":9020,\"event\":\"resumed\"}\n",
             "{\"timestamp_us\":9100,\"event\":\"device_error\",\"reason\":\"a bad ring\"}\n",
@@ -158,6 +162,7 @@ mod tests {
         follow_events(SandboxId::random(), input.as_bytes(), sender).await;
         let expected = Seen {
             booting_us: Some(5123),
+            restored: true,
             resumed_us: Some(9010),
             end: Some("it panicked".into()),
         };

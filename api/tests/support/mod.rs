@@ -9,10 +9,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use api::domain::{
-    CreateRequest, Created, End, ExecEvent, ExecLimits, ExecRequest, ExitInfo, FileContent,
-    FileInfo, FileKind, Host, HostError, HostEvent, HostInfo, LayerId, Layers, LayersInfo, Limits,
-    Manager, ReadFileRequest, SandboxId, SaveRequest, SaveTimings, Saved, Shape, Timings, WhenIdle,
-    WriteFileRequest,
+    ClaimRequest, CreateRequest, Created, End, ExecEvent, ExecLimits, ExecRequest, ExitInfo,
+    FileContent, FileInfo, FileKind, Host, HostError, HostEvent, HostInfo, LayerId, Layers,
+    LayersInfo, Limits, Manager, PoolLimits, PrepareRequest, ReadFileRequest, SandboxId,
+    SaveRequest, SaveTimings, Saved, Shape, Start, Timings, WhenIdle, WriteFileRequest,
 };
 use api::http::{AppState, router};
 use api::store::SqliteStore;
@@ -39,6 +39,10 @@ pub enum Fault {
     NotSavedAndLess,
     /// A sandbox does not start from layers.
     NotRestored,
+    /// A ready machine does not start.
+    NotClaimed,
+    /// A machine does not become ready.
+    NotPrepared,
     /// The daemon ends before a sandbox is saved.
     CrashBeforeSave,
     /// The daemon ends when one of the two layers is there.
@@ -56,6 +60,10 @@ pub enum Fault {
 pub struct FakeHost {
     pub files: Mutex<HashMap<String, Vec<u8>>>,
     pub sandboxes: Mutex<Vec<SandboxId>>,
+    /// Machines that are ready, and what each was made from.
+    pub ready: Mutex<HashMap<SandboxId, PrepareRequest>>,
+    /// Those that were claimed, in order.
+    pub claims: Mutex<Vec<ClaimRequest>>,
     pub layers: Mutex<BTreeSet<LayerId>>,
     /// What sandboxes were started from and how, in order.
     pub starts: Mutex<Vec<CreateRequest>>,
@@ -66,6 +74,8 @@ pub struct FakeHost {
     pub dropped: Arc<Notify>,
     /// How long it takes to save a sandbox.
     pub save_takes: Mutex<Duration>,
+    /// Layers of which is known what machines touch first.
+    pub working_sets: Mutex<Vec<Layers>>,
     pub last_upload: Mutex<Option<u64>>,
     listeners: Mutex<Vec<mpsc::UnboundedSender<HostEvent>>>,
 }
@@ -124,6 +134,14 @@ impl FakeHost {
                 memory_us: 1000,
             },
         })
+    }
+
+    /// A machine that is ready ends.
+    pub fn lose(&self, id: &SandboxId) {
+        self.ready.lock().unwrap().remove(id).unwrap();
+        for listener in self.listeners.lock().unwrap().iter() {
+            let _ = listener.send(HostEvent::Lost { id: id.clone() });
+        }
     }
 
     /// A sandbox ends by itself.
@@ -206,6 +224,43 @@ impl Host for FakeHost {
         Ok(Created { timings })
     }
 
+    async fn prepare(&self, request: PrepareRequest) -> Result<(), HostError> {
+        assert!(self.has(&request.layers.memory) && !request.layers.memory.is_empty());
+        if self.fails(Fault::NotPrepared) {
+            let reason = "no user is free".to_owned();
+            return Err(HostError::Start { reason });
+        }
+        assert!(!self.sandboxes.lock().unwrap().contains(&request.id));
+        let mut ready = self.ready.lock().unwrap();
+        assert!(ready.insert(request.id.clone(), request).is_none());
+        Ok(())
+    }
+
+    async fn claim(&self, request: ClaimRequest) -> Result<Created, HostError> {
+        let id = request.id.clone();
+        let ready = self.ready.lock().unwrap().remove(&id);
+        if ready.is_none() {
+            return Err(HostError::NotRunning { id });
+        }
+        if self.fails(Fault::NotClaimed) {
+            let reason = "the vmm was killed".to_owned();
+            return Err(HostError::Start { reason });
+        }
+        self.claims.lock().unwrap().push(request);
+        self.sandboxes.lock().unwrap().push(id);
+        let timings = Timings {
+            start: Start::Pool,
+            ..Timings::default()
+        };
+        Ok(Created { timings })
+    }
+
+    async fn note_working_set(&self, id: &SandboxId, layers: &Layers) -> Result<(), HostError> {
+        assert!(self.sandboxes.lock().unwrap().contains(id) && self.has(&layers.memory));
+        self.working_sets.lock().unwrap().push(layers.clone());
+        Ok(())
+    }
+
     async fn pause(&self, request: SaveRequest) -> Result<Saved, HostError> {
         let id = request.id.clone();
         let saved = self.save(request).await?;
@@ -246,6 +301,7 @@ impl Host for FakeHost {
 
     async fn destroy(&self, id: &SandboxId) -> Result<(), HostError> {
         self.sandboxes.lock().unwrap().retain(|other| other != id);
+        self.ready.lock().unwrap().remove(id);
         Ok(())
     }
 
@@ -414,6 +470,7 @@ impl Host for FakeHost {
 
     async fn shutdown(&self) {
         self.sandboxes.lock().unwrap().clear();
+        self.ready.lock().unwrap().clear();
     }
 }
 
@@ -444,6 +501,12 @@ fn limits() -> Limits {
         },
         warm_bytes: 0,
         when_idle: WhenIdle::Pause,
+        pool: PoolLimits {
+            per_shape: 0,
+            total: 8,
+            memory_mb: 4096,
+            idle: Duration::from_secs(600),
+        },
     }
 }
 
@@ -485,11 +548,21 @@ impl Api {
         Self::start(dir, Arc::default(), 1 << 20, limits).await
     }
 
+    /// An API that keeps warm snapshots, and so many machines ready for each shape.
+    pub async fn pooled(per_shape: usize) -> Self {
+        let mut limits = limits();
+        limits.warm_bytes = 1 << 20;
+        limits.pool.per_shape = per_shape;
+        let dir = tempfile::tempdir().unwrap();
+        Self::start(dir, Arc::default(), 1 << 20, limits).await
+    }
+
     /// What the next daemon makes of what this one leaves.
     pub async fn restart(self) -> Self {
         let limits = self.manager.limits().clone();
         // The next daemon ends all processes, whatever they are at.
         self.host.sandboxes.lock().unwrap().clear();
+        self.host.ready.lock().unwrap().clear();
         *self.host.fault.lock().unwrap() = None;
         let Self { host, dir, .. } = self;
         Self::start(dir, host, 1 << 20, limits).await
@@ -510,6 +583,8 @@ impl Api {
         tokio::spawn(async move { follower.follow(events).await });
         let reaper = manager.clone();
         tokio::spawn(async move { reaper.set_aside_idle().await });
+        let keeper = manager.clone();
+        tokio::spawn(async move { keeper.keep_pool().await });
         let state = AppState {
             manager: manager.clone(),
             max_upload,

@@ -123,7 +123,10 @@ impl Vmm {
                 serve_agent(&vsock);
             }
             self.event("restored");
-            self.event("resumed");
+            self.paused = options.contains(",resume=off");
+            if !self.paused {
+                self.event("resumed");
+            }
         } else {
             self.log("boot");
             self.event("booting");
@@ -147,8 +150,13 @@ impl Vmm {
         let result = match what {
             "vm.pause" if self.has("no-pause") => Err("a device does not stop".to_owned()),
             "vm.pause" => self.set_paused(true),
+            "vm.resume" if self.has("no-resume") => Err("a device does not start".to_owned()),
             "vm.resume" => self.set_paused(false),
             "vm.snapshot" => self.snapshot(body, files),
+            "vm.working-set" if self.has("no-working-set") => {
+                Err("the machine was not restored".to_owned())
+            }
+            "vm.working-set" => self.working_set(files),
             "vm.replace-disk" => self.replace_disk(body, files),
             other => Err(format!("no {other}")),
         };
@@ -211,6 +219,14 @@ impl Vmm {
         Ok(())
     }
 
+    fn working_set(&mut self, files: Vec<OwnedFd>) -> Result<(), String> {
+        let mut files = files.into_iter().map(File::from);
+        let (mut file, none) = (files.next().unwrap(), files.next());
+        assert!(none.is_none() && file.metadata().unwrap().len() == 0);
+        file.write_all(b"pages").unwrap();
+        Ok(())
+    }
+
     fn replace_disk(&mut self, body: &str, files: Vec<OwnedFd>) -> Result<(), String> {
         if self.has("no-replace") {
             return Err("the new image has another size".to_owned());
@@ -253,6 +269,10 @@ fn images(options: &str) -> Vec<PathBuf> {
 
 /// The directories of a snapshot and those that it is based on, bottom first.
 fn layers(options: &str) -> Vec<PathBuf> {
+    let options = options.strip_suffix(",resume=off").unwrap_or(options);
+    let options = options
+        .strip_suffix(",prefault=working-set")
+        .unwrap_or(options);
     let options = options.strip_suffix(",config=flags").unwrap();
     let options = options.replace("source_url=", "").replace("base_url=[", "");
     let options = options.trim_end_matches(']').split(',');

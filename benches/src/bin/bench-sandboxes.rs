@@ -6,10 +6,10 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use benches::machine::Machine;
-use benches::sandboxes::{Daemon, Programs, SandboxError, growth};
+use benches::sandboxes::{Created, Daemon, Programs, SandboxError, Starts, growth};
 use benches::stats::Summary;
 use benches::{error_chain, interrupt};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use serde_json::json;
 
 /// Sandboxes of one fork.
@@ -32,6 +32,9 @@ struct Cli {
     /// One round, with few forks: shows that everything works, measures nothing.
     #[arg(long, conflicts_with = "samples")]
     quick: bool,
+    /// What to measure.
+    #[arg(long, value_delimiter = ',', default_values = ["create", "pause", "fork"])]
+    parts: Vec<Part>,
     /// Memory of a sandbox, in MiB.
     #[arg(long, value_name = "MIB", default_value_t = 256)]
     memory: u32,
@@ -51,6 +54,17 @@ struct Cli {
         default_value = "target/bench/sandboxes.json"
     )]
     output: PathBuf,
+}
+
+/// What can be measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// Creation: cold, warm, and from the pool.
+    Create,
+    /// Pause and resume.
+    Pause,
+    /// Forks.
+    Fork,
 }
 
 /// Samples by what they are of, in the order in which they are to be shown.
@@ -90,12 +104,18 @@ fn run(cli: &Cli) -> Result<(), Box<dyn Error>> {
         vmm: cli.vmm.canonicalize()?,
         images: cli.images.canonicalize()?,
     };
-    let (cold, warm) = (
-        Daemon::start(&programs, false)?,
-        Daemon::start(&programs, true)?,
-    );
-    let samples = measure(cli, &cold, &warm).inspect_err(|_| {
-        for daemon in [&cold, &warm] {
+    let cold = Daemon::start(&programs, Starts::Cold)?;
+    let bare = Daemon::start(&programs, Starts::Bare)?;
+    let warm = Daemon::start(&programs, Starts::Warm)?;
+    let pool = Daemon::start(&programs, Starts::Pool)?;
+    let daemons = [
+        ("cold", &cold),
+        ("warm, no prefetch", &bare),
+        ("warm", &warm),
+        ("pool", &pool),
+    ];
+    let samples = measure(cli, daemons).inspect_err(|_| {
+        for (_, daemon) in daemons {
             eprintln!("--- the end of a daemon's log:\n{}", daemon.last_words());
         }
     })?;
@@ -113,9 +133,14 @@ fn run(cli: &Cli) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-fn measure(cli: &Cli, cold: &Daemon, warm: &Daemon) -> Result<Samples, Box<dyn Error>> {
+fn measure(cli: &Cli, daemons: [(&str, &Daemon); 4]) -> Result<Samples, Box<dyn Error>> {
     eprintln!("bench-sandboxes: waiting for the first warm start");
-    warm.warm_up(cli.memory)?;
+    let [_, (_, bare), (_, warm), (_, pool)] = daemons;
+    for daemon in [bare, warm] {
+        daemon.warm_up(cli.memory)?;
+    }
+    pool.delete(&pool.create(cli.memory)?.id)?;
+    pool.wait_until_ready()?;
 
     let rounds = if cli.quick {
         1
@@ -129,12 +154,21 @@ fn measure(cli: &Cli, cold: &Daemon, warm: &Daemon) -> Result<Samples, Box<dyn E
         }
         eprintln!("bench-sandboxes: round {} of {rounds}", round + 1);
         // Each time another one first.
-        let order = [(cold, "cold"), (warm, "warm")];
-        for (daemon, kind) in [order[round % 2], order[(round + 1) % 2]] {
+        let mut order = daemons;
+        let first = round % order.len();
+        order.rotate_left(first);
+        let is_asked = |part| cli.parts.contains(&part);
+        for (kind, daemon) in order.into_iter().filter(|_| is_asked(Part::Create)) {
             create(daemon, kind, cli.memory, &mut samples)?;
+            if kind == "pool" {
+                // Or it would be made ready during what is measured next.
+                daemon.wait_until_ready()?;
+            }
         }
-        pause(warm, cli.memory, &mut samples)?;
-        if round % FORK_EVERY == 0 {
+        if is_asked(Part::Pause) {
+            pause(warm, cli.memory, &mut samples)?;
+        }
+        if is_asked(Part::Fork) && round % FORK_EVERY == 0 {
             let counts = if cli.quick { &FORKS[..1] } else { &FORKS[..] };
             fork(warm, cli.memory, counts, &mut samples)?;
         }
@@ -153,19 +187,23 @@ fn create(
     samples: &mut Samples,
 ) -> Result<(), SandboxError> {
     let begun = Instant::now();
-    let (id, start) = daemon.create(memory)?;
+    let Created { id, start, phases } = daemon.create(memory)?;
     let created = millis(begun);
     daemon.exec(&id, "true")?;
-    if start == kind {
+    let all = millis(begun);
+    if kind.starts_with(&start) {
+        samples.add(&format!("create, {kind}: first command, ms"), all);
         samples.add(&format!("create, {kind}: answered, ms"), created);
-        samples.add(&format!("create, {kind}: first command, ms"), millis(begun));
+        for (phase, took) in phases {
+            samples.add(&format!("create, {kind}:   {phase}, ms"), took);
+        }
     }
     daemon.delete(&id)
 }
 
 /// One sandbox, paused again and again, each time after it has touched some memory.
 fn pause(daemon: &Daemon, memory: u32, samples: &mut Samples) -> Result<(), SandboxError> {
-    let (id, _) = daemon.create(memory)?;
+    let id = daemon.create(memory)?.id;
     for touched in TOUCHED {
         if touched > 0 {
             daemon.exec(
@@ -197,7 +235,7 @@ fn fork(
     counts: &[usize],
     samples: &mut Samples,
 ) -> Result<(), SandboxError> {
-    let (parent, _) = daemon.create(memory)?;
+    let parent = daemon.create(memory)?.id;
     daemon.exec(&parent, "true")?;
     // The first one saves what the parent has touched so far; those that count find it warm.
     let (first, _) = daemon.fork(&parent, 1)?;
@@ -255,6 +293,16 @@ fn print(samples: &Samples, machine: &Machine) {
         "warm / cold, to the first command",
         "create, warm: first command, ms",
         "create, cold: first command, ms",
+    );
+    ratio(
+        "pool / cold, to the first command",
+        "create, pool: first command, ms",
+        "create, cold: first command, ms",
+    );
+    ratio(
+        "warm / warm without prefetch, to the first command",
+        "create, warm: first command, ms",
+        "create, warm, no prefetch: first command, ms",
     );
     ratio("fork of 20 / fork of 1", "fork of 20, ms", "fork of 1, ms");
 }

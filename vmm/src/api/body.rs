@@ -10,9 +10,9 @@ use serde_json::Value;
 
 use super::compat::{self, CompatError, Shape};
 use crate::config::{DiskConfig, ImageType, NetConfig, SerialConfig, VmConfig, VsockConfig};
-use crate::control::request::{Action, Changes, Resize, Restore, SnapshotTarget};
+use crate::control::request::{Action, Changes, Resize, Restore, SnapshotTarget, WorkingSetTarget};
 use crate::devices::virtio::block::{ImageError, ImageFiles};
-use crate::snapshot::{Destination, FileError, RestoreConfig};
+use crate::snapshot::{Destination, FileError, Prefault, RestoreConfig, WorkingSetFile};
 
 /// Why a body is not what its endpoint takes.
 #[derive(Debug, thiserror::Error)]
@@ -230,7 +230,10 @@ pub(super) fn restore(body: &[u8], descriptors: Vec<OwnedFd>) -> Result<Action, 
         snapshot: RestoreConfig {
             source: file_of_url(body.source_url)?,
             bases: bases.collect::<Result<_, _>>()?,
-            prefault: body.prefault,
+            prefault: match body.prefault {
+                true => Prefault::On,
+                false => Prefault::Off,
+            },
             verify: body.verify,
         },
         config: None,
@@ -243,6 +246,30 @@ pub(super) fn restore(body: &[u8], descriptors: Vec<OwnedFd>) -> Result<Action, 
         descriptors,
         resume: body.resume,
     })))
+}
+
+/// The file is given by the directory of the snapshot, which it is made in, or by the descriptor of a
+/// new one.
+pub(super) fn working_set(body: &[u8], descriptors: Vec<OwnedFd>) -> Result<Action, BodyError> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Body {
+        destination_url: Option<String>,
+    }
+    let Body { destination_url } = parse(body)?;
+    let given = descriptors.len();
+    let mut files = descriptors.into_iter().map(File::from);
+    let target = match (destination_url, files.next(), given) {
+        (Some(url), None, _) => WorkingSetTarget::Directory(file_of_url(url)?),
+        (None, Some(file), 1) => WorkingSetTarget::File(WorkingSetFile::from_file(file)?),
+        _ => {
+            return Err(BodyError::Descriptors {
+                given,
+                expected: "one, or a destination_url",
+            });
+        }
+    };
+    Ok(Action::SaveWorkingSet(target))
 }
 
 /// The image and those that it builds on come as descriptors, topmost first.

@@ -124,6 +124,10 @@ fn every_field_is_described_and_no_other() {
             "VmReplaceDisk",
             taken_by(|body| body::replace_disk(body, Vec::new())),
         ),
+        (
+            "VmWorkingSet",
+            taken_by(|body| body::working_set(body, Vec::new())),
+        ),
     ] {
         let properties = below(below(schemas, 4, schema), 6, "properties");
         assert_eq!(keys(properties, 8), known, "{schema}");

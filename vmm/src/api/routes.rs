@@ -69,7 +69,7 @@ const NO_VHOST: &str = "this VMM has no vhost-user and no vDPA devices: disks ar
 const NO_MIGRATION: &str = "this VMM does not migrate virtual machines";
 
 /// All endpoints.
-pub static ROUTES: [Route; 32] = [
+pub static ROUTES: [Route; 33] = [
     get("vmm.ping", Handler::Ping),
     put("vmm.shutdown", Handler::Bare(|| Action::Quit)),
     get("vm.info", Handler::Bare(|| Action::Info)),
@@ -96,6 +96,10 @@ pub static ROUTES: [Route; 32] = [
     put(
         "vm.replace-disk",
         Handler::BodyAndDescriptors(body::replace_disk),
+    ),
+    put(
+        "vm.working-set",
+        Handler::BodyAndDescriptors(body::working_set),
     ),
     put(
         "vm.resize-zone",

@@ -276,6 +276,7 @@ fn bodies_are_refused_with_the_reason() {
             json!({"id": "_disk0", "image_types": ["Raw"]}),
             "0 descriptors came",
         ),
+        ("vm.working-set", json!({}), "0 descriptors came"),
     ] {
         let answer = bench.call("PUT", name, &body.to_string());
         assert_eq!(answer.status, 400, "{name} {body}: {answer:?}");

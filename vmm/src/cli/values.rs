@@ -11,7 +11,7 @@ use crate::config::{
     ImageType, MemoryConfig, NetConfig, RngConfig, SerialConfig, VsockConfig,
 };
 use crate::sandboxing::JailConfig;
-use crate::snapshot::RestoreConfig;
+use crate::snapshot::{Prefault, RestoreConfig};
 
 pub(super) fn parse_restore(text: &str) -> Result<RestoreArgs, String> {
     let known = [
@@ -32,7 +32,11 @@ pub(super) fn parse_restore(text: &str) -> Result<RestoreArgs, String> {
         snapshot: RestoreConfig {
             source: directory(options.required("source_url")?)?,
             bases: bases.map(directory).collect::<Result<_, _>>()?,
-            prefault: options.switch("prefault", false)?,
+            prefault: match options.text("prefault") {
+                Some("working-set") => Prefault::WorkingSet,
+                _ if options.switch("prefault", false)? => Prefault::On,
+                _ => Prefault::Off,
+            },
             verify: options.switch("verify", false)?,
         },
         config_by_flags: match options.text("config") {

@@ -12,7 +12,7 @@ use crate::devices::virtio::block::ImageFiles;
 use crate::devices::virtio::{ControlError, Counters};
 use crate::exit::ExitReason;
 use crate::kvm::vcpu::StoppedError;
-use crate::snapshot::{Destination, RestoreConfig, SnapshotError};
+use crate::snapshot::{Destination, RestoreConfig, SnapshotError, WorkingSetFile};
 
 /// Makes machines.
 pub trait Launcher {
@@ -111,6 +111,15 @@ pub trait Guest {
     /// # Errors
     /// The files are of no use; the machine is as it was, or has ended.
     fn snapshot(&mut self, files: &Destination, keep: usize) -> Result<(), GuestError>;
+
+    /// Has what the machine touches first mapped, if that is known and wanted.
+    fn prefetch(&mut self);
+
+    /// Writes to `file` what the machine has touched since it was restored.
+    ///
+    /// # Errors
+    /// The file is of no use, or the machine was not restored.
+    fn save_working_set(&mut self, file: &WorkingSetFile) -> Result<(), GuestError>;
 
     /// Puts another image in the place of the one that a disk of the paused machine has.
     ///

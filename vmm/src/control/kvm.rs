@@ -18,7 +18,7 @@ use crate::kvm::vcpu::VcpuHandle;
 use crate::machine::RunningMachine;
 use crate::resources::HostResources;
 use crate::sandboxing::JailConfig;
-use crate::snapshot::{Destination, RestoreConfig};
+use crate::snapshot::{Destination, RestoreConfig, WorkingSetFile};
 use crate::terminal::RawTerminal;
 
 /// Builds machines on this host's KVM.
@@ -196,6 +196,14 @@ impl Guest for KvmGuest {
 
     fn snapshot(&mut self, files: &Destination, keep: usize) -> Result<(), GuestError> {
         Ok(self.machine.snapshot(files, keep)?)
+    }
+
+    fn prefetch(&mut self) {
+        self.machine.prefetch();
+    }
+
+    fn save_working_set(&mut self, file: &WorkingSetFile) -> Result<(), GuestError> {
+        Ok(self.machine.save_working_set(file)?)
     }
 
     fn replace_disk(&mut self, id: &str, image: ImageFiles) -> Result<(), GuestError> {

@@ -57,11 +57,11 @@ use crate::log;
 use crate::sandboxing::ThreadKind;
 use crate::sandboxing::seccomp;
 use crate::signals::{Received, Signals};
-use crate::snapshot::{self, Destination, RestoreConfig};
+use crate::snapshot::{self, Destination, RestoreConfig, WorkingSetFile};
 use guest::{Guest, Launcher};
 use request::{
     Action, Answer, DeviceNode, Inbox, Mailbox, Message, Refusal, Resize, Restore, SnapshotTarget,
-    VmInfo,
+    VmInfo, WorkingSetTarget,
 };
 
 enum State {
@@ -277,6 +277,13 @@ impl<L: Launcher> Control<L> {
                 self.close_unused_descriptors();
             }
             Action::Snapshot { target, keep } => self.snapshot(target, keep)?,
+            Action::SaveWorkingSet(target) => {
+                let file = match target {
+                    WorkingSetTarget::File(file) => file,
+                    WorkingSetTarget::Directory(path) => WorkingSetFile::create(&path)?,
+                };
+                self.machine()?.guest.save_working_set(&file)?;
+            }
             Action::Restore(restore) => self.restore(*restore)?,
             Action::ReplaceDisk { id, image } => self.paused()?.guest.replace_disk(&id, image)?,
             Action::CoreDump { path } => self.paused()?.guest.core_dump(&path)?,
@@ -314,15 +321,23 @@ impl<L: Launcher> Control<L> {
         };
         changes.apply(&mut config);
         cold::assign_ids(&mut config)?;
-        let (guest, number) = self.launch(&config, Some(&snapshot))?;
+        let (mut guest, number) = self.launch(&config, Some(&snapshot))?;
         self.descriptors.extend(descriptors);
+        if !resume {
+            guest.prefetch();
+        }
         self.state = State::Paused(Box::new(Vm {
             config: Box::new(config),
             guest,
             number,
         }));
         self.events.emit(&Event::Restored);
-        if resume { self.resume() } else { Ok(()) }
+        if resume {
+            self.resume()?;
+            // Beside the guest, which has the more of it the more processors the host has.
+            self.machine()?.guest.prefetch();
+        }
+        Ok(())
     }
 
     fn snapshot(&mut self, target: SnapshotTarget, keep: usize) -> Result<(), Refusal> {

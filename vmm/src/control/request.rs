@@ -15,7 +15,7 @@ use crate::config::{ConfigError, DiskConfig, NetConfig, SerialConfig, VmConfig, 
 use crate::devices::cpu_hotplug::TargetError;
 use crate::devices::virtio::Counters;
 use crate::devices::virtio::block::ImageFiles;
-use crate::snapshot::{Destination, FileError, RestoreConfig, SnapshotError};
+use crate::snapshot::{Destination, FileError, RestoreConfig, SnapshotError, WorkingSetFile};
 
 /// What can be asked.
 #[derive(Debug)]
@@ -69,6 +69,8 @@ pub enum Action {
         /// How many of the snapshots that its memory comes from stay its base, from the lowest up.
         keep: usize,
     },
+    /// Write down which pages the machine has touched since it was restored.
+    SaveWorkingSet(WorkingSetTarget),
     /// Build the machine of a snapshot.
     Restore(Box<Restore>),
     /// Put another image in the place of the one that a disk has.
@@ -94,6 +96,15 @@ pub enum SnapshotTarget {
     Directory(PathBuf),
     /// Files that came as descriptors.
     Files(Destination),
+}
+
+/// Where a working set is written to.
+#[derive(Debug)]
+pub enum WorkingSetTarget {
+    /// A new file in the directory of its snapshot.
+    Directory(PathBuf),
+    /// A file that came as a descriptor.
+    File(WorkingSetFile),
 }
 
 /// A machine that is to go on.
@@ -285,7 +296,9 @@ impl Refusal {
             Self::Guest(
                 GuestError::Vcpus(TargetError::Range { .. })
                 | GuestError::Snapshot(
-                    SnapshotError::Layers { .. } | SnapshotError::TooManyLayers(_),
+                    SnapshotError::Layers { .. }
+                    | SnapshotError::TooManyLayers(_)
+                    | SnapshotError::NotRestored,
                 ),
             ) => Fault::Request,
             Self::Launch(LaunchError::Build(error)) if error.is_of_snapshot() => Fault::Request,

@@ -14,7 +14,7 @@ use crate::devices::virtio::Counters;
 use crate::devices::virtio::block::ImageFiles;
 use crate::exit::ExitReason;
 use crate::kvm::vcpu::StoppedError;
-use crate::snapshot::{Destination, RestoreConfig};
+use crate::snapshot::{Destination, RestoreConfig, WorkingSetFile};
 
 /// What the fake machines were told, across all of them.
 pub type Journal = Arc<Mutex<Vec<String>>>;
@@ -149,6 +149,15 @@ impl Guest for FakeGuest {
     fn snapshot(&mut self, _files: &Destination, keep: usize) -> Result<(), GuestError> {
         assert!(!self.runs, "saved while it runs");
         self.note(&format!("snapshot {keep}"));
+        Ok(())
+    }
+
+    fn prefetch(&mut self) {
+        self.note("prefetch");
+    }
+
+    fn save_working_set(&mut self, _file: &WorkingSetFile) -> Result<(), GuestError> {
+        self.note("working set");
         Ok(())
     }
 

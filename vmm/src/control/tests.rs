@@ -93,7 +93,7 @@ fn restore(directory: &Path) -> Action {
         snapshot: RestoreConfig {
             source: directory.to_owned(),
             bases: Vec::new(),
-            prefault: false,
+            prefault: snapshot::Prefault::Off,
             verify: false,
         },
         config: None,
@@ -144,7 +144,24 @@ fn a_machine_comes_back() {
     bench.act(restore(path)).unwrap();
     assert_eq!(bench.state(), "paused");
     bench.act(Action::Resume).unwrap();
-    assert_eq!(bench.journal(), ["resume"]);
+    assert_eq!(bench.journal(), ["prefetch", "resume"], "it waits anyway");
+    bench.act(Action::Delete).unwrap();
+    let mut at_once = restore(path);
+    if let Action::Restore(restore) = &mut at_once {
+        restore.resume = true;
+    }
+    bench.journal();
+    bench.act(at_once).unwrap();
+    assert_eq!(
+        bench.journal(),
+        ["resume", "prefetch"],
+        "the guest does not"
+    );
+    let working_set = || Action::SaveWorkingSet(WorkingSetTarget::Directory(path.to_owned()));
+    bench.act(working_set()).unwrap();
+    let twice = bench.act(working_set()).unwrap_err();
+    assert!(matches!(twice, Refusal::SnapshotFile(_)), "{twice:?}");
+    assert_eq!(bench.journal(), ["working set"]);
     std::fs::write(path.join("config.json"), b"{}").unwrap();
     bench.act(Action::Delete).unwrap();
     bench.act(restore(path)).unwrap();

@@ -26,7 +26,7 @@ use sha2::{Digest, Sha256};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::extents::Extents;
-use super::pagemap::Pagemap;
+use super::pagemap::{Pagemap, Pages};
 use super::{GuestMemory, PAGE_SIZE, is_zero};
 
 /// How much memory is read at a time.
@@ -171,7 +171,9 @@ impl Layers {
         if prefault {
             for layer in &layers {
                 for piece in layer.pages.iter().flat_map(|run| pieces(memory, run)) {
-                    populate(&piece);
+                    if let Err(error) = advise(&piece, libc::MADV_POPULATE_READ) {
+                        tracing::debug!(%error, "memory is not prefaulted");
+                    }
                 }
             }
         }
@@ -287,21 +289,24 @@ impl Layers {
 type VisitChunk<'a> = &'a mut dyn FnMut(u64, &mut [u8]) -> io::Result<()>;
 
 /// A part of guest memory that lies in one region.
-struct Piece {
-    offsets: Range<u64>,
+pub(super) struct Piece {
+    pub(super) offsets: Range<u64>,
     guest: GuestAddress,
-    host: *mut u8,
+    pub(super) host: *mut u8,
 }
 
 impl Piece {
     /// Lossless: this VMM is built for 64-bit hosts only, and the piece is mapped.
-    fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         (self.offsets.end - self.offsets.start) as usize
     }
 }
 
 /// The pieces of the memory at `offsets`.
-fn pieces(memory: &GuestMemory, offsets: Range<u64>) -> impl Iterator<Item = Piece> + '_ {
+pub(super) fn pieces(
+    memory: &GuestMemory,
+    offsets: Range<u64>,
+) -> impl Iterator<Item = Piece> + '_ {
     let mut base = 0;
     memory.iter().filter_map(move |region| {
         let (start, end) = (base, base + region.len());
@@ -326,8 +331,7 @@ pub fn size_of(memory: &GuestMemory) -> u64 {
 fn own_pages(memory: &GuestMemory, pagemap: &Pagemap) -> io::Result<Extents> {
     let mut all = Vec::new();
     for piece in pieces(memory, 0..u64::MAX) {
-        let runs =
-            pagemap.own_pages(piece.host as usize, piece.offsets.end - piece.offsets.start)?;
+        let runs = pagemap.runs(piece.host as usize, piece.len() as u64, Pages::Own)?;
         let start = piece.offsets.start;
         all.extend(
             runs.into_iter()
@@ -421,14 +425,15 @@ fn map_piece(piece: &Piece, file: Option<&File>) -> Result<(), MapError> {
     Ok(())
 }
 
-/// Reads a piece, without making its pages the machine's own. It is an advice: a kernel before 5.14
-/// does not know it, and then the pages are read when they are touched.
-fn populate(piece: &Piece) {
-    // SAFETY: the range is mapped, and the advice changes no content.
-    let result = unsafe { libc::madvise(piece.host.cast(), piece.len(), libc::MADV_POPULATE_READ) };
-    if result != 0 {
-        let error = io::Error::last_os_error();
-        tracing::debug!(%error, "memory is not prefaulted");
+/// Maps the pages of a piece: with `MADV_POPULATE_READ` those of its file, with `MADV_POPULATE_WRITE`
+/// copies of the machine's own.
+pub(super) fn advise(piece: &Piece, advice: libc::c_int) -> io::Result<()> {
+    // SAFETY: the range is mapped, and neither advice changes content.
+    let result = unsafe { libc::madvise(piece.host.cast(), piece.len(), advice) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
     }
 }
 

@@ -6,6 +6,7 @@ pub mod layers;
 pub mod pagemap;
 #[cfg(test)]
 pub mod testing;
+pub mod working_set;
 
 use std::io;
 use std::mem;

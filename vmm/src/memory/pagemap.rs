@@ -21,6 +21,26 @@ const SWAPPED: u64 = 1 << 62;
 /// The page belongs to a file: the mapping has not changed it.
 const OF_FILE: u64 = 1 << 61;
 
+/// Pages of a mapping.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pages {
+    /// With content of their own.
+    Own,
+    /// In memory, with the content of the file that they are mapped from.
+    OfFile,
+}
+
+impl Pages {
+    /// Whether the page of this entry is one of them.
+    fn has(self, entry: u64) -> bool {
+        let is_of_file = entry & OF_FILE != 0;
+        match self {
+            Self::Own => entry & (PRESENT | SWAPPED) != 0 && !is_of_file,
+            Self::OfFile => entry & PRESENT != 0 && is_of_file,
+        }
+    }
+}
+
 /// Bytes of an entry.
 const ENTRY: usize = 8;
 /// Entries that are read at a time.
@@ -55,12 +75,12 @@ impl Pagemap {
         Ok(Self(file.into()))
     }
 
-    /// The runs of pages with content of their own in `len` bytes from `address` on, as offsets
-    /// from there in bytes. Both are multiples of the size of a page.
+    /// The runs of such pages in `len` bytes from `address` on, as offsets from there in bytes. Both
+    /// are multiples of the size of a page.
     ///
     /// # Errors
     /// The kernel does not tell.
-    pub fn own_pages(&self, address: usize, len: u64) -> io::Result<Vec<Range<u64>>> {
+    pub fn runs(&self, address: usize, len: u64, pages: Pages) -> io::Result<Vec<Range<u64>>> {
         let first = address as u64 / PAGE_SIZE;
         let count = len / PAGE_SIZE;
         let mut runs: Vec<Range<u64>> = Vec::new();
@@ -73,7 +93,7 @@ impl Pagemap {
             self.0.read_exact_at(bytes, (first + page) * ENTRY as u64)?;
             for entry in bytes.chunks_exact(ENTRY) {
                 let entry = entry.try_into().map_or(0, u64::from_ne_bytes);
-                if entry & (PRESENT | SWAPPED) != 0 && entry & OF_FILE == 0 {
+                if pages.has(entry) {
                     let start = page * PAGE_SIZE;
                     match runs.last_mut() {
                         Some(run) if run.end == start => run.end += PAGE_SIZE,
@@ -127,7 +147,10 @@ mod tests {
             byte(last).write_volatile(1);
         }
         let pagemap = Pagemap::open().unwrap();
-        let runs = pagemap.own_pages(base as usize, size as u64).unwrap();
+        let runs = |pages| pagemap.runs(base as usize, size as u64, pages).unwrap();
+        let read = runs(Pages::OfFile);
+        assert!(read.iter().any(|run| run.contains(&0)), "{read:?}");
+        let runs = runs(Pages::Own);
         let run = |from: u64, to: u64| from * PAGE_SIZE..to * PAGE_SIZE;
         let batch = BATCH as u64;
         let expected = [run(1, 3), run(batch - 1, batch + 1), run(last, last + 1)];

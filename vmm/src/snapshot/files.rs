@@ -6,14 +6,15 @@ use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use super::RestoreConfig;
 use super::manifest::Manifest;
+use super::{Prefault, RestoreConfig};
 use crate::config::VmConfig;
 
 const MANIFEST: &str = "manifest.json";
 const STATE: &str = "state.json";
 const MEMORY: &str = "memory-ranges";
 const CONFIG: &str = "config.json";
+const WORKING_SET: &str = "working-set.json";
 
 /// The largest configuration that is read, in bytes.
 const MAX_CONFIG: u64 = 1 << 20;
@@ -144,10 +145,7 @@ impl Destination {
             ("state", &state),
             ("memory", &memory),
         ] {
-            let metadata = file.metadata().map_err(FileError::Write)?;
-            if !metadata.is_file() || metadata.len() > 0 {
-                return Err(FileError::NotNew { what });
-            }
+            check_new(what, file)?;
         }
         Ok(Self {
             manifest,
@@ -208,6 +206,51 @@ impl Drop for Made {
 pub struct Base {
     pub(super) manifest: File,
     pub(super) memory: File,
+    pub(super) working_set: Option<File>,
+}
+
+/// The file that a working set is written to.
+#[derive(Debug)]
+pub struct WorkingSetFile(File);
+
+impl WorkingSetFile {
+    /// A new file in the directory of the snapshot.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn create(directory: &Path) -> Result<Self, FileError> {
+        let path = directory.join(WORKING_SET);
+        OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&path)
+            .map(Self)
+            .map_err(|source| FileError::Create { path, source })
+    }
+
+    /// The empty file behind a descriptor.
+    ///
+    /// # Errors
+    /// It is not empty, or no file.
+    pub fn from_file(file: File) -> Result<Self, FileError> {
+        check_new("working set", &file)?;
+        Ok(Self(file))
+    }
+
+    /// Fills it, and makes sure that it stays filled.
+    pub(super) fn write(&self, bytes: &[u8]) -> Result<(), FileError> {
+        write(&self.0, bytes)
+    }
+}
+
+fn check_new(what: &'static str, file: &File) -> Result<(), FileError> {
+    let metadata = file.metadata().map_err(FileError::Write)?;
+    if metadata.is_file() && metadata.len() == 0 {
+        Ok(())
+    } else {
+        Err(FileError::NotNew { what })
+    }
 }
 
 /// The open files of a snapshot, of which nothing has been read.
@@ -218,7 +261,8 @@ pub struct Source {
     pub(super) memory: File,
     /// Nearest first.
     pub(super) bases: Vec<Base>,
-    pub(super) prefault: bool,
+    pub(super) prefault: Prefault,
+    pub(super) working_set: Option<File>,
     pub(super) verify: bool,
 }
 
@@ -228,10 +272,18 @@ impl Source {
     /// # Errors
     /// One of them cannot be opened.
     pub fn open(config: &RestoreConfig) -> Result<Self, FileError> {
+        let working_set = |directory: &Path| match open(&directory.join(WORKING_SET)) {
+            _ if config.prefault != Prefault::WorkingSet => Ok(None),
+            Err(FileError::Open { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                Ok(None)
+            }
+            opened => opened.map(Some),
+        };
         let base = |directory: &PathBuf| {
             Ok(Base {
                 manifest: open(&directory.join(MANIFEST))?,
                 memory: open(&directory.join(MEMORY))?,
+                working_set: working_set(directory)?,
             })
         };
         Ok(Self {
@@ -244,6 +296,7 @@ impl Source {
                 .map(base)
                 .collect::<Result<_, FileError>>()?,
             prefault: config.prefault,
+            working_set: working_set(&config.source)?,
             verify: config.verify,
         })
     }

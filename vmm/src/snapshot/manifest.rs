@@ -101,7 +101,7 @@ impl TryFrom<String> for SnapshotId {
 pub struct Sha256Hex(pub Hash);
 
 impl Sha256Hex {
-    fn of(bytes: &[u8]) -> Self {
+    pub(super) fn of(bytes: &[u8]) -> Self {
         Self(Sha256::digest(bytes).into())
     }
 }

@@ -5,6 +5,8 @@
 //!  state.json      vCPUs, interrupt controllers, clock, devices
 //!  memory-ranges   memory, each page at its offset, holes in between (see memory::layers)
 //!  config.json     configuration of the machine; only in a directory
+//!  working-set.json  the pages that machines touch first when they go on from it; may be missing,
+//!                  and is made later, by the first of them
 //! ```
 //!
 //! **Saving**, with vCPUs and devices at rest: the devices first, since one may still raise an
@@ -26,6 +28,7 @@
 
 mod files;
 mod manifest;
+mod working_set;
 
 use std::fs::File;
 use std::io;
@@ -33,7 +36,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-pub use self::files::{Base, Destination, FileError, Source, read_config};
+pub use self::files::{Base, Destination, FileError, Source, WorkingSetFile, read_config};
 pub use self::manifest::{Manifest, ManifestError, Region, SnapshotId};
 use crate::devices::cpu_hotplug::CpuHotplugState;
 use crate::devices::legacy::serial::SerialRegisters;
@@ -44,6 +47,7 @@ use crate::kvm::vcpu::StoppedError;
 use crate::memory::GuestMemory;
 use crate::memory::layers::{Layer, Layers, MAX_LAYERS, MapError, SaveError};
 use crate::memory::pagemap::Pagemap;
+use crate::memory::working_set::WorkingSet;
 
 /// A machine without its memory.
 #[derive(Serialize, Deserialize)]
@@ -63,6 +67,20 @@ pub struct MachineState {
     pub devices: Vec<VirtioState>,
 }
 
+/// What of a machine's memory is mapped before it is touched.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Prefault {
+    /// Nothing.
+    #[default]
+    Off,
+    /// All that the snapshot holds, before the machine is there.
+    On,
+    /// What machines touch first, if the snapshot or one that it is based on has a list of it: before
+    /// the machine runs if it is to be told when, and otherwise while it begins to.
+    WorkingSet,
+}
+
 /// Where a machine is to be restored from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -72,9 +90,9 @@ pub struct RestoreConfig {
     /// Directories of the snapshots that it is based on, nearest first.
     #[serde(default)]
     pub bases: Vec<PathBuf>,
-    /// Read all of the memory at once instead of when it is touched.
+    /// What of its memory is read before it is touched.
     #[serde(default)]
-    pub prefault: bool,
+    pub prefault: Prefault,
     /// Read all of the memory to compare its checksum.
     #[serde(default)]
     pub verify: bool,
@@ -121,6 +139,9 @@ pub enum SnapshotError {
     /// The host hides it.
     #[error("this host does not show a process its page table (/proc/self/pagemap)")]
     NoPagemap,
+    /// It goes on from no snapshot.
+    #[error("the machine was not restored from a snapshot, and has no working set")]
+    NotRestored,
     /// The files cannot be written.
     #[error(transparent)]
     File(#[from] FileError),
@@ -215,6 +236,25 @@ impl Lineage {
     }
 }
 
+impl Lineage {
+    /// Writes to `file` which pages the machine, whose memory is `memory`, has touched since it was
+    /// restored, for others that are restored from the same snapshot. It may run meanwhile.
+    ///
+    /// # Errors
+    /// The file is of no use, or the machine was not restored.
+    pub fn save_working_set(
+        &self,
+        memory: &GuestMemory,
+        file: &WorkingSetFile,
+    ) -> Result<(), SnapshotError> {
+        let snapshot = self.ids.last().ok_or(SnapshotError::NotRestored)?;
+        let pagemap = self.pagemap.as_ref().ok_or(SnapshotError::NoPagemap)?;
+        let pages = WorkingSet::of(memory, pagemap).map_err(SaveError::Pagemap)?;
+        let text = working_set::to_json(*snapshot, pages).map_err(SnapshotError::Encode)?;
+        Ok(file.write(&text)?)
+    }
+}
+
 /// Why a snapshot cannot be restored.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
@@ -274,6 +314,8 @@ pub struct Loaded {
     pub state: MachineState,
     /// What the memory is mapped from.
     pub lineage: Lineage,
+    /// What is to be mapped before it is touched.
+    pub working_set: Option<WorkingSet>,
 }
 
 impl Source {
@@ -288,6 +330,7 @@ impl Source {
             memory: memory_file,
             bases,
             prefault,
+            working_set,
             verify,
         } = self;
         if bases.len() >= MAX_LAYERS {
@@ -304,8 +347,15 @@ impl Source {
         let mut base = manifest.base;
         let mut id = manifest.id;
         let mut parts = vec![(manifest, memory_file)];
-        for Base { manifest, memory } in bases {
+        let mut working_sets = vec![(id, working_set)];
+        for Base {
+            manifest,
+            memory,
+            working_set,
+        } in bases
+        {
             let manifest = Manifest::read(&manifest)?;
+            working_sets.push((manifest.id, working_set));
             if base != Some(manifest.id) {
                 return Err(wrong_base(id, base, Some(manifest.id)));
             }
@@ -323,9 +373,19 @@ impl Source {
             layers.push(layer(manifest, file, memory, verify)?);
             ids.push(id);
         }
-        let layers = Layers::map(memory, layers, prefault)
+        let layers = Layers::map(memory, layers, prefault == Prefault::On)
             .map_err(|source| LoadError::Map { id, source })?;
+        // That of the nearest: machines of a snapshot begin as those of its base did, for the most.
+        let working_set = working_sets.into_iter().find_map(|(id, file)| {
+            let read = working_set::read(&file?, id, memory);
+            read.inspect_err(|error| {
+                let error = crate::error_chain(error);
+                tracing::warn!(error, %id, "the working set of a snapshot is of no use");
+            })
+            .ok()
+        });
         Ok(Loaded {
+            working_set,
             state,
             lineage: Lineage {
                 layers,

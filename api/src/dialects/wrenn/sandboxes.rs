@@ -130,6 +130,8 @@ pub enum StartBody {
     ColdFallback,
     /// From the warm snapshot of the template.
     Warm,
+    /// The same, by a VMM that was there already and had restored it.
+    Pool,
     /// From a snapshot or another sandbox.
     Fork,
     /// From what was saved by a pause.
@@ -142,6 +144,7 @@ impl From<Start> for StartBody {
             Start::Cold => Self::Cold,
             Start::ColdFallback => Self::ColdFallback,
             Start::Warm => Self::Warm,
+            Start::Pool => Self::Pool,
             Start::Fork => Self::Fork,
             Start::Resume => Self::Resume,
         }

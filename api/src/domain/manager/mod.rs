@@ -10,6 +10,7 @@
 mod directories;
 mod idle;
 mod pause;
+mod pool;
 mod recover;
 mod snapshots;
 mod warm;
@@ -42,6 +43,8 @@ use super::timings::Start;
 use super::turns::{Turn, Turns};
 use crate::chain;
 pub use idle::{InUse, WhenIdle};
+use pool::Pool;
+pub use pool::PoolLimits;
 pub use recover::RecoverError;
 pub use snapshots::Forked;
 use warm::Warm;
@@ -55,6 +58,8 @@ pub struct Limits {
     pub warm_bytes: u64,
     /// What becomes of a sandbox that was idle for as long as its timeout.
     pub when_idle: WhenIdle,
+    /// Machines that are ready before they are asked for.
+    pub pool: PoolLimits,
 }
 
 /// The owner of all sandboxes; clones share it.
@@ -72,6 +77,7 @@ struct Inner {
     turns: Turns,
     warm: Warm,
     idle: Arc<Idle>,
+    pool: Pool,
     closing: AtomicBool,
 }
 
@@ -87,6 +93,7 @@ impl Manager {
                 turns: Turns::default(),
                 warm: Warm::default(),
                 idle: Arc::default(),
+                pool: Pool::default(),
                 closing: AtomicBool::new(false),
             }),
         }
@@ -94,7 +101,15 @@ impl Manager {
 
     /// Writes down what happens on the host, until it tells no more.
     pub async fn follow(&self, mut events: BoxStream<'static, HostEvent>) {
-        while let Some(HostEvent::Ended { id, end }) = events.next().await {
+        while let Some(event) = events.next().await {
+            let (id, end) = match event {
+                HostEvent::Ended { id, end } => (id, end),
+                HostEvent::Lost { id } => {
+                    warn!(sandbox = %id, "a ready machine has ended");
+                    self.inner.pool.lost(&id);
+                    continue;
+                }
+            };
             let transition = match end {
                 End::Orderly { reason } => Transition::Stopped {
                     reason: Some(reason),
@@ -120,12 +135,13 @@ impl Manager {
     }
 
     async fn create_checked(&self, spec: Spec) -> Result<Sandbox, CreateError> {
+        let _starting = self.inner.pool.starting();
         let shape = shape_of(&spec);
         let (sandbox, turn, warm) = self.insert_warm(spec).await?;
         info!(sandbox = %sandbox.id, template = shape.template, vcpus = shape.vcpus,
             memory_mb = shape.memory_mb, is_warm = warm.is_some(), "creating sandbox");
         let started = match warm {
-            Some(key) => self.start_warm(sandbox, &key).await,
+            Some(warm) => self.start_warm(sandbox, warm).await,
             None => self.start(sandbox, Start::Cold).await,
         };
         drop(turn);
@@ -185,13 +201,23 @@ impl Manager {
     /// records where `layers` are those of another record.
     async fn insert(&self, spec: &Spec, layers: &Layers) -> Result<(Sandbox, Turn), StoreError> {
         loop {
-            let now = Timestamp::now();
-            let sandbox = Sandbox::new(SandboxId::random(), spec.clone(), layers.clone(), now);
-            let turn = self.inner.turns.take(&sandbox.id).await;
-            if self.inner.store.insert(&sandbox).await? {
-                return Ok((sandbox, turn));
+            if let Some(inserted) = self.insert_as(SandboxId::random(), spec, layers).await? {
+                return Ok(inserted);
             }
         }
+    }
+
+    /// The same under this name; `None` if one had it before.
+    async fn insert_as(
+        &self,
+        id: SandboxId,
+        spec: &Spec,
+        layers: &Layers,
+    ) -> Result<Option<(Sandbox, Turn)>, StoreError> {
+        let sandbox = Sandbox::new(id, spec.clone(), layers.clone(), Timestamp::now());
+        let turn = self.inner.turns.take(&sandbox.id).await;
+        let is_new = self.inner.store.insert(&sandbox).await?;
+        Ok(is_new.then_some((sandbox, turn)))
     }
 
     async fn check(&self, spec: CreateSpec) -> Result<Spec, CreateError> {
@@ -348,6 +374,7 @@ impl Manager {
     /// Ends every sandbox that runs, and writes that down. Paused ones stay.
     pub async fn shutdown(&self) {
         self.inner.closing.store(true, Ordering::Release);
+        self.inner.pool.wake();
         self.inner.host.shutdown().await;
         let live = match self.inner.store.list_live().await {
             Ok(live) => live,

@@ -86,6 +86,7 @@ impl Manager {
 
     async fn resume_known(&self, id: &SandboxId) -> Result<Sandbox, ResumeError> {
         let store = |source: StoreError| ResumeError::Lookup(source.into());
+        let _starting = self.inner.pool.starting();
         let _turn = self.inner.turns.take(id).await;
         let status = self.get(id.as_str()).await?.status;
         if status != Status::Paused {

@@ -281,6 +281,7 @@ impl Manager {
         pending: Vec<(Sandbox, Turn)>,
         stall: Option<SaveTimings>,
     ) -> Forked {
+        let _starting = self.inner.pool.starting();
         let starts = pending.into_iter().map(|(sandbox, turn)| async move {
             let id = sandbox.id.clone();
             let started = self.start(sandbox, Start::Fork).await;

@@ -2,10 +2,16 @@
 //! of that shape start instead of booting.
 //!
 //! ```text
-//! create ──► is there one of the key? ──yes──► start from it ──fails──► drop it, boot
-//!                     │ no
+//! create ──► is there one of the key? ──yes──► a machine of it in the pool? ──yes──► take that
+//!                     │                                        │ no                     │ fails
+//!                     │                                        ▼                        │
+//!                     │                                  start from it ◄────────────────┘
+//!                     │                                        │ fails
+//!                     │                                        ▼
+//!                     │ no                               drop it, boot
 //!                     └──► boot, answer; then, in the background: boot a machine of its own,
-//!                          save it, drop least recently used ones until it fits in, write it down
+//!                          save it, start another from that and note which memory it touches, drop
+//!                          least recently used ones until it fits in, write it down
 //! ```
 //!
 //! The key changes with everything that the snapshot was made from. One that does not come about, or
@@ -19,7 +25,7 @@ use tokio::sync::Semaphore;
 use tracing::{Instrument, debug, info, warn};
 
 use super::super::error::CreateError;
-use super::super::host::{CreateRequest, ExecRequest, HostError, SaveRequest, Shape};
+use super::super::host::{ClaimRequest, CreateRequest, ExecRequest, HostError, SaveRequest, Shape};
 use super::super::id::{LayerId, SandboxId};
 use super::super::layer::Layers;
 use super::super::sandbox::{Sandbox, Spec, Transition};
@@ -64,6 +70,14 @@ impl Warm {
     }
 }
 
+/// The warm snapshot that a sandbox starts from.
+#[derive(Debug)]
+pub struct WarmStart {
+    key: String,
+    /// It has the name of a machine from the pool.
+    is_ready: bool,
+}
+
 /// The shape of the machines that a warm snapshot is for.
 pub fn shape_of_warm(warm: &WarmSnapshot) -> Shape {
     Shape {
@@ -90,11 +104,11 @@ enum WarmError {
 
 impl Manager {
     /// Writes down a new sandbox, which holds the layers of the warm snapshot of its shape, if there
-    /// is one; whose key is returned.
+    /// is one; and the name of a ready machine, if there is one.
     pub(super) async fn insert_warm(
         &self,
         spec: Spec,
-    ) -> Result<(Sandbox, Turn, Option<String>), StoreError> {
+    ) -> Result<(Sandbox, Turn, Option<WarmStart>), StoreError> {
         let key = self.warm_key(&shape_of(&spec)).await;
         let _records = self.inner.records.lock().await;
         let found = match key {
@@ -105,10 +119,34 @@ impl Manager {
             let (sandbox, turn) = self.insert(&spec, &Layers::default()).await?;
             return Ok((sandbox, turn, None));
         };
-        let (sandbox, turn) = self.insert(&spec, &warm.layers).await?;
+        let ready = match self.take_ready(&warm) {
+            Some(id) => self.insert_ready(id, &spec, &warm.layers).await?,
+            None => None,
+        };
+        let is_ready = ready.is_some();
+        let (sandbox, turn) = match ready {
+            Some(ready) => ready,
+            None => self.insert(&spec, &warm.layers).await?,
+        };
         warm.used_at = Timestamp::now();
         self.inner.store.put_warm(&warm).await?;
-        Ok((sandbox, turn, Some(warm.key)))
+        let key = warm.key;
+        Ok((sandbox, turn, Some(WarmStart { key, is_ready })))
+    }
+
+    /// Writes down a new sandbox with the name of a ready machine. If it cannot have it, the machine
+    /// is ended.
+    async fn insert_ready(
+        &self,
+        id: SandboxId,
+        spec: &Spec,
+        layers: &Layers,
+    ) -> Result<Option<(Sandbox, Turn)>, StoreError> {
+        let inserted = self.insert_as(id.clone(), spec, layers).await;
+        if !matches!(inserted, Ok(Some(_))) {
+            self.destroy_ready(&[id]).await;
+        }
+        inserted
     }
 
     /// The key of a shape; `None` if there are no warm snapshots.
@@ -129,23 +167,41 @@ impl Manager {
             .find(|warm| warm.key == key))
     }
 
-    /// Starts a sandbox from a warm snapshot; boots it if that fails.
+    /// Starts a sandbox with its ready machine, or from a warm snapshot; boots it if that fails.
     pub(super) async fn start_warm(
         &self,
         sandbox: Sandbox,
-        key: &str,
+        WarmStart { key, is_ready }: WarmStart,
     ) -> Result<Sandbox, CreateError> {
         let id = sandbox.id.clone();
         let request = request_for(&sandbox, Start::Warm);
-        match self.inner.host.create(request).await {
+        let claimed = if is_ready {
+            let request = ClaimRequest {
+                id: id.clone(),
+                identity: request.identity.clone(),
+            };
+            Some(self.inner.host.claim(request).await)
+        } else {
+            None
+        };
+        let started = match claimed {
+            Some(Err(source)) if source != HostError::Destroyed => {
+                warn!(sandbox = %id, error = %chain(&source),
+                    "a ready machine did not start; restoring another");
+                self.inner.host.create(request).await
+            }
+            Some(claimed) => claimed,
+            None => self.inner.host.create(request).await,
+        };
+        match started {
             Ok(created) => {
                 self.started(&id, Transition::Started(created.timings))
                     .await
             }
             Err(HostError::Start { reason }) => {
                 warn!(sandbox = %id, reason, "not started from a warm snapshot; booting it");
-                self.inner.warm.begin(key);
-                self.drop_warm(key).await?;
+                self.inner.warm.begin(&key);
+                self.drop_warm(&key).await?;
                 let cold = Transition::Based(Layers::default());
                 match self.record(&id, cold).await? {
                     Some(sandbox) => self.start(sandbox, Start::ColdFallback).await,
@@ -165,6 +221,7 @@ impl Manager {
             let _records = self.inner.records.lock().await;
             self.inner.store.remove_warm(key).await?
         };
+        self.close_shelf(key).await;
         self.discard(&released).await;
         Ok(())
     }
@@ -224,13 +281,15 @@ impl Manager {
         };
         let saved = saved.await;
         host.destroy(&id).await?;
+        let saved = saved?;
+        self.note_working_set(shape, &layers).await;
         let warm = WarmSnapshot {
             key: key.to_owned(),
             template: shape.template.clone(),
             vcpus: shape.vcpus,
             memory_mb: shape.memory_mb,
             layers: layers.clone(),
-            size_bytes: saved?.size_bytes,
+            size_bytes: saved.size_bytes,
             used_at: Timestamp::now(),
         };
         if !self.make_room(warm.size_bytes).await? {
@@ -243,6 +302,7 @@ impl Manager {
             self.inner.store.put_warm(&warm).await?
         };
         self.discard(&released).await;
+        self.open_shelf(&warm);
         info!(
             template = shape.template,
             vcpus = shape.vcpus,
@@ -251,6 +311,33 @@ impl Manager {
             "warm snapshot made"
         );
         Ok(())
+    }
+
+    /// Starts a machine from layers that were just made, as any sandbox will be, and notes what it
+    /// touches until its first command has ended. If that fails, sandboxes start without.
+    async fn note_working_set(&self, shape: &Shape, layers: &Layers) {
+        let host = &self.inner.host;
+        let id = SandboxId::random();
+        let request = CreateRequest {
+            id: id.clone(),
+            shape: shape.clone(),
+            identity: identity_of(&id, Timestamp::now()),
+            layers: layers.clone(),
+            start: Start::Warm,
+        };
+        let noted = async {
+            host.create(request).await?;
+            self.run_first_command(&id).await;
+            host.note_working_set(&id, layers).await
+        };
+        if let Err(source) = noted.await
+            && !self.is_closing()
+        {
+            warn!(template = shape.template, error = %chain(&source), "no working set is known");
+        }
+        if let Err(source) = host.destroy(&id).await {
+            warn!(sandbox = %id, error = %chain(&source), "a machine is left");
+        }
     }
 
     /// Runs what nearly every command needs, so that it is in the guest's memory. Not every template
