@@ -397,15 +397,26 @@ fn a_sandbox_from_the_pool_is_one_of_its_own_whenever_it_is_taken() {
     let mut daemon = Daemon::start_with(&["--warm-disk-bytes", "1073741824", "--pool-size", "2"]);
     daemon.create(&small()).delete();
     let ready = wait_until_ready(&daemon, 2);
-    let noted = daemon.layers().into_iter().any(|layer| {
+    let noted = daemon.layers().into_iter().find_map(|layer| {
         let directory = daemon.layers_directory().join(layer);
-        directory.join("working-set.json").is_file()
+        fs::read(directory.join("working-set.json")).ok()
     });
-    assert!(noted, "it is known what machines touch first");
+    let noted: Value = serde_json::from_slice(&noted.expect("what machines touch first")).unwrap();
+    for pages in ["read", "written"] {
+        let runs: Vec<(u64, u64)> =
+            serde_json::from_value(noted["content"]["pages"][pages].clone()).unwrap();
+        let bytes: u64 = runs.iter().map(|(start, end)| end - start).sum();
+        report(&format!(
+            "{pages} first: {} KiB in {} runs",
+            bytes >> 10,
+            runs.len()
+        ));
+        assert!(bytes > 0 && bytes < 64 << 20);
+    }
 
     // Time passes for them as for a machine that is paused.
     let waited = Duration::from_secs(3);
-    std::thread::sleep(waited);
+    thread::sleep(waited);
     let sandboxes = [daemon.create(&small()), daemon.create(&small())];
     for sandbox in &sandboxes {
         assert!(ready.contains(&sandbox.id));

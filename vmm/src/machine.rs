@@ -227,7 +227,7 @@ impl RunningMachine {
         parts.lineage.save(&state, memory, keep, files)
     }
 
-    /// Has what the machine touches first mapped, if that is known and wanted. It may run meanwhile.
+    /// Has what the machine, which has not run yet, touches first mapped, if that is known and wanted.
     pub fn prefetch(&mut self) {
         if let Some(pages) = self.parts.working_set.take() {
             pages.prefetch(self.parts.ram.memory());

@@ -112,7 +112,7 @@ pub trait Guest {
     /// The files are of no use; the machine is as it was, or has ended.
     fn snapshot(&mut self, files: &Destination, keep: usize) -> Result<(), GuestError>;
 
-    /// Has what the machine touches first mapped, if that is known and wanted.
+    /// Has what the machine, which has not run yet, touches first mapped, if that is known and wanted.
     fn prefetch(&mut self);
 
     /// Writes to `file` what the machine has touched since it was restored.

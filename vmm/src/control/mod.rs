@@ -323,21 +323,16 @@ impl<L: Launcher> Control<L> {
         cold::assign_ids(&mut config)?;
         let (mut guest, number) = self.launch(&config, Some(&snapshot))?;
         self.descriptors.extend(descriptors);
-        if !resume {
-            guest.prefetch();
-        }
+        // Before the guest runs, since a page that it reads in the meantime has to be mapped anew when
+        // it gets one of its own.
+        guest.prefetch();
         self.state = State::Paused(Box::new(Vm {
             config: Box::new(config),
             guest,
             number,
         }));
         self.events.emit(&Event::Restored);
-        if resume {
-            self.resume()?;
-            // Beside the guest, which has the more of it the more processors the host has.
-            self.machine()?.guest.prefetch();
-        }
-        Ok(())
+        if resume { self.resume() } else { Ok(()) }
     }
 
     fn snapshot(&mut self, target: SnapshotTarget, keep: usize) -> Result<(), Refusal> {

@@ -98,8 +98,8 @@ impl WorkingSet {
         Ok(())
     }
 
-    /// Has these pages of `memory` mapped. The content of none changes; pages that another thread
-    /// touches meanwhile are as good as any. It is an advice: a kernel before 5.14 does not take it.
+    /// Has these pages of `memory` mapped. The content of none changes. It is an advice: a kernel before
+    /// 5.14 does not take it.
     pub fn prefetch(&self, memory: &GuestMemory) {
         for (pages, advice) in [
             (&self.written, libc::MADV_POPULATE_WRITE),

@@ -76,8 +76,7 @@ pub enum Prefault {
     Off,
     /// All that the snapshot holds, before the machine is there.
     On,
-    /// What machines touch first, if the snapshot or one that it is based on has a list of it: before
-    /// the machine runs if it is to be told when, and otherwise while it begins to.
+    /// What machines touch first, if the snapshot or one that it is based on has a list of it.
     WorkingSet,
 }
 
