@@ -53,6 +53,7 @@ fn request(id: &SandboxId) -> CreateRequest {
         },
         layers: Layers::default(),
         start: Start::Cold,
+        nic: None,
     }
 }
 
@@ -99,6 +100,7 @@ impl Bench {
             boot_timeout,
             cmdline_extra: "extra=1".to_owned(),
             jail: None,
+            network: None,
         });
         let host = Arc::new(host.await.unwrap());
         Self { dir, paths, host }

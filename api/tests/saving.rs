@@ -63,6 +63,7 @@ impl Bench {
             boot_timeout,
             cmdline_extra: String::new(),
             jail: None,
+            network: None,
         });
         let host = Arc::new(host.await.unwrap());
         Self {
@@ -86,6 +87,7 @@ impl Bench {
             },
             layers: layers.clone(),
             start: Start::Cold,
+            nic: None,
         };
         self.host.create(request).await.map(drop)
     }
@@ -446,6 +448,7 @@ async fn a_key_changes_with_everything_that_a_machine_is_made_of() {
         boot_timeout: Duration::from_secs(1),
         cmdline_extra: String::new(),
         jail: None,
+        network: None,
     };
     let host = LocalHost::start(config.clone()).await.unwrap();
     let shape = |vcpus, memory_mb| Shape {

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
+use std::net::Ipv4Addr;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -14,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::id::{LayerId, SandboxId};
 use super::layer::Layers;
+use super::network::{Connection, Egress, Forward, ForwardSpec, NetworkActivity, NetworkInfo};
 use super::snapshot::LayersInfo;
 use super::timings::{SaveTimings, Start, Timings};
 
@@ -111,6 +113,28 @@ pub trait Host: Send + Sync {
         request: ReadFileRequest,
     ) -> Result<FileContent, HostError>;
 
+    /// Changes what a running sandbox may reach, for its connections as well.
+    ///
+    /// # Errors
+    /// It is as before.
+    async fn set_egress(&self, id: &SandboxId, egress: Egress) -> Result<(), HostError>;
+
+    /// What a running sandbox does in the network.
+    ///
+    /// # Errors
+    /// It cannot tell.
+    async fn network_activity(&self, id: &SandboxId) -> Result<NetworkActivity, HostError>;
+
+    /// Lets a port of the host lead into a sandbox, which need not run. It stays until it is closed.
+    ///
+    /// # Errors
+    /// [`HostError::PortInUse`], or the port cannot be had otherwise.
+    async fn open_forward(&self, id: &SandboxId, spec: ForwardSpec) -> Result<Forward, HostError>;
+
+    /// Takes ports of the host away that lead into a sandbox, and ends their connections. Those that
+    /// do not are fine.
+    async fn close_forwards(&self, id: &SandboxId, forwards: &[Forward]);
+
     /// Tells from now on what happens without being asked for.
     async fn events(&self) -> BoxStream<'static, HostEvent>;
 
@@ -125,6 +149,8 @@ pub struct HostInfo {
     pub templates: Vec<String>,
     /// RAM of the machine in MiB.
     pub memory_mb: u64,
+    /// The network of its sandboxes; `None` if they have no network card.
+    pub network: Option<NetworkInfo>,
 }
 
 /// What a machine is made of.
@@ -160,6 +186,17 @@ pub struct CreateRequest {
     pub layers: Layers,
     /// What kind of start this is, for the timings.
     pub start: Start,
+    /// Its network card; it has none, if there is none.
+    pub nic: Option<Nic>,
+}
+
+/// The network card of a sandbox.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Nic {
+    /// Its address; if there is none, nothing passes the card.
+    pub address: Option<Ipv4Addr>,
+    /// What it may reach and how much.
+    pub connection: Connection,
 }
 
 /// A sandbox was started.
@@ -306,6 +343,12 @@ pub enum HostError {
     /// It was destroyed in the meantime.
     #[error("the sandbox was destroyed in the meantime")]
     Destroyed,
+    /// Somebody has the port.
+    #[error("{reason}")]
+    PortInUse {
+        /// Which, as a sentence.
+        reason: String,
+    },
     /// Its agent cannot be reached, or went away in the midst of it.
     #[error("the guest agent does not answer: {reason}")]
     AgentUnreachable {

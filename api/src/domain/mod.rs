@@ -6,6 +6,7 @@ mod host;
 mod id;
 mod layer;
 mod manager;
+mod network;
 mod request;
 mod sandbox;
 mod snapshot;
@@ -15,20 +16,27 @@ mod timings;
 mod turns;
 
 pub use error::{
-    CreateError, DestroyError, ExecError, FileError, ForkError, LookupError, PauseError,
-    ResumeError, SnapshotError,
+    CreateError, DestroyError, ExecError, FileError, ForkError, InsertError, LookupError,
+    NetworkChangeError, PauseError, ResumeError, SnapshotError,
 };
 pub use exec::{CollectError, ExecEnd, ExecLimits, ExecOutput};
 pub use host::{
     CreateRequest, Created, End, ExecEvent, ExecRequest, ExitInfo, FileContent, Host, HostError,
-    HostEvent, HostInfo, Identity, ReadFileRequest, SaveRequest, Saved, Shape, WriteFileRequest,
+    HostEvent, HostInfo, Identity, Nic, ReadFileRequest, SaveRequest, Saved, Shape,
+    WriteFileRequest,
 };
 pub use id::{Id, Kind, LayerId, ParseIdError, SandboxId, SnapshotId};
 pub use layer::{Layers, MAX_DISK};
-pub use manager::{Forked, Limits, Manager, RecoverError};
+pub use manager::{Forked, Limits, Manager, RecoverError, SandboxNetwork};
+pub use network::{
+    AddressError, AllowRule, Cidr, Connection, Counter, Denied, DeniedWhat, Destination,
+    DomainPattern, Egress, EgressError, FIRST_AUTO_PORT, Forward, ForwardSpec, LAST_AUTO_PORT,
+    MAX_FORWARDS, MAX_RULES, MacAddress, NetworkActivity, NetworkInfo, NetworkSpec, PortRange,
+    RateLimits, Subnet, SubnetError, Traffic, Transport,
+};
 pub use request::{Command, CreateSpec, SnapshotSpec};
 pub use sandbox::{Desired, IllegalTransition, Sandbox, Spec, Status, Transition};
 pub use snapshot::{LayersInfo, Snapshot, WarmSnapshot};
 pub use spool::{Spool, Spooled};
-pub use store::{Store, StoreError};
+pub use store::{Store, StoreError, TakenAddresses};
 pub use timings::{SaveTimings, Start, Timings};

@@ -33,6 +33,7 @@ use super::cgroup::Cgroup;
 use super::command::Jail;
 use super::jail::User;
 use super::machine::{Launch, Machine, NotReady};
+use super::nic::Nic;
 use super::save::{SaveError, Saving};
 use crate::agent::AgentClient;
 use crate::domain::{CreateRequest, Created, End, HostError, HostEvent, SaveRequest, Saved};
@@ -188,7 +189,7 @@ impl Inner {
         let outcome = match self.prepare_jail(&request) {
             Ok(jail) => {
                 let outcome = self
-                    .start_and_follow(entry, request, chain, jail.as_ref(), orders, &mut started)
+                    .connect_and_start(entry, request, chain, jail.as_ref(), orders, &mut started)
                     .await;
                 let (held, cgroup) = jail.map(|jail| (jail.user, jail.cgroup)).unzip();
                 user = held.flatten();
@@ -250,12 +251,43 @@ impl Inner {
         Ok(Some(Held { user, cgroup }))
     }
 
+    /// Gives the sandbox its network card, and takes it away when the sandbox has ended.
+    async fn connect_and_start(
+        &self,
+        entry: &Entry,
+        request: CreateRequest,
+        chain: Chain,
+        jail: Option<&Held>,
+        orders: mpsc::Receiver<Order>,
+        started: &mut Option<oneshot::Sender<Result<Created, HostError>>>,
+    ) -> Outcome {
+        let network = self.config.network.as_deref();
+        let mut nic = match Nic::open(network, &request.id, request.nic.as_ref()).await {
+            Ok(nic) => nic,
+            Err(reason) => return Outcome::NotStarted(HostError::Start { reason }),
+        };
+        let outcome = self
+            .start_and_follow(entry, request, chain, jail, nic.as_mut(), orders, started)
+            .await;
+        if let Some(nic) = nic
+            && let Err(reason) = nic.close().await
+        {
+            entry.left(reason);
+        }
+        outcome
+    }
+
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the parts of one sandbox, each with a life of its own"
+    )]
     async fn start_and_follow(
         &self,
         entry: &Entry,
         request: CreateRequest,
         chain: Chain,
         jail: Option<&Held>,
+        mut nic: Option<&mut Nic<'_>>,
         orders: mpsc::Receiver<Order>,
         started: &mut Option<oneshot::Sender<Result<Created, HostError>>>,
     ) -> Outcome {
@@ -268,7 +300,7 @@ impl Inner {
                 cgroup: held.cgroup.as_ref().map(|cgroup| cgroup.path.as_path()),
             }),
         };
-        let mut machine = match Machine::spawn(launch).await {
+        let mut machine = match Machine::spawn(launch, nic.as_deref_mut()).await {
             Ok(machine) => machine,
             Err(error) => {
                 return Outcome::NotStarted(HostError::Start {
@@ -279,7 +311,21 @@ impl Inner {
         let ready = tokio::select! {
             biased;
             () = entry.end.cancelled() => Err(NotReady::Destroyed),
-            ready = machine.ready(&entry.agent, self.config.boot_timeout) => ready,
+            ready = async {
+                // While the guest is on its way. What it sends before, the filter drops.
+                let attached = async {
+                    match nic {
+                        Some(nic) => nic.attach().await,
+                        None => Ok(()),
+                    }
+                };
+                let ready = machine.ready(&entry.agent, self.config.boot_timeout);
+                let (ready, attached) = tokio::join!(ready, attached);
+                ready.and_then(|created| {
+                    attached.map_err(NotReady::Network)?;
+                    Ok(created)
+                })
+            } => ready,
         };
         let created = match ready {
             Ok(created) => created,

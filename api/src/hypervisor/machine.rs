@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
-use agent_protocol::Ready;
+use agent_protocol::{GuestNetwork, Ready};
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::fs::File;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncSeekExt, BufReader};
@@ -25,6 +25,7 @@ use super::HostConfig;
 use super::command::{self, Inherited, Jail};
 use super::control::Control;
 use super::monitor::{self, Seen};
+use super::nic::Nic;
 use super::paths;
 use crate::agent::AgentClient;
 use crate::domain::{CreateRequest, Created, End, HostError, Identity, SandboxId, Start, Timings};
@@ -101,6 +102,8 @@ pub enum NotReady {
     Listener(io::Error),
     /// It was there, and then did not take its identity.
     Identity(HostError),
+    /// It was there, and could not be connected.
+    Network(HostError),
     /// The sandbox is to be destroyed.
     Destroyed,
 }
@@ -116,6 +119,7 @@ pub struct Machine {
     console: PathBuf,
     control: Control,
     identity: Identity,
+    network: Option<GuestNetwork>,
     start: Start,
     seen: watch::Receiver<Seen>,
     events: JoinHandle<()>,
@@ -126,8 +130,11 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Makes the sandbox's files and starts its process.
-    pub async fn spawn(launch: Launch<'_>) -> Result<Self, SpawnError> {
+    /// Makes the sandbox's files and starts its process, which gets the tap of `nic`.
+    pub async fn spawn(
+        launch: Launch<'_>,
+        mut nic: Option<&mut Nic<'_>>,
+    ) -> Result<Self, SpawnError> {
         let created = Instant::now();
         let Launch {
             config,
@@ -160,8 +167,10 @@ impl Machine {
         let inherited = Inherited {
             events: event_writer.as_raw_fd(),
             api: api_listener.as_raw_fd(),
+            tap: nic.as_deref().and_then(Nic::descriptor),
         };
-        let mut command = command::command(config, request, chain, jail, inherited);
+        let card = nic.as_deref().and_then(Nic::options);
+        let mut command = command::command(config, request, chain, jail, card, inherited);
         let spawned = Instant::now();
         let mut child = command.spawn().map_err(|source| SpawnError::Execute {
             vmm: config.vmm.clone(),
@@ -169,6 +178,9 @@ impl Machine {
         })?;
         // The process has its own; with ours gone, pipe and socket end when the process does.
         drop((event_writer, api_listener));
+        if let Some(nic) = &mut nic {
+            nic.handed_over();
+        }
         info!(sandbox = %id, pid = child.id(), "vmm started");
 
         let (seen_sender, seen) = watch::channel(Seen::default());
@@ -178,6 +190,7 @@ impl Machine {
             console: paths.console(&id),
             control: Control::new(api),
             identity: request.identity.clone(),
+            network: nic.as_deref().and_then(Nic::guest),
             start: request.start,
             listener,
             ready_path,
@@ -228,7 +241,12 @@ impl Machine {
             }
             let spoke = Instant::now();
             agent
-                .resumed(&self.id, &self.identity, deadline.into())
+                .resumed(
+                    &self.id,
+                    &self.identity,
+                    self.network.as_ref(),
+                    deadline.into(),
+                )
                 .await
                 .map_err(NotReady::Identity)?;
             Ok(spoke)
@@ -313,7 +331,7 @@ impl Machine {
                 }
             },
             NotReady::Listener(error) => format!("the agent's ready socket failed: {error}"),
-            NotReady::Identity(error) => error.to_string(),
+            NotReady::Identity(error) | NotReady::Network(error) => error.to_string(),
             NotReady::Destroyed => "the sandbox was destroyed in the meantime".to_owned(),
         };
         self.add_console(&mut text).await;

@@ -3,12 +3,13 @@
 mod error;
 mod exec;
 mod files;
+mod network;
 mod sandboxes;
 mod snapshots;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post, put};
 use utoipa::OpenApi;
 
 pub use error::ApiError;
@@ -34,6 +35,10 @@ use crate::http::{AppState, ErrorBody};
         snapshots::get,
         snapshots::delete,
         snapshots::fork,
+        network::get,
+        network::set_egress,
+        network::open_forward,
+        network::close_forward,
     ),
     components(schemas(
         ErrorBody,
@@ -48,6 +53,16 @@ use crate::http::{AppState, ErrorBody};
         snapshots::ForkRequest,
         snapshots::ForkBody,
         snapshots::ForkFailure,
+        network::NetworkRequest,
+        network::NetworkBody,
+        network::EgressBody,
+        network::AllowRuleBody,
+        network::RateLimitsBody,
+        network::ForwardRequest,
+        network::ForwardBody,
+        network::TrafficBody,
+        network::CounterBody,
+        network::DeniedBody,
     ))
 )]
 pub struct Document;
@@ -77,6 +92,19 @@ pub fn router() -> Router<AppState> {
             get(snapshots::get).delete(snapshots::delete),
         )
         .route("/v1/snapshots/{id}/fork", post(snapshots::fork))
+        .route("/v1/sandboxes/{id}/network", get(network::get))
+        .route(
+            "/v1/sandboxes/{id}/network/egress",
+            put(network::set_egress),
+        )
+        .route(
+            "/v1/sandboxes/{id}/network/forwards",
+            post(network::open_forward),
+        )
+        .route(
+            "/v1/sandboxes/{id}/network/forwards/{transport}/{host}",
+            delete(network::close_forward),
+        )
         .route("/v1/sandboxes/{id}/files/write", upload)
         .route("/v1/sandboxes/{id}/files/read", post(files::read))
 }

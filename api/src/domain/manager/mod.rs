@@ -7,11 +7,13 @@
 //! written back, never while the host works. Who takes a sandbox from one state to another has its
 //! [turn](super::turns) for all of that.
 
+mod network;
 mod pause;
 mod recover;
 mod snapshots;
 mod warm;
 
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -24,20 +26,22 @@ use sha2::{Digest, Sha256};
 use tokio::sync::Mutex;
 use tracing::{Instrument, debug, error, info, warn};
 
-use super::error::{CreateError, DestroyError, ExecError, FileError, LookupError};
+use super::error::{CreateError, DestroyError, ExecError, FileError, InsertError, LookupError};
 use super::exec::{self, ExecLimits, ExecOutput};
 use super::host::{
-    CreateRequest, End, FileContent, Host, HostError, HostEvent, Identity, ReadFileRequest, Shape,
-    WriteFileRequest,
+    CreateRequest, End, FileContent, Host, HostError, HostEvent, Identity, Nic, ReadFileRequest,
+    Shape, WriteFileRequest,
 };
 use super::id::{LayerId, SandboxId};
 use super::layer::Layers;
+use super::network::AddressError;
 use super::request::{self, Command, CreateSpec};
 use super::sandbox::{Sandbox, Spec, Status, Transition};
 use super::store::{Store, StoreError};
 use super::timings::Start;
 use super::turns::{Turn, Turns};
 use crate::chain;
+pub use network::SandboxNetwork;
 pub use recover::RecoverError;
 pub use snapshots::Forked;
 use warm::Warm;
@@ -104,16 +108,21 @@ impl Manager {
     /// # Errors
     /// Nothing of it is left but, if it was tried, a record with the reason.
     pub async fn create(&self, spec: CreateSpec) -> Result<Sandbox, CreateError> {
+        let address = spec.network.address;
         let spec = self.check(spec).await?;
         let manager = self.clone();
-        tokio::spawn(async move { manager.create_checked(spec).await }.in_current_span())
+        tokio::spawn(async move { manager.create_checked(spec, address).await }.in_current_span())
             .await
             .unwrap_or(Err(CreateError::Interrupted))
     }
 
-    async fn create_checked(&self, spec: Spec) -> Result<Sandbox, CreateError> {
+    async fn create_checked(
+        &self,
+        spec: Spec,
+        address: Option<Ipv4Addr>,
+    ) -> Result<Sandbox, CreateError> {
         let shape = shape_of(&spec);
-        let (sandbox, turn, warm) = self.insert_warm(spec).await?;
+        let (sandbox, turn, warm) = self.insert_warm(spec, address).await?;
         info!(sandbox = %sandbox.id, template = shape.template, vcpus = shape.vcpus,
             memory_mb = shape.memory_mb, is_warm = warm.is_some(), "creating sandbox");
         let started = match warm {
@@ -173,17 +182,40 @@ impl Manager {
         Err(gone)
     }
 
-    /// Writes down a new sandbox, and takes the turn at it. The caller holds the lock of the
-    /// records where `layers` are those of another record.
-    async fn insert(&self, spec: &Spec, layers: &Layers) -> Result<(Sandbox, Turn), StoreError> {
+    /// Writes down a new sandbox, with this address or one that is free, and takes the turn at it.
+    /// The caller holds the lock of the records.
+    async fn insert(
+        &self,
+        spec: &Spec,
+        layers: &Layers,
+        address: Option<Ipv4Addr>,
+    ) -> Result<(Sandbox, Turn), InsertError> {
+        let address = match &spec.network {
+            Some(_) => Some(self.allocate(address).await?),
+            None => None,
+        };
         loop {
             let now = Timestamp::now();
-            let sandbox = Sandbox::new(SandboxId::random(), spec.clone(), layers.clone(), now);
+            let mut sandbox = Sandbox::new(SandboxId::random(), spec.clone(), layers.clone(), now);
+            sandbox.address = address;
             let turn = self.inner.turns.take(&sandbox.id).await;
             if self.inner.store.insert(&sandbox).await? {
                 return Ok((sandbox, turn));
             }
         }
+    }
+
+    /// An address for a new sandbox: this one, or one that is free. The caller holds the lock of
+    /// the records until the sandbox is written down.
+    async fn allocate(&self, wanted: Option<Ipv4Addr>) -> Result<Ipv4Addr, InsertError> {
+        let host = self.inner.host.describe().await;
+        let network = host.map_err(InsertError::Describe)?.network;
+        let subnet = network.ok_or(AddressError::NoNetwork)?.subnet;
+        let taken = self.inner.store.taken_addresses().await?;
+        Ok(match wanted {
+            Some(address) => subnet.claim(address, &taken.all)?,
+            None => subnet.next_free(taken.last, &taken.all)?,
+        })
     }
 
     async fn check(&self, spec: CreateSpec) -> Result<Spec, CreateError> {
@@ -375,6 +407,7 @@ impl Manager {
             return Ok(None);
         };
         let before = sandbox.status;
+        let forwards = sandbox.forwards.clone();
         let released = match sandbox.apply(transition, Timestamp::now()) {
             Ok(()) => self.inner.store.update(&sandbox).await?,
             Err(late) => {
@@ -390,6 +423,9 @@ impl Manager {
                 (status, reason) => info!(sandbox = %id, from = %before, to = %status,
                     reason = reason.as_deref(), "sandbox changed state"),
             }
+        }
+        if sandbox.forwards.is_empty() && !forwards.is_empty() {
+            self.inner.host.close_forwards(id, &forwards).await;
         }
         self.discard(&released).await;
         Ok(Some(sandbox))
@@ -421,6 +457,10 @@ fn request_for(sandbox: &Sandbox, start: Start) -> CreateRequest {
         identity: identity_of(&sandbox.id, sandbox.created_at),
         layers: sandbox.layers.clone(),
         start,
+        nic: sandbox.spec.network.clone().map(|connection| Nic {
+            address: sandbox.address,
+            connection,
+        }),
     }
 }
 

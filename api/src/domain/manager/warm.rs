@@ -12,16 +12,18 @@
 //! does not start, is not tried again by this daemon, so that no machine is booted over and over.
 
 use std::collections::HashSet;
+use std::net::Ipv4Addr;
 use std::sync::{Mutex, PoisonError};
 
 use jiff::Timestamp;
 use tokio::sync::Semaphore;
 use tracing::{Instrument, debug, info, warn};
 
-use super::super::error::CreateError;
-use super::super::host::{CreateRequest, ExecRequest, HostError, SaveRequest, Shape};
+use super::super::error::{CreateError, InsertError};
+use super::super::host::{CreateRequest, ExecRequest, HostError, Nic, SaveRequest, Shape};
 use super::super::id::{LayerId, SandboxId};
 use super::super::layer::Layers;
+use super::super::network::{Connection, Egress, RateLimits};
 use super::super::sandbox::{Sandbox, Spec, Transition};
 use super::super::snapshot::WarmSnapshot;
 use super::super::store::StoreError;
@@ -94,7 +96,8 @@ impl Manager {
     pub(super) async fn insert_warm(
         &self,
         spec: Spec,
-    ) -> Result<(Sandbox, Turn, Option<String>), StoreError> {
+        address: Option<Ipv4Addr>,
+    ) -> Result<(Sandbox, Turn, Option<String>), InsertError> {
         let key = self.warm_key(&shape_of(&spec)).await;
         let _records = self.inner.records.lock().await;
         let found = match key {
@@ -102,10 +105,10 @@ impl Manager {
             None => None,
         };
         let Some(mut warm) = found else {
-            let (sandbox, turn) = self.insert(&spec, &Layers::default()).await?;
+            let (sandbox, turn) = self.insert(&spec, &Layers::default(), address).await?;
             return Ok((sandbox, turn, None));
         };
-        let (sandbox, turn) = self.insert(&spec, &warm.layers).await?;
+        let (sandbox, turn) = self.insert(&spec, &warm.layers, address).await?;
         warm.used_at = Timestamp::now();
         self.inner.store.put_warm(&warm).await?;
         Ok((sandbox, turn, Some(warm.key)))
@@ -209,6 +212,7 @@ impl Manager {
             identity: identity_of(&id, Timestamp::now()),
             layers: Layers::default(),
             start: Start::Cold,
+            nic: self.unconnected_nic().await?,
         };
         host.create(request).await?;
         let layers = Layers::default().saved(LayerId::random(), LayerId::random());
@@ -251,6 +255,18 @@ impl Manager {
             "warm snapshot made"
         );
         Ok(())
+    }
+
+    /// The card of a machine that no sandbox is in.
+    async fn unconnected_nic(&self) -> Result<Option<Nic>, HostError> {
+        let network = self.inner.host.describe().await?.network;
+        Ok(network.map(|_| Nic {
+            address: None,
+            connection: Connection {
+                egress: Egress::None,
+                rate_limits: RateLimits::default(),
+            },
+        }))
     }
 
     /// Runs what nearly every command needs, so that it is in the guest's memory. Not every template
