@@ -2,15 +2,16 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
 use crate::chain;
-use crate::domain::WhenIdle;
+use crate::domain::{Egress, Subnet, WhenIdle};
 use crate::hypervisor::{CgroupParent, DiskLimits};
+use crate::network::MAX_BRIDGE_NAME;
 
 /// The file that is read when none is named, if it is there.
 const DEFAULT_FILE: &str = "/etc/microvm-sandbox/sandboxd.toml";
@@ -37,6 +38,8 @@ pub struct Config {
     pub images: ImagesConfig,
     /// How VMMs are jailed.
     pub jail: JailConfig,
+    /// The network of sandboxes.
+    pub network: NetworkConfig,
     /// Sizes.
     pub limits: LimitsConfig,
     /// Logs.
@@ -108,6 +111,110 @@ impl JailConfig {
     }
 }
 
+/// The network of sandboxes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct NetworkConfig {
+    /// Whether sandboxes have one.
+    pub mode: NetworkMode,
+    /// Name of the bridge.
+    pub bridge: String,
+    /// Addresses of the sandboxes and, as the first of them, of the gateway.
+    pub subnet: Subnet,
+    /// The largest packet, in bytes.
+    pub mtu: u16,
+    /// Name in `/run/netns`, or absolute path, of the network namespace that all of it is in; the
+    /// daemon's own, if not given.
+    pub namespace: Option<String>,
+    /// Resolvers that names are looked up at, instead of those of `/etc/resolv.conf`.
+    pub resolvers: Vec<SocketAddr>,
+    /// What new sandboxes may reach unless they ask for something else.
+    pub egress: Egress,
+}
+
+/// Whether sandboxes have a network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum NetworkMode {
+    /// If it can be set up.
+    Auto,
+    /// Yes; if it cannot be set up, the daemon does not start.
+    On,
+    /// No: they have no network card.
+    Off,
+}
+
+impl Default for NetworkConfig {
+    fn default() -> Self {
+        Self {
+            mode: NetworkMode::Auto,
+            bridge: "chbr0".to_owned(),
+            subnet: Subnet::DEFAULT,
+            mtu: 1500,
+            namespace: None,
+            resolvers: Vec::new(),
+            egress: Egress::All,
+        }
+    }
+}
+
+impl NetworkConfig {
+    /// The same as the host side takes it, for the daemon that owns `data_dir`; `None` if there is to
+    /// be no network.
+    pub fn for_host(&self, data_dir: &Path) -> Option<crate::network::NetworkConfig> {
+        (self.mode != NetworkMode::Off).then(|| crate::network::NetworkConfig {
+            bridge: self.bridge.clone(),
+            subnet: self.subnet,
+            mtu: self.mtu,
+            namespace: self.namespace.clone(),
+            resolvers: self.resolvers.clone(),
+            owner: data_dir.to_owned(),
+        })
+    }
+
+    /// What is wrong with it, as a sentence.
+    fn check(&self) -> Result<(), String> {
+        let is_name = |byte: u8| byte.is_ascii_alphanumeric() || b"-_".contains(&byte);
+        let bridge = self.bridge.as_bytes();
+        if !(1..=MAX_BRIDGE_NAME).contains(&bridge.len())
+            || !bridge.iter().copied().all(is_name)
+            || !bridge[0].is_ascii_alphabetic()
+        {
+            return Err(format!(
+                "network.bridge must be 1 to {MAX_BRIDGE_NAME} letters, digits, `-` or `_`, and \
+                 begin with a letter, not {:?}",
+                self.bridge
+            ));
+        }
+        // RFC 791 and the largest that Ethernet interfaces take.
+        if !(576..=65_521).contains(&self.mtu) {
+            return Err(format!(
+                "network.mtu must be 576 to 65521, not {}",
+                self.mtu
+            ));
+        }
+        let egress = self.egress.clone().check();
+        egress.map_err(|error| format!("network.egress: {error}"))?;
+        Ok(())
+    }
+}
+
+/// A policy without a list, for the command line.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum EgressFlag {
+    None,
+    All,
+}
+
+/// A resolver: an address, and a port if it is not that of DNS.
+fn parse_resolver(text: &str) -> Result<SocketAddr, String> {
+    let address = text.parse::<IpAddr>();
+    let address = address.map(|address| SocketAddr::new(address, 53));
+    address
+        .or_else(|_| text.parse())
+        .map_err(|_| "expected an address, and `:` and a port if it is not 53".to_owned())
+}
+
 /// Sizes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -166,6 +273,7 @@ impl Default for Config {
             when_idle: WhenIdle::default(),
             images: ImagesConfig::default(),
             jail: JailConfig::default(),
+            network: NetworkConfig::default(),
             limits: LimitsConfig::default(),
             log: LogConfig::default(),
         }
@@ -269,6 +377,35 @@ pub struct Flags {
     /// Operations a second of the same [default: 0, no limit]
     #[arg(long, env = "SANDBOXD_JAIL_DISK_OPS_PER_SEC", value_name = "COUNT")]
     jail_disk_ops_per_sec: Option<u64>,
+    /// Whether sandboxes have a network: auto is if it can be set up, which takes root or
+    /// CAP_NET_ADMIN, and nft [default: auto]
+    #[arg(long, env = "SANDBOXD_NETWORK", value_name = "MODE")]
+    network: Option<NetworkMode>,
+    /// Name of the bridge that sandboxes are connected by [default: chbr0]
+    #[arg(long, env = "SANDBOXD_NETWORK_BRIDGE", value_name = "NAME")]
+    network_bridge: Option<String>,
+    /// Addresses of sandboxes; the first is the gateway's [default: 192.168.200.0/24]
+    #[arg(long, env = "SANDBOXD_NETWORK_SUBNET", value_name = "SUBNET")]
+    network_subnet: Option<Subnet>,
+    /// The largest packet of sandboxes, in bytes [default: 1500]
+    #[arg(long, env = "SANDBOXD_NETWORK_MTU", value_name = "BYTES")]
+    network_mtu: Option<u16>,
+    /// Network namespace that bridge and sandboxes are in: a name in /run/netns, or an absolute
+    /// path [default: the daemon's own]
+    #[arg(long, env = "SANDBOXD_NETWORK_NAMESPACE", value_name = "NAME")]
+    network_namespace: Option<String>,
+    /// Resolvers that names are looked up at [default: those of /etc/resolv.conf]
+    #[arg(
+        long,
+        env = "SANDBOXD_NETWORK_RESOLVERS",
+        value_name = "ADDR",
+        value_delimiter = ',',
+        value_parser = parse_resolver
+    )]
+    network_resolvers: Vec<SocketAddr>,
+    /// What new sandboxes may reach unless they ask for something else [default: all]
+    #[arg(long, env = "SANDBOXD_NETWORK_EGRESS", value_name = "POLICY")]
+    network_egress: Option<EgressFlag>,
     /// Largest file to upload, in bytes [default: 104857600, 100 MiB]
     #[arg(long, env = "SANDBOXD_UPLOAD_BYTES", value_name = "BYTES")]
     upload_bytes: Option<u64>,
@@ -401,6 +538,24 @@ impl Config {
         let (bytes, ops) = (flags.jail_disk_bytes_per_sec, flags.jail_disk_ops_per_sec);
         set(&mut self.jail.disk_bytes_per_sec, bytes);
         set(&mut self.jail.disk_ops_per_sec, ops);
+        set(&mut self.network.mode, flags.network);
+        set(&mut self.network.bridge, flags.network_bridge);
+        set(&mut self.network.subnet, flags.network_subnet);
+        set(&mut self.network.mtu, flags.network_mtu);
+        set(
+            &mut self.network.namespace,
+            flags.network_namespace.map(Some),
+        );
+        if !flags.network_resolvers.is_empty() {
+            self.network.resolvers = flags.network_resolvers;
+        }
+        set(
+            &mut self.network.egress,
+            flags.network_egress.map(|policy| match policy {
+                EgressFlag::None => Egress::None,
+                EgressFlag::All => Egress::All,
+            }),
+        );
         set(&mut self.limits.upload_bytes, flags.upload_bytes);
         set(&mut self.limits.exec_output_bytes, flags.exec_output_bytes);
         set(&mut self.limits.exec_memory_bytes, flags.exec_memory_bytes);
@@ -462,6 +617,7 @@ impl Config {
                 self.jail.cgroup
             ));
         }
+        self.network.check().map_err(ConfigError::Invalid)?;
         if self.images.cmdline_extra.contains(char::is_control) {
             return invalid("images.cmdline_extra has a control character".to_owned());
         }
@@ -554,6 +710,10 @@ mod tests {
                 initramfs: Some("/r".into()),
                 ..ImagesConfig::default()
             },
+            network: NetworkConfig {
+                namespace: Some("n".into()),
+                ..NetworkConfig::default()
+            },
             ..Config::default()
         };
         let written = toml::to_string(&every).unwrap();
@@ -608,6 +768,9 @@ mod tests {
             ["--jail-first-uid=0"],
             ["--jail-cgroup=somewhere"],
             ["--log=a=b=c"],
+            ["--network-bridge=a-long-name"],
+            ["--network-bridge=a/b"],
+            ["--network-mtu=100"],
             ["--config=/nowhere/sandboxd.toml"],
         ] {
             assert!(load(&arguments).is_err(), "{arguments:?}");

@@ -20,11 +20,13 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::config::Config;
+use crate::chain;
+use crate::config::{Config, NetworkMode};
 use crate::domain::{ExecLimits, Host, Limits, Manager, PoolLimits, RecoverError};
 use crate::http::{self, AppState, OpenApiError};
-use crate::hypervisor::{HostConfig, LeftoverError, LocalHost, Paths, PathsError};
+use crate::hypervisor::{HostConfig, HostNetwork, LeftoverError, LocalHost, Paths, PathsError};
 use crate::images::{ImageError, Images};
+use crate::network::{Network, NetworkError};
 use crate::store::{OpenError, SqliteStore};
 
 /// Why the daemon did not start, or ended otherwise than asked.
@@ -92,6 +94,9 @@ pub enum DaemonError {
     /// What an earlier daemon left cannot be settled.
     #[error(transparent)]
     Recover(#[from] RecoverError),
+    /// There is no network, and `network.mode` is `on`.
+    #[error("the network of sandboxes cannot be set up, and network.mode is on")]
+    Network(#[source] NetworkError),
     /// The API's description cannot be written.
     #[error(transparent)]
     OpenApi(#[from] OpenApiError),
@@ -133,6 +138,7 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(DaemonError::Signals)?;
 
     let store = SqliteStore::open(&data_dir.join("sandboxd.db"))?;
+    let network = network(&config, &data_dir).await?;
     let host = LocalHost::start(HostConfig {
         vmm,
         images,
@@ -141,6 +147,7 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
         cmdline_extra: config.images.cmdline_extra.clone(),
         prefetch: config.limits.prefetch,
         jail: config.jail.for_host(),
+        network,
     })
     .await?;
     let limits = Limits {
@@ -205,6 +212,31 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
     manager.shutdown().await;
     info!("sandboxd has shut down");
     Ok(())
+}
+
+/// The network of sandboxes, if they are to have one and it can be set up.
+async fn network(
+    config: &Config,
+    data_dir: &Path,
+) -> Result<Option<Arc<HostNetwork>>, DaemonError> {
+    let Some(settings) = config.network.for_host(data_dir) else {
+        info!("sandboxes have no network card: network.mode is off");
+        return Ok(None);
+    };
+    match Network::start(settings).await {
+        Ok(network) => {
+            let egress = config.network.egress.clone();
+            Ok(Some(Arc::new(HostNetwork::new(network, egress))))
+        }
+        Err(source) if config.network.mode == NetworkMode::Auto => {
+            warn!(
+                reason = chain(&source),
+                "sandboxes have no network card; commands and files work without"
+            );
+            Ok(None)
+        }
+        Err(source) => Err(DaemonError::Network(source)),
+    }
 }
 
 fn images(config: &Config, dir: &Path) -> Result<Images, DaemonError> {

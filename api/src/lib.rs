@@ -1,7 +1,7 @@
 //! sandboxd: the daemon that owns sandboxes and serves the REST APIs.
 //!
 //! Dependencies point inwards: [`dialects`] and [`http`] know [`domain`]; [`hypervisor`],
-//! [`agent`], [`images`] and [`store`] do its work behind its two traits,
+//! [`agent`], [`images`], [`network`] and [`store`] do its work behind its two traits,
 //! [`Host`](domain::Host) and [`Store`](domain::Store); [`daemon`] puts them
 //! together as [`config`] says.
 
@@ -13,6 +13,7 @@ pub mod domain;
 pub mod http;
 pub mod hypervisor;
 pub mod images;
+pub mod network;
 pub mod store;
 
 /// An error and its sources, as one line.

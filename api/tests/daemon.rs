@@ -61,7 +61,9 @@ impl Place {
             .arg("serve")
             .args(["--listen=127.0.0.1:0", "--log-format=json"])
             // What boots in the background is told of elsewhere.
-            .arg("--warm-disk-bytes=0");
+            .arg("--warm-disk-bytes=0")
+            // These tests have no part of this host for themselves but directories.
+            .arg("--network=off");
         for (flag, name) in [
             ("--data-dir", "data"),
             ("--runtime-dir", "run"),

@@ -53,6 +53,7 @@ fn request(id: &SandboxId) -> CreateRequest {
         },
         layers: Layers::default(),
         start: Start::Cold,
+        nic: None,
     }
 }
 
@@ -100,6 +101,7 @@ impl Bench {
             cmdline_extra: "extra=1".to_owned(),
             prefetch: false,
             jail: None,
+            network: None,
         });
         let host = Arc::new(host.await.unwrap());
         Self { dir, paths, host }

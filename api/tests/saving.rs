@@ -79,6 +79,7 @@ impl Bench {
             cmdline_extra: String::new(),
             prefetch: false,
             jail: None,
+            network: None,
         });
         let host = Arc::new(host.await.unwrap());
         Self {
@@ -95,12 +96,14 @@ impl Bench {
             identity: identity(id),
             layers: layers.clone(),
             start: Start::Cold,
+            nic: None,
         };
         self.host.create(request).await.map(drop)
     }
 
     async fn prepare(&self, id: &SandboxId, layers: &Layers) -> Result<(), HostError> {
         let request = PrepareRequest {
+            nic: None,
             id: id.clone(),
             shape: shape(),
             layers: layers.clone(),
@@ -110,6 +113,7 @@ impl Bench {
 
     async fn claim(&self, id: &SandboxId) -> Result<Created, HostError> {
         let request = ClaimRequest {
+            nic: None,
             id: id.clone(),
             identity: identity(id),
         };
@@ -480,6 +484,7 @@ async fn a_key_changes_with_everything_that_a_machine_is_made_of() {
         cmdline_extra: String::new(),
         prefetch: false,
         jail: None,
+        network: None,
     };
     let host = LocalHost::start(config.clone()).await.unwrap();
     let shape = |vcpus, memory_mb| Shape {

@@ -15,6 +15,7 @@ use rustix::system::sethostname;
 use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 
 use crate::log::{info, warning};
+use crate::network;
 
 /// `RNDADDENTROPY` and `RNDRESEEDCRNG` of `linux/random.h`.
 const RNDADDENTROPY: libc::Ioctl = 0x4008_5203;
@@ -51,6 +52,13 @@ pub fn assume(request: &ResumedRequest) -> Resumed {
         "/etc/machine-id cannot be written",
         write_machine_id(Path::new("/etc"), &request.machine_id),
     );
+    let network = match &request.network {
+        Some(network) => try_to(
+            "the network card cannot be set up",
+            network::set_up(network).map(|()| true),
+        ),
+        None => false,
+    };
     info!("this is {}", request.hostname);
     Resumed {
         realtime_ns: realtime_ns(),
@@ -58,6 +66,7 @@ pub fn assume(request: &ResumedRequest) -> Resumed {
         clock,
         hostname,
         machine_id,
+        network,
         problems,
     }
 }

@@ -13,6 +13,7 @@ mod files;
 mod identity;
 mod init;
 mod log;
+mod network;
 mod reaper;
 mod server;
 mod shutdown;

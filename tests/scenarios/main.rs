@@ -19,6 +19,7 @@ mod floods;
 mod guest;
 mod hostile;
 mod jail;
+mod network;
 mod refusals;
 mod resize;
 mod restore;

@@ -28,6 +28,7 @@ pub mod http;
 pub mod images;
 pub mod log;
 pub mod network;
+pub mod outside;
 pub mod pattern;
 pub mod process;
 pub mod setup;

@@ -8,7 +8,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use agent_protocol::{PATH_RESUMED, Resumed, ResumedRequest};
+use agent_protocol::{GuestNetwork, PATH_RESUMED, Resumed, ResumedRequest};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::header::{CONTENT_TYPE, HOST};
@@ -28,7 +28,7 @@ const TRIES: usize = 4;
 const SEED: usize = 32;
 
 impl AgentClient {
-    /// Tells the guest who it is and what time it is.
+    /// Tells the guest who it is, how it is connected, and what time it is.
     ///
     /// # Errors
     /// The agent has not answered by `deadline`, or has refused.
@@ -36,23 +36,29 @@ impl AgentClient {
         &self,
         id: &SandboxId,
         identity: &Identity,
+        network: Option<&GuestNetwork>,
         deadline: Instant,
     ) -> Result<(), HostError> {
-        tokio::time::timeout_at(deadline, self.set(id, identity))
+        tokio::time::timeout_at(deadline, self.set(id, identity, network))
             .await
             .map_err(|_| HostError::AgentUnreachable {
                 reason: "it did not answer in time".to_owned(),
             })?
     }
 
-    async fn set(&self, id: &SandboxId, identity: &Identity) -> Result<(), HostError> {
+    async fn set(
+        &self,
+        id: &SandboxId,
+        identity: &Identity,
+        network: Option<&GuestNetwork>,
+    ) -> Result<(), HostError> {
         let mut shortest = None;
         for attempt in 1..=TRIES {
             let sent = Instant::now();
             let sent_ns = now_ns();
             let late_ns = shortest.unwrap_or(0);
             let resumed = self
-                .set_once(identity, sent_ns.saturating_add(late_ns))
+                .set_once(identity, network, sent_ns.saturating_add(late_ns))
                 .await?;
             let way = sent.elapsed();
             for problem in &resumed.problems {
@@ -76,7 +82,12 @@ impl AgentClient {
         Ok(())
     }
 
-    async fn set_once(&self, identity: &Identity, realtime_ns: i64) -> Result<Resumed, HostError> {
+    async fn set_once(
+        &self,
+        identity: &Identity,
+        network: Option<&GuestNetwork>,
+        realtime_ns: i64,
+    ) -> Result<Resumed, HostError> {
         let internal = |error: &dyn std::error::Error| HostError::Internal {
             reason: error.to_string(),
         };
@@ -85,6 +96,7 @@ impl AgentClient {
             hostname: identity.hostname.clone(),
             machine_id: identity.machine_id.clone(),
             seed: rand::random::<[u8; SEED]>().to_vec(),
+            network: network.cloned(),
         };
         let body = serde_json::to_vec(&body).map_err(|error| internal(&error))?;
         let request = Request::post(PATH_RESUMED)

@@ -3,6 +3,7 @@
 use super::exec::CollectError;
 use super::host::HostError;
 use super::id::SandboxId;
+use super::network::{AddressError, Forward};
 use super::sandbox::Status;
 use super::store::StoreError;
 
@@ -15,6 +16,9 @@ pub enum CreateError {
     /// The daemon is ending.
     #[error("the daemon is shutting down and starts no more sandboxes")]
     ShuttingDown,
+    /// It cannot have the address.
+    #[error(transparent)]
+    Address(#[from] AddressError),
     /// The host did not start it. Its record says so too.
     #[error("sandbox {id} was not created")]
     Host {
@@ -41,6 +45,76 @@ pub enum CreateError {
     /// The task that created it is gone.
     #[error("the creation was interrupted")]
     Interrupted,
+}
+
+/// Why a new sandbox was not written down.
+#[derive(Debug, thiserror::Error)]
+pub enum InsertError {
+    /// It cannot have an address.
+    #[error(transparent)]
+    Address(#[from] AddressError),
+    /// The host cannot be asked.
+    #[error("the host cannot say what it offers")]
+    Describe(#[source] HostError),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl From<InsertError> for CreateError {
+    fn from(source: InsertError) -> Self {
+        match source {
+            InsertError::Address(source) => Self::Address(source),
+            InsertError::Describe(source) => Self::Describe(source),
+            InsertError::Store(source) => Self::Store(source),
+        }
+    }
+}
+
+/// Why the network of a sandbox is as it was.
+#[derive(Debug, thiserror::Error)]
+pub enum NetworkChangeError {
+    /// There is no such sandbox, or the store failed.
+    #[error(transparent)]
+    Lookup(#[from] LookupError),
+    /// The request makes no sense.
+    #[error("{0}")]
+    Invalid(String),
+    /// It has no network card.
+    #[error("the sandbox has no network card, since this host had no network when it was made")]
+    NoNetwork,
+    /// It is gone, or on the way somewhere.
+    #[error("the sandbox's network cannot be changed now (status: {0})")]
+    WrongState(Status),
+    /// Another sandbox has the port.
+    #[error(
+        "{} port {} already leads into sandbox {id}; choose another, or none to get one that is free",
+        forward.transport, forward.host
+    )]
+    PortTaken {
+        /// Whose it is.
+        id: SandboxId,
+        /// The forward that has it.
+        forward: Forward,
+    },
+    /// It has too many.
+    #[error("the sandbox has {0} forwards, and can have no more; remove one")]
+    TooManyForwards(usize),
+    /// There is no such forward.
+    #[error("the sandbox has no such forward")]
+    NoForward,
+    /// The host did not do it.
+    #[error("the sandbox's network was not changed")]
+    Host(#[source] HostError),
+    /// The task that was at it is gone.
+    #[error("the change was interrupted")]
+    Interrupted,
+}
+
+impl From<StoreError> for NetworkChangeError {
+    fn from(source: StoreError) -> Self {
+        Self::Lookup(source.into())
+    }
 }
 
 /// Why a sandbox was not found.
@@ -143,6 +217,9 @@ pub enum SnapshotError {
          is needed"
     )]
     TooManyLayers(usize),
+    /// A clone cannot have an address.
+    #[error(transparent)]
+    Address(#[from] AddressError),
     /// The host did not save it.
     #[error("no snapshot could be taken")]
     Host(#[source] HostError),
@@ -154,6 +231,16 @@ pub enum SnapshotError {
 impl From<StoreError> for SnapshotError {
     fn from(source: StoreError) -> Self {
         Self::Lookup(source.into())
+    }
+}
+
+impl From<InsertError> for SnapshotError {
+    fn from(source: InsertError) -> Self {
+        match source {
+            InsertError::Address(source) => Self::Address(source),
+            InsertError::Describe(source) => Self::Host(source),
+            InsertError::Store(source) => source.into(),
+        }
     }
 }
 

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::net::Ipv4Addr;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -14,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::id::{LayerId, SandboxId};
 use super::layer::Layers;
+use super::network::{Connection, Egress, Forward, ForwardSpec, NetworkActivity, NetworkInfo};
 use super::snapshot::LayersInfo;
 use super::timings::{SaveTimings, Start, Timings};
 
@@ -157,6 +159,27 @@ pub trait Host: Send + Sync {
     /// # Errors
     /// There is none, or something is left.
     async fn remove_file(&self, id: &SandboxId, path: &str) -> Result<(), HostError>;
+    /// Changes what a running sandbox may reach, for its connections as well.
+    ///
+    /// # Errors
+    /// It is as before.
+    async fn set_egress(&self, id: &SandboxId, egress: Egress) -> Result<(), HostError>;
+
+    /// What a running sandbox does in the network.
+    ///
+    /// # Errors
+    /// It cannot tell.
+    async fn network_activity(&self, id: &SandboxId) -> Result<NetworkActivity, HostError>;
+
+    /// Lets a port of the host lead into a sandbox, which need not run. It stays until it is closed.
+    ///
+    /// # Errors
+    /// [`HostError::PortInUse`], or the port cannot be had otherwise.
+    async fn open_forward(&self, id: &SandboxId, spec: ForwardSpec) -> Result<Forward, HostError>;
+
+    /// Takes ports of the host away that lead into a sandbox, and ends their connections. Those that
+    /// do not are fine.
+    async fn close_forwards(&self, id: &SandboxId, forwards: &[Forward]);
 
     /// Tells from now on what happens without being asked for.
     async fn events(&self) -> BoxStream<'static, HostEvent>;
@@ -172,6 +195,8 @@ pub struct HostInfo {
     pub templates: Vec<String>,
     /// RAM of the machine in MiB.
     pub memory_mb: u64,
+    /// The network of its sandboxes; `None` if they have no network card.
+    pub network: Option<NetworkInfo>,
 }
 
 /// What a machine is made of.
@@ -207,6 +232,17 @@ pub struct CreateRequest {
     pub layers: Layers,
     /// What kind of start this is, for the timings.
     pub start: Start,
+    /// Its network card; it has none, if there is none.
+    pub nic: Option<Nic>,
+}
+
+/// The network card of a sandbox.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Nic {
+    /// Its address; if there is none, nothing passes the card.
+    pub address: Option<Ipv4Addr>,
+    /// What it may reach and how much.
+    pub connection: Connection,
 }
 
 /// Make a machine ready.
@@ -218,6 +254,8 @@ pub struct PrepareRequest {
     pub shape: Shape,
     /// What it is started from: there are memory layers among them.
     pub layers: Layers,
+    /// Its network card, if it has one; that of nobody until it is claimed.
+    pub nic: Option<Nic>,
 }
 
 /// Start the sandbox that was prepared under this name.
@@ -227,6 +265,8 @@ pub struct ClaimRequest {
     pub id: SandboxId,
     /// Who its guest is.
     pub identity: Identity,
+    /// What its network card is, if it has one.
+    pub nic: Option<Nic>,
 }
 
 /// A sandbox was started.
@@ -430,6 +470,12 @@ pub enum HostError {
     /// It was destroyed in the meantime.
     #[error("the sandbox was destroyed in the meantime")]
     Destroyed,
+    /// Somebody has the port.
+    #[error("{reason}")]
+    PortInUse {
+        /// Which, as a sentence.
+        reason: String,
+    },
     /// Its agent cannot be reached, or went away in the midst of it.
     #[error("the guest agent does not answer: {reason}")]
     AgentUnreachable {

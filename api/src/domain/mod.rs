@@ -7,6 +7,7 @@ mod id;
 mod idle;
 mod layer;
 mod manager;
+mod network;
 mod request;
 mod sandbox;
 mod snapshot;
@@ -16,21 +17,29 @@ mod timings;
 mod turns;
 
 pub use error::{
-    CreateError, DestroyError, ExecError, FileError, ForkError, LookupError, PauseError,
-    ResumeError, SnapshotError,
+    CreateError, DestroyError, ExecError, FileError, ForkError, InsertError, LookupError,
+    NetworkChangeError, PauseError, ResumeError, SnapshotError,
 };
 pub use exec::{CollectError, ExecEnd, ExecLimits, ExecOutput};
 pub use host::{
     ClaimRequest, CreateRequest, Created, End, ExecEvent, ExecRequest, ExitInfo, FileContent,
-    FileInfo, FileKind, Host, HostError, HostEvent, HostInfo, Identity, PrepareRequest,
+    FileInfo, FileKind, Host, HostError, HostEvent, HostInfo, Identity, Nic, PrepareRequest,
     ReadFileRequest, SaveRequest, Saved, Shape, WriteFileRequest,
 };
 pub use id::{Id, Kind, LayerId, ParseIdError, SandboxId, SnapshotId};
 pub use layer::{Layers, MAX_DISK};
-pub use manager::{Forked, InUse, Limits, Manager, PoolLimits, RecoverError, WhenIdle};
+pub use manager::{
+    Forked, InUse, Limits, Manager, PoolLimits, RecoverError, SandboxNetwork, WhenIdle,
+};
+pub use network::{
+    AddressError, AllowRule, Cidr, Connection, Counter, Denied, DeniedWhat, Destination,
+    DomainPattern, Egress, EgressError, FIRST_AUTO_PORT, Forward, ForwardSpec, LAST_AUTO_PORT,
+    MAX_FORWARDS, MAX_RULES, MacAddress, NetworkActivity, NetworkInfo, NetworkSpec, PortRange,
+    RateLimits, Subnet, SubnetError, Traffic, Transport,
+};
 pub use request::{Command, CreateSpec, MAX_EXEC_TIMEOUT_SEC, SnapshotSpec};
 pub use sandbox::{Desired, IllegalTransition, Sandbox, Spec, Status, Transition};
 pub use snapshot::{LayersInfo, Snapshot, WarmSnapshot};
 pub use spool::{Spool, Spooled};
-pub use store::{Store, StoreError};
+pub use store::{Store, StoreError, TakenAddresses};
 pub use timings::{SaveTimings, Start, Timings};

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::host::{ExecRequest, HostInfo};
+use super::network::{AddressError, Connection, Egress, NetworkSpec, RateLimits};
 use super::sandbox::Spec;
 
 /// The most vCPUs of one sandbox: what the VMM can build.
@@ -33,6 +34,8 @@ pub struct CreateSpec {
     pub memory_mb: i64,
     /// Idle time in seconds.
     pub timeout_sec: i64,
+    /// How it shall be connected.
+    pub network: NetworkSpec,
 }
 
 /// A snapshot as it is asked for, unchecked.
@@ -90,7 +93,29 @@ pub fn check_spec(spec: CreateSpec, host: &HostInfo) -> Result<Spec, String> {
             MAX_TIMEOUT_SEC,
             " (seconds, 0 is never)",
         )?,
+        network: check_network(spec.network, host)?,
     })
+}
+
+/// How the sandbox that is asked for is connected on `host`; not at all, if that has no network.
+fn check_network(spec: NetworkSpec, host: &HostInfo) -> Result<Option<Connection>, String> {
+    let Some(network) = &host.network else {
+        let wants_none = matches!(spec.egress, None | Some(Egress::None));
+        return if wants_none && spec.address.is_none() && spec.rate_limits == RateLimits::default()
+        {
+            Ok(None)
+        } else {
+            Err(AddressError::NoNetwork.to_string())
+        };
+    };
+    let egress = match spec.egress {
+        Some(egress) => egress.check().map_err(|error| error.to_string())?,
+        None => network.default_egress.clone(),
+    };
+    Ok(Some(Connection {
+        egress,
+        rate_limits: spec.rate_limits.check()?,
+    }))
 }
 
 /// The command that is asked for.

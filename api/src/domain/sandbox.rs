@@ -27,12 +27,14 @@
 //! each by [`Sandbox::apply`], which refuses one that is not drawn here.
 
 use std::fmt;
+use std::net::Ipv4Addr;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::id::SandboxId;
 use super::layer::Layers;
+use super::network::{Connection, Egress, Forward};
 use super::timings::Timings;
 
 /// Where a sandbox stands.
@@ -133,6 +135,8 @@ pub struct Spec {
     pub memory_mb: u32,
     /// Idle time after which it is set aside, in seconds; 0 is never.
     pub timeout_sec: u32,
+    /// How it is connected; `None` if it has no network card.
+    pub network: Option<Connection>,
 }
 
 /// A sandbox.
@@ -163,6 +167,10 @@ pub struct Sandbox {
     pub layers: Layers,
     /// What it will be based on once it is paused, while it is `pausing`.
     pub saving: Option<Layers>,
+    /// Its address in the network, if it has a network card. It is nobody else's before it ends.
+    pub address: Option<Ipv4Addr>,
+    /// Ports of the host that lead into it.
+    pub forwards: Vec<Forward>,
 }
 
 /// Something that happened to a sandbox.
@@ -180,6 +188,10 @@ pub enum Transition {
     Paused,
     /// It was not saved, runs on, and is based on these layers.
     NotPaused(Layers),
+    /// It may reach something else than before.
+    Egress(Egress),
+    /// Other ports of the host lead into it than before.
+    Forwards(Vec<Forward>),
     /// It is to be resumed.
     Resuming,
     /// It was not resumed.
@@ -228,6 +240,8 @@ impl Sandbox {
             timings: None,
             layers,
             saving: None,
+            address: None,
+            forwards: Vec::new(),
         }
     }
 
@@ -250,6 +264,16 @@ impl Sandbox {
             }
             (Running, Transition::Used) => self.last_active_at = Some(now),
             (Pending | Running, Transition::Based(layers)) => self.layers = layers,
+            (Pending | Running | Pausing | Paused | Resuming, Transition::Egress(egress))
+                if self.spec.network.is_some() =>
+            {
+                if let Some(connection) = &mut self.spec.network {
+                    connection.egress = egress;
+                }
+            }
+            (Pending | Running | Pausing | Paused | Resuming, Transition::Forwards(forwards)) => {
+                self.forwards = forwards
+            }
             (Running, Transition::Pausing(next)) => {
                 self.status = Pausing;
                 self.want(Desired::Paused);
@@ -304,6 +328,7 @@ impl Sandbox {
         self.status_reason = reason.or_else(|| self.status_reason.take());
         self.layers = Layers::default();
         self.saving = None;
+        self.forwards = Vec::new();
     }
 }
 
@@ -322,6 +347,7 @@ mod tests {
             vcpus: 1,
             memory_mb: 512,
             timeout_sec: 300,
+            network: None,
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::error::Error;
+use std::net::Ipv4Addr;
 
 use async_trait::async_trait;
 
@@ -40,6 +41,13 @@ pub trait Store: Send + Sync {
     /// # Errors
     /// The store failed.
     async fn list_live(&self) -> Result<Vec<Sandbox>, StoreError>;
+
+    /// The addresses that sandboxes have which are neither stopped nor in error, and the one that was
+    /// given last.
+    ///
+    /// # Errors
+    /// The store failed.
+    async fn taken_addresses(&self) -> Result<TakenAddresses, StoreError>;
 
     /// Adds a snapshot; `false` if its id or name is taken.
     ///
@@ -101,6 +109,15 @@ pub trait Store: Send + Sync {
     /// # Errors
     /// The store failed.
     async fn held_layers(&self) -> Result<BTreeSet<LayerId>, StoreError>;
+}
+
+/// Addresses that sandboxes have.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct TakenAddresses {
+    /// All of them.
+    pub all: BTreeSet<Ipv4Addr>,
+    /// The one that was given last, whether its sandbox is still there or not.
+    pub last: Option<Ipv4Addr>,
 }
 
 /// The store failed.

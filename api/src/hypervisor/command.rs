@@ -41,18 +41,21 @@ pub struct Inherited {
     pub events: i32,
     /// Where it listens for requests to its API.
     pub api: i32,
+    /// The tap of its network card.
+    pub tap: Option<i32>,
 }
 
-/// The command that starts a sandbox's VMM.
+/// The command that starts a sandbox's VMM. `nic` is the value of the flag for its network card.
 pub fn command(
     config: &HostConfig,
     (request, goes): (&PrepareRequest, Goes),
     chain: &Chain,
     jail: Option<Jail<'_>>,
+    nic: Option<String>,
     inherited: Inherited,
 ) -> Command {
     let (id, shape, paths) = (&request.id, &request.shape, &config.paths);
-    let Inherited { events, api } = inherited;
+    let Inherited { events, api, tap } = inherited;
     let mut command = Command::new(&config.vmm);
     match restore_options(
         LayerFiles(paths.layers()),
@@ -88,6 +91,7 @@ pub fn command(
         .args(["--console", "off", "--rng", "src=/dev/urandom"])
         .args(["--event-monitor", &format!("fd={events}")])
         .args(["--api-socket", &format!("fd={api}")])
+        .args(nic.into_iter().flat_map(|nic| ["--net".to_owned(), nic]))
         .args(
             jail.into_iter()
                 .flat_map(|jail| ["--jail".to_owned(), jail_options(jail)]),
@@ -105,7 +109,7 @@ pub fn command(
     // is one. The descriptors are open: the caller holds them until after the spawn.
     unsafe {
         command.pre_exec(move || {
-            for inherited in [events, api] {
+            for inherited in [Some(events), Some(api), tap].into_iter().flatten() {
                 let inherited = BorrowedFd::borrow_raw(inherited);
                 // In the child alone, so that no other child can inherit it.
                 rustix::io::fcntl_setfd(inherited, rustix::io::FdFlags::empty())?;

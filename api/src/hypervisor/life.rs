@@ -35,10 +35,12 @@ use super::cgroup::Cgroup;
 use super::command::{Goes, Jail};
 use super::jail::User;
 use super::machine::{Greeting, Launch, Machine, NotReady};
+use super::nic::Nic;
 use super::save::{SaveError, Saving};
 use crate::agent::AgentClient;
 use crate::domain::{
-    Created, End, HostError, HostEvent, Identity, PrepareRequest, SaveRequest, Saved, Start,
+    Created, End, HostError, HostEvent, Identity, Nic as NicRequest, PrepareRequest, SaveRequest,
+    Saved, Start,
 };
 use crate::images::Chain;
 
@@ -66,6 +68,8 @@ pub struct Entry {
 pub struct Claim {
     /// Who its guest is.
     pub identity: Identity,
+    /// What its network card is.
+    pub nic: Option<NicRequest>,
     /// Where to tell how it went.
     pub reply: Started,
 }
@@ -245,7 +249,7 @@ impl Inner {
         let outcome = match self.prepare_jail(&request) {
             Ok(jail) => {
                 let outcome = self
-                    .start_and_follow(entry, request, chain, jail.as_ref(), orders, &mut begin)
+                    .connect_and_start(entry, request, chain, jail.as_ref(), orders, &mut begin)
                     .await;
                 let (held, cgroup) = jail.map(|jail| (jail.user, jail.cgroup)).unzip();
                 user = held.flatten();
@@ -310,12 +314,43 @@ impl Inner {
         Ok(Some(Held { user, cgroup }))
     }
 
+    /// Gives the sandbox its network card, and takes it away when the sandbox has ended.
+    async fn connect_and_start(
+        &self,
+        entry: &Entry,
+        request: PrepareRequest,
+        chain: Chain,
+        jail: Option<&Held>,
+        orders: mpsc::Receiver<Order>,
+        begin: &mut Option<Begin>,
+    ) -> Outcome {
+        let network = self.config.network.as_deref();
+        let mut nic = match Nic::open(network, &request.id, request.nic.as_ref()).await {
+            Ok(nic) => nic,
+            Err(reason) => return Outcome::NotStarted(HostError::Start { reason }),
+        };
+        let outcome = self
+            .start_and_follow(entry, request, chain, jail, nic.as_mut(), orders, begin)
+            .await;
+        if let Some(nic) = nic
+            && let Err(reason) = nic.close().await
+        {
+            entry.left(reason);
+        }
+        outcome
+    }
+
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the parts of one sandbox, each with a life of its own"
+    )]
     async fn start_and_follow(
         &self,
         entry: &Entry,
         request: PrepareRequest,
         chain: Chain,
         jail: Option<&Held>,
+        mut nic: Option<&mut Nic<'_>>,
         orders: mpsc::Receiver<Order>,
         begin: &mut Option<Begin>,
     ) -> Outcome {
@@ -332,7 +367,7 @@ impl Inner {
                 cgroup: held.cgroup.as_ref().map(|cgroup| cgroup.path.as_path()),
             }),
         };
-        let mut machine = match Machine::spawn(launch).await {
+        let mut machine = match Machine::spawn(launch, nic.as_deref_mut()).await {
             Ok(machine) => machine,
             Err(error) => {
                 return Outcome::NotStarted(HostError::Start {
@@ -343,6 +378,9 @@ impl Inner {
         if let Some(Begin::Held(_)) = begin {
             match self.hold(entry, &mut machine, begin).await {
                 Ok(claim) => {
+                    if let (Some(nic), Some(request)) = (nic.as_deref_mut(), claim.nic) {
+                        nic.become_that_of(request);
+                    }
                     let greeting = Greeting {
                         identity: claim.identity,
                         start: Start::Pool,
@@ -359,7 +397,23 @@ impl Inner {
         let ready = tokio::select! {
             biased;
             () = entry.end.cancelled() => Err(NotReady::Destroyed),
-            ready = machine.ready(&entry.agent, greeting, self.config.boot_timeout) => ready,
+            ready = async {
+                let network = nic.as_deref().and_then(Nic::guest);
+                // While the guest is on its way. What it sends before, the filter drops.
+                let attached = async {
+                    match nic.as_deref() {
+                        Some(nic) => nic.attach().await,
+                        None => Ok(()),
+                    }
+                };
+                let ready =
+                    machine.ready(&entry.agent, greeting, network, self.config.boot_timeout);
+                let (ready, attached) = tokio::join!(ready, attached);
+                ready.and_then(|created| {
+                    attached.map_err(NotReady::Network)?;
+                    Ok(created)
+                })
+            } => ready,
         };
         let created = match ready {
             Ok(created) => created,

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
-use agent_protocol::Ready;
+use agent_protocol::{GuestNetwork, Ready};
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::fs::File;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncSeekExt, BufReader};
@@ -25,6 +25,7 @@ use super::HostConfig;
 use super::command::{self, Goes, Inherited, Jail};
 use super::control::{Control, ControlError};
 use super::monitor::{self, Seen};
+use super::nic::Nic;
 use super::paths;
 use crate::agent::AgentClient;
 use crate::domain::{Created, End, HostError, Identity, PrepareRequest, SandboxId, Start, Timings};
@@ -113,6 +114,8 @@ pub enum NotReady {
     Control(ControlError),
     /// It was there, and then did not take its identity.
     Identity(HostError),
+    /// It was there, and could not be connected.
+    Network(HostError),
     /// The sandbox is to be destroyed.
     Destroyed,
 }
@@ -137,8 +140,11 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Makes the sandbox's files and starts its process.
-    pub async fn spawn(launch: Launch<'_>) -> Result<Self, SpawnError> {
+    /// Makes the sandbox's files and starts its process, which gets the tap of `nic`.
+    pub async fn spawn(
+        launch: Launch<'_>,
+        mut nic: Option<&mut Nic<'_>>,
+    ) -> Result<Self, SpawnError> {
         let created = Instant::now();
         let Launch {
             config,
@@ -172,8 +178,10 @@ impl Machine {
         let inherited = Inherited {
             events: event_writer.as_raw_fd(),
             api: api_listener.as_raw_fd(),
+            tap: nic.as_deref().and_then(Nic::descriptor),
         };
-        let mut command = command::command(config, (request, goes), chain, jail, inherited);
+        let card = nic.as_deref().and_then(Nic::options);
+        let mut command = command::command(config, (request, goes), chain, jail, card, inherited);
         let spawned = Instant::now();
         let mut child = command.spawn().map_err(|source| SpawnError::Execute {
             vmm: config.vmm.clone(),
@@ -181,6 +189,9 @@ impl Machine {
         })?;
         // The process has its own; with ours gone, pipe and socket end when the process does.
         drop((event_writer, api_listener));
+        if let Some(nic) = &mut nic {
+            nic.handed_over();
+        }
         info!(sandbox = %id, pid = child.id(), "vmm started");
 
         let (seen_sender, seen) = watch::channel(Seen::default());
@@ -235,6 +246,7 @@ impl Machine {
         &mut self,
         agent: &AgentClient,
         greeting: &Greeting,
+        network: Option<GuestNetwork>,
         timeout: Duration,
     ) -> Result<Created, NotReady> {
         let is_held = self.goes == Goes::WhenTold;
@@ -270,7 +282,12 @@ impl Machine {
             }
             let spoke = Instant::now();
             agent
-                .resumed(&self.id, &greeting.identity, deadline.into())
+                .resumed(
+                    &self.id,
+                    &greeting.identity,
+                    network.as_ref(),
+                    deadline.into(),
+                )
                 .await
                 .map_err(NotReady::Identity)?;
             Ok(spoke)
@@ -358,7 +375,7 @@ impl Machine {
             },
             NotReady::Listener(error) => format!("the agent's ready socket failed: {error}"),
             NotReady::Control(error) => crate::chain(&error),
-            NotReady::Identity(error) => error.to_string(),
+            NotReady::Identity(error) | NotReady::Network(error) => error.to_string(),
             NotReady::Destroyed => "the sandbox was destroyed in the meantime".to_owned(),
         };
         self.add_console(&mut text).await;

@@ -13,6 +13,7 @@ mod leftovers;
 mod life;
 mod machine;
 mod monitor;
+mod nic;
 mod paths;
 mod save;
 mod warm_key;
@@ -32,11 +33,13 @@ use tokio::sync::{mpsc, oneshot};
 use tracing::warn;
 
 use crate::domain::{
-    ClaimRequest, CreateRequest, Created, ExecEvent, ExecRequest, FileContent, FileInfo, Host,
-    HostError, HostEvent, HostInfo, LayerId, Layers, LayersInfo, PrepareRequest, ReadFileRequest,
-    SandboxId, SaveRequest, Saved, Shape, WriteFileRequest,
+    AddressError, ClaimRequest, CreateRequest, Created, Egress, ExecEvent, ExecRequest,
+    FileContent, FileInfo, Forward, ForwardSpec, Host, HostError, HostEvent, HostInfo, LayerId,
+    Layers, LayersInfo, NetworkActivity, PrepareRequest, ReadFileRequest, SandboxId, SaveRequest,
+    Saved, Shape, WriteFileRequest,
 };
 use crate::images::{Base, Chain, Images};
+use crate::network::{ForwardError, NetworkError};
 use cgroup::Cgroups;
 use control::Control;
 pub use disk_limits::DiskLimits;
@@ -46,10 +49,11 @@ use layers::LayerFiles;
 pub use leftovers::LeftoverError;
 use life::{Begin, Claim, Entry, Order, Then};
 use machine::Greeting;
+pub use nic::HostNetwork;
 pub use paths::{Paths, PathsError};
 
 /// What this host runs sandboxes with.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct HostConfig {
     /// The VMM's binary, absolute.
     pub vmm: PathBuf,
@@ -65,6 +69,8 @@ pub struct HostConfig {
     pub prefetch: bool,
     /// How VMMs are jailed, if they are.
     pub jail: Option<JailConfig>,
+    /// The network of sandboxes, if they have one.
+    pub network: Option<Arc<HostNetwork>>,
 }
 
 /// This machine as a [`Host`].
@@ -212,6 +218,13 @@ impl Inner {
         }
     }
 
+    fn network(&self) -> Result<&HostNetwork, HostError> {
+        let network = self.config.network.as_deref();
+        network.ok_or_else(|| HostError::Invalid {
+            reason: AddressError::NoNetwork.to_string(),
+        })
+    }
+
     fn template(&self, shape: &Shape) -> Result<&PathBuf, HostError> {
         let template = self.config.images.templates.get(&shape.template);
         template.ok_or_else(|| HostError::UnknownTemplate {
@@ -234,6 +247,12 @@ impl Inner {
     }
 }
 
+fn network_failed(error: NetworkError) -> HostError {
+    HostError::Internal {
+        reason: crate::chain(&error),
+    }
+}
+
 #[async_trait]
 impl Host for LocalHost {
     async fn describe(&self) -> Result<HostInfo, HostError> {
@@ -242,6 +261,12 @@ impl Host for LocalHost {
         Ok(HostInfo {
             templates: self.inner.config.images.templates.keys().cloned().collect(),
             memory_mb: bytes >> 20,
+            network: self
+                .inner
+                .config
+                .network
+                .as_ref()
+                .map(|network| network.describe()),
         })
     }
 
@@ -252,10 +277,16 @@ impl Host for LocalHost {
             identity,
             layers,
             start,
+            nic,
         } = request;
         let (started, outcome) = oneshot::channel();
         let greeting = Greeting { identity, start };
-        let request = PrepareRequest { id, shape, layers };
+        let request = PrepareRequest {
+            id,
+            shape,
+            layers,
+            nic,
+        };
         self.begin(request, Begin::Now(greeting, started))?;
         outcome.await.unwrap_or_else(|_| Err(ended_early()))
     }
@@ -272,12 +303,16 @@ impl Host for LocalHost {
     }
 
     async fn claim(&self, request: ClaimRequest) -> Result<Created, HostError> {
-        let ClaimRequest { id, identity } = request;
+        let ClaimRequest { id, identity, nic } = request;
         let entry = self.inner.state().sandboxes.get(&id).cloned();
         let gone = || HostError::NotRunning { id: id.clone() };
         let entry = entry.ok_or_else(gone)?;
         let (reply, outcome) = oneshot::channel();
-        if !entry.claim(Claim { identity, reply }) {
+        if !entry.claim(Claim {
+            identity,
+            nic,
+            reply,
+        }) {
             return Err(gone());
         }
         match outcome.await {
@@ -414,6 +449,48 @@ impl Host for LocalHost {
         })
     }
 
+    async fn set_egress(&self, id: &SandboxId, egress: Egress) -> Result<(), HostError> {
+        self.running(id)?;
+        let changed = self.inner.network()?.network().set_egress(id, egress).await;
+        changed.map_err(network_failed)
+    }
+
+    async fn network_activity(&self, id: &SandboxId) -> Result<NetworkActivity, HostError> {
+        self.running(id)?;
+        let activity = self.inner.network()?.network().activity(id).await;
+        activity.map_err(network_failed)
+    }
+
+    async fn open_forward(&self, id: &SandboxId, spec: ForwardSpec) -> Result<Forward, HostError> {
+        let forwards = &self.inner.network()?.forwards;
+        if let Some(port) = spec.host_port {
+            let forward = Forward {
+                transport: spec.transport,
+                host: std::net::SocketAddr::new(spec.host_address, port),
+                guest_port: spec.guest_port,
+            };
+            if forwards.is_open(id, forward) {
+                return Ok(forward);
+            }
+        }
+        forwards.open(id, spec).map_err(|error| match error {
+            ForwardError::InUse { .. } | ForwardError::NoneFree { .. } => HostError::PortInUse {
+                reason: crate::chain(&error),
+            },
+            ForwardError::Unusable { .. } => HostError::Invalid {
+                reason: crate::chain(&error),
+            },
+        })
+    }
+
+    async fn close_forwards(&self, id: &SandboxId, forwards: &[Forward]) {
+        if let Some(network) = &self.inner.config.network {
+            for forward in forwards {
+                network.forwards.close(id, *forward);
+            }
+        }
+    }
+
     async fn events(&self) -> BoxStream<'static, HostEvent> {
         // As long as the number of sandboxes: each sends one event, its last act.
         let (sender, receiver) = mpsc::unbounded_channel();
@@ -432,5 +509,8 @@ impl Host for LocalHost {
         };
         // Each says itself what it has left behind.
         let _ = join_all(entries.iter().map(|entry| entry.destroy())).await;
+        if let Some(network) = &self.inner.config.network {
+            network.network().stop().await;
+        }
     }
 }

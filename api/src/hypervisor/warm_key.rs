@@ -51,6 +51,9 @@ pub fn key(
         "{FORMAT}\n{}\n{}\n{}\n{}\n{machine}",
         shape.template, shape.vcpus, shape.memory_mb, config.cmdline_extra
     );
+    if let Some(network) = &config.network {
+        let _ = writeln!(text, "{}", network.key());
+    }
     for path in [
         config.vmm.as_path(),
         &config.images.kernel,

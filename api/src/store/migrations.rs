@@ -86,6 +86,14 @@ const STEPS: &[&str] = &[
     ) STRICT, WITHOUT ROWID;
     CREATE INDEX holders ON layer_refs (layer);
 ",
+    "
+    ALTER TABLE sandboxes ADD COLUMN network TEXT;  -- JSON: how it is connected; NULL: not at all
+    ALTER TABLE sandboxes ADD COLUMN address TEXT;
+    ALTER TABLE sandboxes ADD COLUMN forwards TEXT NOT NULL DEFAULT '[]'; -- JSON
+    CREATE UNIQUE INDEX addresses ON sandboxes (address)
+        WHERE address IS NOT NULL AND status NOT IN ('stopped', 'error');
+    ALTER TABLE snapshots ADD COLUMN network TEXT;
+",
 ];
 
 /// Why the tables are not what this version needs.

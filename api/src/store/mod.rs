@@ -10,6 +10,7 @@ mod migrations;
 mod snapshots;
 
 use std::collections::BTreeSet;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -19,13 +20,13 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use crate::domain::{
     Desired, LayerId, Layers, Sandbox, SandboxId, Snapshot, SnapshotId, Spec, Status, Store,
-    StoreError, WarmSnapshot,
+    StoreError, TakenAddresses, WarmSnapshot,
 };
 pub use migrations::MigrateError;
 
 const COLUMNS: &str = "id, template, vcpus, memory_mb, timeout_sec, desired, status, \
                        status_reason, created_at, started_at, last_active_at, updated_at, timings, \
-                       layers, saving";
+                       layers, saving, network, address, forwards";
 
 /// Sandboxes in a file.
 #[derive(Clone)]
@@ -102,7 +103,7 @@ impl Store for SqliteStore {
         self.with(move |connection| {
             let sql = format!(
                 "INSERT INTO sandboxes ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, \
-                 ?11, ?12, ?13, ?14, ?15) ON CONFLICT (id) DO NOTHING"
+                 ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18) ON CONFLICT (id) DO NOTHING"
             );
             let holder = sandbox.id.as_str();
             layers::change(connection, holder, held(&sandbox), |transaction| {
@@ -130,7 +131,8 @@ impl Store for SqliteStore {
             let sql = "UPDATE sandboxes SET template = ?2, vcpus = ?3, memory_mb = ?4, \
                        timeout_sec = ?5, desired = ?6, status = ?7, status_reason = ?8, \
                        created_at = ?9, started_at = ?10, last_active_at = ?11, updated_at = ?12, \
-                       timings = ?13, layers = ?14, saving = ?15 WHERE id = ?1";
+                       timings = ?13, layers = ?14, saving = ?15, network = ?16, \
+                       address = ?17, forwards = ?18 WHERE id = ?1";
             let holder = sandbox.id.as_str();
             layers::change(
                 connection,
@@ -155,6 +157,28 @@ impl Store for SqliteStore {
                 ))?
                 .query_map([], read)?
                 .collect()
+        })
+        .await
+    }
+
+    async fn taken_addresses(&self) -> Result<TakenAddresses, StoreError> {
+        self.with(|connection| {
+            let mut taken = TakenAddresses::default();
+            let mut statement = connection.prepare_cached(
+                "SELECT address FROM sandboxes \
+                 WHERE address IS NOT NULL AND status NOT IN ('stopped', 'error')",
+            )?;
+            for row in statement.query_map([], address)? {
+                taken.all.insert(row?);
+            }
+            taken.last = connection
+                .prepare_cached(
+                    "SELECT address FROM sandboxes WHERE address IS NOT NULL \
+                     ORDER BY rowid DESC LIMIT 1",
+                )?
+                .query_row([], address)
+                .optional()?;
+            Ok(taken)
         })
         .await
     }
@@ -233,6 +257,13 @@ fn from_json<T: serde::de::DeserializeOwned>(row: &Row<'_>, column: usize) -> ru
         .map_err(|error| bad(column, Box::new(error)))
 }
 
+/// The address in the first column.
+fn address(row: &Row<'_>) -> rusqlite::Result<Ipv4Addr> {
+    let text: String = row.get(0)?;
+    text.parse::<Ipv4Addr>()
+        .map_err(|error| bad(0, Box::new(error)))
+}
+
 fn bad(column: usize, error: Box<dyn std::error::Error + Send + Sync>) -> rusqlite::Error {
     rusqlite::Error::FromSqlConversionFailure(column, rusqlite::types::Type::Text, error)
 }
@@ -247,6 +278,7 @@ fn time(column: usize, micros: i64) -> rusqlite::Result<Timestamp> {
 fn write(connection: &Connection, sql: &str, sandbox: &Sandbox) -> rusqlite::Result<usize> {
     let timings = sandbox.timings.as_ref().map(to_json).transpose()?;
     let saving = sandbox.saving.as_ref().map(to_json).transpose()?;
+    let network = sandbox.spec.network.as_ref().map(to_json).transpose()?;
     connection.prepare_cached(sql)?.execute(params![
         sandbox.id.as_str(),
         sandbox.spec.template,
@@ -263,6 +295,9 @@ fn write(connection: &Connection, sql: &str, sandbox: &Sandbox) -> rusqlite::Res
         timings,
         to_json(&sandbox.layers)?,
         saving,
+        network,
+        sandbox.address.map(|address| address.to_string()),
+        to_json(&sandbox.forwards)?,
     ])
 }
 
@@ -277,6 +312,8 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Sandbox> {
     let status: String = row.get(6)?;
     let timings: Option<String> = row.get(12)?;
     let saving: Option<String> = row.get(14)?;
+    let network: Option<String> = row.get(15)?;
+    let address: Option<String> = row.get(16)?;
     Ok(Sandbox {
         id: id.parse().map_err(|error| bad(0, Box::new(error)))?,
         spec: Spec {
@@ -284,6 +321,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Sandbox> {
             vcpus: row.get(2)?,
             memory_mb: row.get(3)?,
             timeout_sec: row.get(4)?,
+            network: network.map(|_| from_json(row, 15)).transpose()?,
         },
         desired: Desired::from_word(&desired)
             .ok_or_else(|| bad(5, format!("unknown wish {desired:?}").into()))?,
@@ -297,6 +335,11 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Sandbox> {
         timings: timings.map(|_| from_json(row, 12)).transpose()?,
         layers: from_json(row, 13)?,
         saving: saving.map(|_| from_json(row, 14)).transpose()?,
+        address: address
+            .map(|address| address.parse())
+            .transpose()
+            .map_err(|error| bad(16, Box::new(error)))?,
+        forwards: from_json(row, 17)?,
     })
 }
 
@@ -311,6 +354,7 @@ mod tests {
             vcpus: 32,
             memory_mb: 512,
             timeout_sec: 300,
+            network: None,
         };
         Sandbox::new(
             SandboxId::random(),

@@ -8,17 +8,18 @@ use super::{bad, from_json, layers, time, to_json};
 use crate::domain::{LayerId, Snapshot, SnapshotId, Spec, WarmSnapshot};
 
 const COLUMNS: &str = "id, name, description, sandbox, template, vcpus, memory_mb, timeout_sec, \
-                       layers, content, created_at";
+                       layers, content, created_at, network";
 const WARM_COLUMNS: &str = "key, template, vcpus, memory_mb, layers, size_bytes, used_at";
 
 pub fn insert(connection: &mut Connection, snapshot: &Snapshot) -> rusqlite::Result<bool> {
     let held = snapshot.layers.all().cloned().collect();
     let json = to_json(&snapshot.layers)?;
     let content = snapshot.content.as_ref().map(to_json).transpose()?;
+    let network = snapshot.spec.network.as_ref().map(to_json).transpose()?;
     layers::change(connection, snapshot.id.as_str(), held, |transaction| {
         let sql = format!(
             "INSERT INTO snapshots ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, \
-             ?11) ON CONFLICT DO NOTHING"
+             ?11, ?12) ON CONFLICT DO NOTHING"
         );
         let inserted = transaction.execute(
             &sql,
@@ -34,6 +35,7 @@ pub fn insert(connection: &mut Connection, snapshot: &Snapshot) -> rusqlite::Res
                 json,
                 content,
                 snapshot.created_at.as_microsecond(),
+                network,
             ],
         )?;
         Ok(inserted == 1)
@@ -93,6 +95,7 @@ pub fn remove(connection: &mut Connection, id: &SnapshotId) -> rusqlite::Result<
 fn read(row: &Row<'_>) -> rusqlite::Result<Snapshot> {
     let (id, sandbox): (String, String) = (row.get(0)?, row.get(3)?);
     let content: Option<String> = row.get(9)?;
+    let network: Option<String> = row.get(11)?;
     Ok(Snapshot {
         id: id.parse().map_err(|error| bad(0, Box::new(error)))?,
         name: row.get(1)?,
@@ -103,6 +106,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Snapshot> {
             vcpus: row.get(5)?,
             memory_mb: row.get(6)?,
             timeout_sec: row.get(7)?,
+            network: network.map(|_| from_json(row, 11)).transpose()?,
         },
         layers: from_json(row, 8)?,
         content: content.map(|_| from_json(row, 9)).transpose()?,
@@ -193,6 +197,7 @@ mod tests {
             vcpus: 1,
             memory_mb: 512,
             timeout_sec: 300,
+            network: None,
         }
     }
 

@@ -9,10 +9,11 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use api::domain::{
-    ClaimRequest, CreateRequest, Created, End, ExecEvent, ExecLimits, ExecRequest, ExitInfo,
-    FileContent, FileInfo, FileKind, Host, HostError, HostEvent, HostInfo, LayerId, Layers,
-    LayersInfo, Limits, Manager, PoolLimits, PrepareRequest, ReadFileRequest, SandboxId,
-    SaveRequest, SaveTimings, Saved, Shape, Start, Timings, WhenIdle, WriteFileRequest,
+    ClaimRequest, Counter, CreateRequest, Created, Denied, DeniedWhat, Egress, End, ExecEvent,
+    ExecLimits, ExecRequest, ExitInfo, FileContent, FileInfo, FileKind, Forward, ForwardSpec, Host,
+    HostError, HostEvent, HostInfo, LayerId, Layers, LayersInfo, Limits, Manager, NetworkActivity,
+    NetworkInfo, PoolLimits, PrepareRequest, ReadFileRequest, SandboxId, SaveRequest, SaveTimings,
+    Saved, Shape, Start, Timings, Traffic, WhenIdle, WriteFileRequest,
 };
 use api::http::{AppState, router};
 use api::store::SqliteStore;
@@ -77,6 +78,14 @@ pub struct FakeHost {
     /// Layers of which is known what machines touch first.
     pub working_sets: Mutex<Vec<Layers>>,
     pub last_upload: Mutex<Option<u64>>,
+    /// The network of its sandboxes.
+    pub network: Mutex<Option<NetworkInfo>>,
+    /// What sandboxes were to reach, in order.
+    pub egress: Mutex<Vec<(SandboxId, Egress)>>,
+    /// Ports that lead into sandboxes.
+    pub forwards: Mutex<Vec<(SandboxId, Forward)>>,
+    /// Ports that somebody else has.
+    pub taken_ports: Mutex<Vec<u16>>,
     listeners: Mutex<Vec<mpsc::UnboundedSender<HostEvent>>>,
 }
 
@@ -187,6 +196,7 @@ impl Host for FakeHost {
         Ok(HostInfo {
             templates,
             memory_mb: 4096,
+            network: self.network.lock().unwrap().clone(),
         })
     }
 
@@ -457,6 +467,63 @@ impl Host for FakeHost {
         removed.map(drop).ok_or(HostError::FileNotFound {
             path: path.to_owned(),
         })
+    }
+
+    async fn set_egress(&self, id: &SandboxId, egress: Egress) -> Result<(), HostError> {
+        if !self.sandboxes.lock().unwrap().contains(id) {
+            return Err(HostError::NotRunning { id: id.clone() });
+        }
+        self.egress.lock().unwrap().push((id.clone(), egress));
+        Ok(())
+    }
+
+    async fn network_activity(&self, id: &SandboxId) -> Result<NetworkActivity, HostError> {
+        if !self.sandboxes.lock().unwrap().contains(id) {
+            return Err(HostError::NotRunning { id: id.clone() });
+        }
+        let at = "2026-01-02T03:04:05Z".parse().unwrap();
+        let packet = DeniedWhat::Packet {
+            protocol: "tcp".into(),
+            address: [203, 0, 113, 9].into(),
+            port: Some(443),
+        };
+        let name = DeniedWhat::Name {
+            name: "example.org".into(),
+        };
+        Ok(NetworkActivity {
+            traffic: Traffic {
+                denied: Counter {
+                    packets: 3,
+                    bytes: 180,
+                },
+                denied_names: 1,
+                ..Traffic::default()
+            },
+            denied: vec![Denied { at, what: packet }, Denied { at, what: name }],
+        })
+    }
+
+    async fn open_forward(&self, id: &SandboxId, spec: ForwardSpec) -> Result<Forward, HostError> {
+        let port = spec.host_port.unwrap_or(10_000);
+        if self.taken_ports.lock().unwrap().contains(&port) {
+            let reason = format!("port {port} is in use");
+            return Err(HostError::PortInUse { reason });
+        }
+        let forward = Forward {
+            transport: spec.transport,
+            host: (spec.host_address, port).into(),
+            guest_port: spec.guest_port,
+        };
+        let mut forwards = self.forwards.lock().unwrap();
+        if !forwards.contains(&(id.clone(), forward)) {
+            forwards.push((id.clone(), forward));
+        }
+        Ok(forward)
+    }
+
+    async fn close_forwards(&self, id: &SandboxId, closed: &[Forward]) {
+        let mut forwards = self.forwards.lock().unwrap();
+        forwards.retain(|(owner, forward)| owner != id || !closed.contains(forward));
     }
 
     async fn events(&self) -> BoxStream<'static, HostEvent> {

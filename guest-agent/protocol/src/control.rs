@@ -1,5 +1,7 @@
 //! Health, readiness, identity and shutdown.
 
+use std::net::Ipv4Addr;
+
 use serde::{Deserialize, Serialize};
 
 /// The answer to `GET /v1/health`.
@@ -46,6 +48,27 @@ pub struct ResumedRequest {
     pub machine_id: String,
     /// Random bytes for the kernel's pool, 16 to [`MAX_SEED`], each credited with 8 bits.
     pub seed: Vec<u8>,
+    /// How it is connected; `None` leaves its network as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<GuestNetwork>,
+}
+
+/// How a guest is connected by its first network card.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GuestNetwork {
+    /// The card's address.
+    pub mac: [u8; 6],
+    /// The guest's address.
+    pub address: Ipv4Addr,
+    /// How many bits of it are the network's, 1 to 30.
+    pub prefix: u8,
+    /// Where packets for other networks go.
+    pub gateway: Ipv4Addr,
+    /// For `/etc/resolv.conf`, which is left alone if there are none; at most 3.
+    pub resolvers: Vec<Ipv4Addr>,
+    /// The largest packet in bytes, at least 576 (RFC 791).
+    pub mtu: u16,
 }
 
 /// The longest host name in bytes: `HOST_NAME_MAX` of Linux.
@@ -66,6 +89,9 @@ pub struct Resumed {
     pub hostname: bool,
     /// `/etc/machine-id` has the id. `false` without a problem: the guest has no such file.
     pub machine_id: bool,
+    /// The network card is set up. `false` without a problem: nothing was to be done.
+    #[serde(default)]
+    pub network: bool,
     /// A sentence for each thing that was tried in vain.
     pub problems: Vec<String>,
 }
@@ -88,6 +114,25 @@ impl ResumedRequest {
             Err("machine_id must be 32 hexadecimal digits in lower case, not all 0")
         } else if !(16..=MAX_SEED).contains(&self.seed.len()) {
             Err("seed must be 16 to 256 bytes")
+        } else if let Some(network) = &self.network {
+            network.check()
+        } else {
+            Ok(())
+        }
+    }
+}
+
+impl GuestNetwork {
+    fn check(&self) -> Result<(), &'static str> {
+        // The second bit of the first byte is that of groups, which are no card's.
+        if self.mac == [0; 6] || self.mac[0] & 1 != 0 {
+            Err("network.mac must be the address of one card")
+        } else if !(1..=30).contains(&self.prefix) {
+            Err("network.prefix must be 1 to 30")
+        } else if self.resolvers.len() > 3 {
+            Err("network.resolvers must be at most 3")
+        } else if self.mtu < 576 {
+            Err("network.mtu must be at least 576")
         } else {
             Ok(())
         }
@@ -131,10 +176,21 @@ mod tests {
             hostname: "sb-0a1b2c3d".into(),
             machine_id: "0123456789abcdef0123456789abcdef".into(),
             seed: vec![0; 32],
+            network: Some(GuestNetwork {
+                mac: [0x52, 0x54, 0, 1, 2, 3],
+                address: [10, 0, 0, 2].into(),
+                prefix: 24,
+                gateway: [10, 0, 0, 1].into(),
+                resolvers: Vec::new(),
+                mtu: 1500,
+            }),
         };
         assert_eq!(good.check(), Ok(()));
         type Spoil = fn(&mut ResumedRequest);
-        let cases: [(&str, Spoil); 9] = [
+        fn network(request: &mut ResumedRequest) -> &mut GuestNetwork {
+            request.network.as_mut().unwrap()
+        }
+        let cases: [(&str, Spoil); 15] = [
             ("hostname", |r| r.hostname = String::new()),
             ("hostname", |r| r.hostname = "a b".into()),
             ("hostname", |r| r.hostname = "x".repeat(65)),
@@ -144,6 +200,14 @@ mod tests {
             ("machine_id", |r| r.machine_id = "\n".repeat(32)),
             ("seed", |r| r.seed.truncate(15)),
             ("seed", |r| r.seed.resize(257, 0)),
+            ("network.mac", |r| network(r).mac = [0; 6]),
+            ("network.mac", |r| network(r).mac[0] = 0x53),
+            ("network.prefix", |r| network(r).prefix = 0),
+            ("network.prefix", |r| network(r).prefix = 31),
+            ("network.resolvers", |r| {
+                network(r).resolvers = vec![Ipv4Addr::LOCALHOST; 4];
+            }),
+            ("network.mtu", |r| network(r).mtu = 575),
         ];
         for (what, spoil) in cases {
             let mut bad = good.clone();

@@ -109,7 +109,8 @@ mod query;
 use std::time::Duration;
 
 pub use control::{
-    Health, MAX_HOSTNAME, MAX_SEED, Ready, Resumed, ResumedRequest, ShutdownAction, ShutdownRequest,
+    GuestNetwork, Health, MAX_HOSTNAME, MAX_SEED, Ready, Resumed, ResumedRequest, ShutdownAction,
+    ShutdownRequest,
 };
 pub use error::{ErrorBody, ErrorCode, ErrorDetail};
 pub use exec::{AgentFrame, ExecRequest, Exit, HostFrame, Started};

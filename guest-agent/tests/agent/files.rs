@@ -465,6 +465,7 @@ async fn outside_of_a_guest_an_identity_changes_nothing() {
         hostname: "sb-00000000".into(),
         machine_id: "1".repeat(32),
         seed: vec![7; 32],
+        network: None,
     };
     let body = serde_json::to_vec(&request).unwrap();
     let response = agent.call(Method::POST, PATH_RESUMED, &body).await;

@@ -20,8 +20,8 @@ use tracing::{error, warn};
 
 use crate::chain;
 use crate::domain::{
-    CollectError, CreateError, DestroyError, ExecError, FileError, ForkError, HostError,
-    LookupError, PauseError, ResumeError, SnapshotError, StoreError,
+    AddressError, CollectError, CreateError, DestroyError, ExecError, FileError, ForkError,
+    HostError, LookupError, NetworkChangeError, PauseError, ResumeError, SnapshotError, StoreError,
 };
 use crate::http::error_response;
 
@@ -129,6 +129,7 @@ impl From<CreateError> for ApiError {
         match source {
             CreateError::Invalid(message) => Self::invalid(message),
             CreateError::ShuttingDown => Self::unavailable(source.to_string()),
+            CreateError::Address(source) => source.into(),
             CreateError::Store(source) => source.into(),
             CreateError::Interrupted => Self::internal(source.to_string()),
             CreateError::Host { .. }
@@ -136,6 +137,50 @@ impl From<CreateError> for ApiError {
             | CreateError::EndedAtOnce { .. } => Self::agent(chain(&source)),
         }
     }
+}
+
+impl From<AddressError> for ApiError {
+    fn from(source: AddressError) -> Self {
+        match source {
+            AddressError::OutOfRange { .. } => Self::invalid(source.to_string()),
+            AddressError::Taken(_) | AddressError::Exhausted(..) | AddressError::NoNetwork => {
+                Self::conflict(source.to_string())
+            }
+        }
+    }
+}
+
+impl From<NetworkChangeError> for ApiError {
+    fn from(source: NetworkChangeError) -> Self {
+        match source {
+            NetworkChangeError::Lookup(source) => source.into(),
+            NetworkChangeError::Invalid(message) => Self::invalid(message),
+            NetworkChangeError::WrongState(_) => Self::state(source.to_string()),
+            NetworkChangeError::NoNetwork
+            | NetworkChangeError::PortTaken { .. }
+            | NetworkChangeError::TooManyForwards(_)
+            | NetworkChangeError::Host(HostError::PortInUse { .. }) => {
+                Self::conflict(last_of(&source))
+            }
+            NetworkChangeError::NoForward => {
+                Self::new(StatusCode::NOT_FOUND, "not_found", source.to_string())
+            }
+            NetworkChangeError::Host(source @ HostError::NotRunning { .. }) => {
+                Self::state(source.to_string())
+            }
+            NetworkChangeError::Host(source) => Self::host(source),
+            NetworkChangeError::Interrupted => Self::internal(source.to_string()),
+        }
+    }
+}
+
+/// The sentence of the last cause, which says what was wrong.
+fn last_of(error: &dyn std::error::Error) -> String {
+    let mut last = error;
+    while let Some(source) = last.source() {
+        last = source;
+    }
+    last.to_string()
 }
 
 impl From<DestroyError> for ApiError {
@@ -181,6 +226,7 @@ impl From<SnapshotError> for ApiError {
             }
             SnapshotError::Invalid(message) => Self::invalid(message),
             SnapshotError::NotSaveable(_) => Self::state(source.to_string()),
+            SnapshotError::Address(source) => source.into(),
             SnapshotError::NameTaken(_) | SnapshotError::TooManyLayers(_) => {
                 Self::conflict(source.to_string())
             }

@@ -5,13 +5,14 @@ mod error;
 mod exec;
 mod exec_stream;
 mod files;
+mod network;
 mod sandboxes;
 mod snapshots;
 mod text;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post, put};
 use utoipa::OpenApi;
 
 pub use error::ApiError;
@@ -41,6 +42,10 @@ use crate::http::{AppState, ErrorBody};
         snapshots::get,
         snapshots::delete,
         snapshots::fork,
+        network::get,
+        network::set_egress,
+        network::open_forward,
+        network::close_forward,
     ),
     components(schemas(
         ErrorBody,
@@ -59,6 +64,16 @@ use crate::http::{AppState, ErrorBody};
         snapshots::ForkRequest,
         snapshots::ForkBody,
         snapshots::ForkFailure,
+        network::NetworkRequest,
+        network::NetworkBody,
+        network::EgressBody,
+        network::AllowRuleBody,
+        network::RateLimitsBody,
+        network::ForwardRequest,
+        network::ForwardBody,
+        network::TrafficBody,
+        network::CounterBody,
+        network::DeniedBody,
     ))
 )]
 struct Sandboxes;
@@ -76,7 +91,12 @@ pub fn document() -> utoipa::openapi::OpenApi {
         .filter_map(|(path, item)| {
             let alias = format!("{other}{}", path.strip_prefix(&name)?);
             let mut item = item.clone();
-            let operations = [&mut item.get, &mut item.post, &mut item.delete];
+            let operations = [
+                &mut item.get,
+                &mut item.post,
+                &mut item.put,
+                &mut item.delete,
+            ];
             for operation in operations.into_iter().flatten() {
                 let id = operation.operation_id.take();
                 operation.operation_id = id.map(|id| format!("{id}ByOtherName"));
@@ -121,7 +141,14 @@ fn sandboxes(base: &str) -> Router<AppState> {
         .route("/files/stream/read", post(files::read))
         .route("/files/list", post(directories::list))
         .route("/files/mkdir", post(directories::make))
-        .route("/files/remove", post(directories::remove));
+        .route("/files/remove", post(directories::remove))
+        .route("/network", get(network::get))
+        .route("/network/egress", put(network::set_egress))
+        .route("/network/forwards", post(network::open_forward))
+        .route(
+            "/network/forwards/{transport}/{host}",
+            delete(network::close_forward),
+        );
     Router::new()
         .route(base, post(sandboxes::create).get(sandboxes::list))
         .route(

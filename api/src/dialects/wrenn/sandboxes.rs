@@ -1,5 +1,7 @@
 //! Create, list, get, destroy; pause and resume.
 
+use std::net::Ipv4Addr;
+
 use axum::Json;
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
@@ -10,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::error::{ApiError, parse};
+use super::network::NetworkRequest;
 use crate::domain::{CreateSpec, Sandbox, Start, Status, Timings};
 use crate::http::{AppState, ErrorBody};
 
@@ -30,6 +33,9 @@ pub struct CreateSandboxRequest {
     /// version does not act on it.
     #[schema(default = 300, nullable = false)]
     pub timeout_sec: Option<i64>,
+    /// How it shall be connected. An extension.
+    #[schema(nullable = false)]
+    pub network: Option<NetworkRequest>,
 }
 
 /// A sandbox.
@@ -54,6 +60,10 @@ pub struct SandboxBody {
     pub memory_mb: u32,
     /// Idle time in seconds; 0 is never.
     pub timeout_sec: u32,
+    /// Its address in the network of the sandboxes, if it has a network card.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false, value_type = Option<String>, format = Ipv4)]
+    pub guest_ip: Option<Ipv4Addr>,
     /// When it was asked for.
     #[schema(value_type = String, format = DateTime)]
     pub created_at: String,
@@ -179,6 +189,7 @@ impl From<Sandbox> for SandboxBody {
             vcpus: sandbox.spec.vcpus,
             memory_mb: sandbox.spec.memory_mb,
             timeout_sec: sandbox.spec.timeout_sec,
+            guest_ip: sandbox.address,
             created_at: rfc3339(sandbox.created_at),
             started_at: sandbox.started_at.map(rfc3339),
             last_active_at: sandbox.last_active_at.map(rfc3339),
@@ -200,6 +211,7 @@ pub fn rfc3339(time: Timestamp) -> String {
     responses(
         (status = 201, description = "Sandbox created; its agent has answered", body = SandboxBody),
         (status = 400, description = "The request makes no sense", body = ErrorBody),
+        (status = 409, description = "The address is taken, or none is free", body = ErrorBody),
         (status = 502, description = "Host agent error: it did not start", body = ErrorBody),
         (status = 503, description = "The daemon is shutting down", body = ErrorBody),
     ),
@@ -214,6 +226,7 @@ pub async fn create(
         vcpus: request.vcpus.unwrap_or(1),
         memory_mb: request.memory_mb.unwrap_or(512),
         timeout_sec: request.timeout_sec.unwrap_or(300),
+        network: request.network.unwrap_or_default().spec()?,
     };
     let sandbox = state.manager.create(spec).await?;
     Ok((StatusCode::CREATED, Json(sandbox.into())))

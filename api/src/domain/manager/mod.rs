@@ -9,12 +9,14 @@
 
 mod directories;
 mod idle;
+mod network;
 mod pause;
 mod pool;
 mod recover;
 mod snapshots;
 mod warm;
 
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -27,15 +29,16 @@ use sha2::{Digest, Sha256};
 use tokio::sync::Mutex;
 use tracing::{Instrument, debug, error, info, warn};
 
-use super::error::{CreateError, DestroyError, ExecError, FileError, LookupError};
+use super::error::{CreateError, DestroyError, ExecError, FileError, InsertError, LookupError};
 use super::exec::{self, ExecLimits, ExecOutput};
 use super::host::{
-    CreateRequest, End, ExecEvent, FileContent, Host, HostError, HostEvent, Identity,
+    CreateRequest, End, ExecEvent, FileContent, Host, HostError, HostEvent, Identity, Nic,
     ReadFileRequest, Shape, WriteFileRequest,
 };
 use super::id::{LayerId, SandboxId};
 use super::idle::Idle;
 use super::layer::Layers;
+use super::network::AddressError;
 use super::request::{self, Command, CreateSpec};
 use super::sandbox::{Sandbox, Spec, Status, Transition};
 use super::store::{Store, StoreError};
@@ -43,6 +46,7 @@ use super::timings::Start;
 use super::turns::{Turn, Turns};
 use crate::chain;
 pub use idle::{InUse, WhenIdle};
+pub use network::SandboxNetwork;
 use pool::Pool;
 pub use pool::PoolLimits;
 pub use recover::RecoverError;
@@ -127,17 +131,22 @@ impl Manager {
     /// # Errors
     /// Nothing of it is left but, if it was tried, a record with the reason.
     pub async fn create(&self, spec: CreateSpec) -> Result<Sandbox, CreateError> {
+        let address = spec.network.address;
         let spec = self.check(spec).await?;
         let manager = self.clone();
-        tokio::spawn(async move { manager.create_checked(spec).await }.in_current_span())
+        tokio::spawn(async move { manager.create_checked(spec, address).await }.in_current_span())
             .await
             .unwrap_or(Err(CreateError::Interrupted))
     }
 
-    async fn create_checked(&self, spec: Spec) -> Result<Sandbox, CreateError> {
+    async fn create_checked(
+        &self,
+        spec: Spec,
+        address: Option<Ipv4Addr>,
+    ) -> Result<Sandbox, CreateError> {
         let _starting = self.inner.pool.starting();
         let shape = shape_of(&spec);
-        let (sandbox, turn, warm) = self.insert_warm(spec).await?;
+        let (sandbox, turn, warm) = self.insert_warm(spec, address).await?;
         info!(sandbox = %sandbox.id, template = shape.template, vcpus = shape.vcpus,
             memory_mb = shape.memory_mb, is_warm = warm.is_some(), "creating sandbox");
         let started = match warm {
@@ -197,11 +206,18 @@ impl Manager {
         Err(gone)
     }
 
-    /// Writes down a new sandbox, and takes the turn at it. The caller holds the lock of the
-    /// records where `layers` are those of another record.
-    async fn insert(&self, spec: &Spec, layers: &Layers) -> Result<(Sandbox, Turn), StoreError> {
+    /// Writes down a new sandbox, with this address or one that is free, and takes the turn at it.
+    /// The caller holds the lock of the records.
+    async fn insert(
+        &self,
+        spec: &Spec,
+        layers: &Layers,
+        address: Option<Ipv4Addr>,
+    ) -> Result<(Sandbox, Turn), InsertError> {
+        let address = self.address_for(spec, address).await?;
         loop {
-            if let Some(inserted) = self.insert_as(SandboxId::random(), spec, layers).await? {
+            let inserted = self.insert_as(SandboxId::random(), spec, layers, address);
+            if let Some(inserted) = inserted.await? {
                 return Ok(inserted);
             }
         }
@@ -213,11 +229,38 @@ impl Manager {
         id: SandboxId,
         spec: &Spec,
         layers: &Layers,
+        address: Option<Ipv4Addr>,
     ) -> Result<Option<(Sandbox, Turn)>, StoreError> {
-        let sandbox = Sandbox::new(id, spec.clone(), layers.clone(), Timestamp::now());
+        let mut sandbox = Sandbox::new(id, spec.clone(), layers.clone(), Timestamp::now());
+        sandbox.address = address;
         let turn = self.inner.turns.take(&sandbox.id).await;
         let is_new = self.inner.store.insert(&sandbox).await?;
         Ok(is_new.then_some((sandbox, turn)))
+    }
+
+    /// The address of a new sandbox, if it has a network card.
+    async fn address_for(
+        &self,
+        spec: &Spec,
+        wanted: Option<Ipv4Addr>,
+    ) -> Result<Option<Ipv4Addr>, InsertError> {
+        Ok(match &spec.network {
+            Some(_) => Some(self.allocate(wanted).await?),
+            None => None,
+        })
+    }
+
+    /// An address for a new sandbox: this one, or one that is free. The caller holds the lock of
+    /// the records until the sandbox is written down.
+    async fn allocate(&self, wanted: Option<Ipv4Addr>) -> Result<Ipv4Addr, InsertError> {
+        let host = self.inner.host.describe().await;
+        let network = host.map_err(InsertError::Describe)?.network;
+        let subnet = network.ok_or(AddressError::NoNetwork)?.subnet;
+        let taken = self.inner.store.taken_addresses().await?;
+        Ok(match wanted {
+            Some(address) => subnet.claim(address, &taken.all)?,
+            None => subnet.next_free(taken.last, &taken.all)?,
+        })
     }
 
     async fn check(&self, spec: CreateSpec) -> Result<Spec, CreateError> {
@@ -428,6 +471,7 @@ impl Manager {
             return Ok(None);
         };
         let before = sandbox.status;
+        let forwards = sandbox.forwards.clone();
         let released = match sandbox.apply(transition, Timestamp::now()) {
             Ok(()) => self.inner.store.update(&sandbox).await?,
             Err(late) => {
@@ -444,6 +488,9 @@ impl Manager {
                 (status, reason) => info!(sandbox = %id, from = %before, to = %status,
                     reason = reason.as_deref(), "sandbox changed state"),
             }
+        }
+        if sandbox.forwards.is_empty() && !forwards.is_empty() {
+            self.inner.host.close_forwards(id, &forwards).await;
         }
         self.discard(&released).await;
         Ok(Some(sandbox))
@@ -475,6 +522,10 @@ fn request_for(sandbox: &Sandbox, start: Start) -> CreateRequest {
         identity: identity_of(&sandbox.id, sandbox.created_at),
         layers: sandbox.layers.clone(),
         start,
+        nic: sandbox.spec.network.clone().map(|connection| Nic {
+            address: sandbox.address,
+            connection,
+        }),
     }
 }
 

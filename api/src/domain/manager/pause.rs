@@ -103,6 +103,7 @@ impl Manager {
         let request = request_for(&sandbox, Start::Resume);
         match self.inner.host.create(request).await {
             Ok(created) => {
+                self.open_forwards(&sandbox).await;
                 let started = Transition::Started(created.timings);
                 self.started(id, started)
                     .await

@@ -28,6 +28,8 @@ use tracing::{debug, error, info, warn};
 use super::super::host::{PrepareRequest, Shape};
 use super::super::id::SandboxId;
 use super::super::layer::Layers;
+use super::super::network::RateLimits;
+use super::super::sandbox::Spec;
 use super::super::snapshot::WarmSnapshot;
 use super::Manager;
 use super::warm::shape_of_warm;
@@ -329,12 +331,16 @@ impl Manager {
             }
         };
         let template = shape.template.clone();
-        let request = PrepareRequest {
-            id: id.clone(),
-            shape,
-            layers: layers.clone(),
+        let prepared = async {
+            let request = PrepareRequest {
+                id: id.clone(),
+                shape,
+                layers: layers.clone(),
+                nic: self.unconnected_nic().await?,
+            };
+            self.inner.host.prepare(request).await
         };
-        let prepared = self.inner.host.prepare(request).await;
+        let prepared = prepared.await;
         let is_ready = prepared.is_ok();
         match prepared {
             Ok(()) => debug!(sandbox = %id, template, "a machine is ready"),
@@ -374,9 +380,12 @@ impl Manager {
         }
     }
 
-    /// A ready machine of a warm snapshot, if there is one. There will be others.
-    pub(super) fn take_ready(&self, warm: &WarmSnapshot) -> Option<SandboxId> {
-        if self.inner.limits.pool.per_shape == 0 {
+    /// A ready machine of a warm snapshot that will do for this sandbox, if there is one. There will
+    /// be others. The rate limits of a card are its VMM's from its start on, and these have none.
+    pub(super) fn take_ready(&self, warm: &WarmSnapshot, spec: &Spec) -> Option<SandboxId> {
+        let connection = spec.network.as_ref();
+        let is_limited = connection.is_some_and(|it| it.rate_limits != RateLimits::default());
+        if self.inner.limits.pool.per_shape == 0 || is_limited {
             return None;
         }
         self.inner.pool.take(warm)

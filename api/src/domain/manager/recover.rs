@@ -35,6 +35,9 @@ impl Manager {
                 self.record(&sandbox.id, transition).await?;
             }
         }
+        for sandbox in self.inner.store.list_live().await? {
+            self.open_forwards(&sandbox).await;
+        }
         for snapshot in self.inner.store.list_snapshots().await? {
             if snapshot.content.is_none() {
                 self.inner.store.remove_snapshot(&snapshot.id).await?;

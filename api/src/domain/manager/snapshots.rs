@@ -261,7 +261,7 @@ impl Manager {
             let _records = self.inner.records.lock().await;
             let snapshot = self.get_snapshot(snapshot).await?;
             for _ in 0..count {
-                pending.push(self.insert(&snapshot.spec, &snapshot.layers).await?);
+                pending.push(self.insert(&snapshot.spec, &snapshot.layers, None).await?);
             }
             Ok(())
         };

@@ -18,16 +18,20 @@
 //! does not start, is not tried again by this daemon, so that no machine is booted over and over.
 
 use std::collections::HashSet;
+use std::net::Ipv4Addr;
 use std::sync::{Mutex, PoisonError};
 
 use jiff::Timestamp;
 use tokio::sync::Semaphore;
 use tracing::{Instrument, debug, info, warn};
 
-use super::super::error::CreateError;
-use super::super::host::{ClaimRequest, CreateRequest, ExecRequest, HostError, SaveRequest, Shape};
+use super::super::error::{CreateError, InsertError};
+use super::super::host::{
+    ClaimRequest, CreateRequest, ExecRequest, HostError, Nic, SaveRequest, Shape,
+};
 use super::super::id::{LayerId, SandboxId};
 use super::super::layer::Layers;
+use super::super::network::{Connection, Egress, RateLimits};
 use super::super::sandbox::{Sandbox, Spec, Transition};
 use super::super::snapshot::WarmSnapshot;
 use super::super::store::StoreError;
@@ -108,7 +112,8 @@ impl Manager {
     pub(super) async fn insert_warm(
         &self,
         spec: Spec,
-    ) -> Result<(Sandbox, Turn, Option<WarmStart>), StoreError> {
+        address: Option<Ipv4Addr>,
+    ) -> Result<(Sandbox, Turn, Option<WarmStart>), InsertError> {
         let key = self.warm_key(&shape_of(&spec)).await;
         let _records = self.inner.records.lock().await;
         let found = match key {
@@ -116,17 +121,17 @@ impl Manager {
             None => None,
         };
         let Some(mut warm) = found else {
-            let (sandbox, turn) = self.insert(&spec, &Layers::default()).await?;
+            let (sandbox, turn) = self.insert(&spec, &Layers::default(), address).await?;
             return Ok((sandbox, turn, None));
         };
-        let ready = match self.take_ready(&warm) {
-            Some(id) => self.insert_ready(id, &spec, &warm.layers).await?,
+        let ready = match self.take_ready(&warm, &spec) {
+            Some(id) => self.insert_ready(id, &spec, &warm.layers, address).await?,
             None => None,
         };
         let is_ready = ready.is_some();
         let (sandbox, turn) = match ready {
             Some(ready) => ready,
-            None => self.insert(&spec, &warm.layers).await?,
+            None => self.insert(&spec, &warm.layers, address).await?,
         };
         warm.used_at = Timestamp::now();
         self.inner.store.put_warm(&warm).await?;
@@ -141,8 +146,13 @@ impl Manager {
         id: SandboxId,
         spec: &Spec,
         layers: &Layers,
-    ) -> Result<Option<(Sandbox, Turn)>, StoreError> {
-        let inserted = self.insert_as(id.clone(), spec, layers).await;
+        address: Option<Ipv4Addr>,
+    ) -> Result<Option<(Sandbox, Turn)>, InsertError> {
+        let inserted = async {
+            let address = self.address_for(spec, address).await?;
+            Ok(self.insert_as(id.clone(), spec, layers, address).await?)
+        };
+        let inserted = inserted.await;
         if !matches!(inserted, Ok(Some(_))) {
             self.destroy_ready(&[id]).await;
         }
@@ -179,6 +189,7 @@ impl Manager {
             let request = ClaimRequest {
                 id: id.clone(),
                 identity: request.identity.clone(),
+                nic: request.nic.clone(),
             };
             Some(self.inner.host.claim(request).await)
         } else {
@@ -266,6 +277,7 @@ impl Manager {
             identity: identity_of(&id, Timestamp::now()),
             layers: Layers::default(),
             start: Start::Cold,
+            nic: self.unconnected_nic().await?,
         };
         host.create(request).await?;
         let layers = Layers::default().saved(LayerId::random(), LayerId::random());
@@ -318,14 +330,15 @@ impl Manager {
     async fn note_working_set(&self, shape: &Shape, layers: &Layers) {
         let host = &self.inner.host;
         let id = SandboxId::random();
-        let request = CreateRequest {
-            id: id.clone(),
-            shape: shape.clone(),
-            identity: identity_of(&id, Timestamp::now()),
-            layers: layers.clone(),
-            start: Start::Warm,
-        };
         let noted = async {
+            let request = CreateRequest {
+                id: id.clone(),
+                shape: shape.clone(),
+                identity: identity_of(&id, Timestamp::now()),
+                layers: layers.clone(),
+                start: Start::Warm,
+                nic: self.unconnected_nic().await?,
+            };
             host.create(request).await?;
             self.run_first_command(&id).await;
             host.note_working_set(&id, layers).await
@@ -338,6 +351,18 @@ impl Manager {
         if let Err(source) = host.destroy(&id).await {
             warn!(sandbox = %id, error = %chain(&source), "a machine is left");
         }
+    }
+
+    /// The card of a machine that no sandbox is in.
+    pub(super) async fn unconnected_nic(&self) -> Result<Option<Nic>, HostError> {
+        let network = self.inner.host.describe().await?.network;
+        Ok(network.map(|_| Nic {
+            address: None,
+            connection: Connection {
+                egress: Egress::None,
+                rate_limits: RateLimits::default(),
+            },
+        }))
     }
 
     /// Runs what nearly every command needs, so that it is in the guest's memory. Not every template
