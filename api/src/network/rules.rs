@@ -153,6 +153,7 @@ impl Tables {
     chain prerouting {{
         type filter hook prerouting priority -300; policy accept;
         iifname != {taps} accept
+        ether type ip6 drop
         ether type ip iifname . ether saddr . ip saddr @sources accept
         ether type arp arp htype 1 arp ptype ip arp hlen 6 arp plen 4 iifname . ether saddr @cards iifname . arp saddr ether . arp saddr ip @sources accept
         ether type ip ip saddr 0.0.0.0 ip daddr 255.255.255.255 udp sport 68 udp dport 67 iifname . ether saddr @cards accept
