@@ -104,6 +104,7 @@ impl Bench {
             id: self.id.clone(),
             keep: base.kept_memory(),
             layers: base.saved(LayerId::random(), LayerId::random()),
+            include_memory: true,
         }
     }
 
@@ -257,6 +258,64 @@ async fn a_machine_that_goes_on_writes_to_a_new_overlay() {
     saved.unwrap();
     bench.host.destroy(&clone).await.unwrap();
     bench.assert_only(&layers);
+}
+
+#[tokio::test]
+async fn a_disk_is_saved_alone_and_booted_from() {
+    let bench = Bench::new().await;
+    let base = bench.paused().await;
+    bench.start(&bench.id, &base).await.unwrap();
+    bench.log();
+    let request = |layers: &Layers| SaveRequest {
+        id: bench.id.clone(),
+        keep: layers.memory.len(),
+        layers: layers.clone(),
+        include_memory: false,
+    };
+    let next = base.saved_disk(LayerId::random());
+    let saved = bench.host.snapshot(request(&next)).await.unwrap();
+    assert!(saved.is_at_rest && saved.timings.stall_us > 0);
+    assert_eq!(
+        bench.log(),
+        [
+            "vm.pause  0",
+            r#"vm.replace-disk {"id":"_disk0","image_types":["Qcow2","Qcow2","Qcow2","Raw"]} 4"#,
+            "vm.resume  0",
+        ]
+    );
+    bench.assert_layers(&next);
+    bench.spoil("no-replace");
+    let failed = bench
+        .host
+        .snapshot(request(&next.saved_disk(LayerId::random())))
+        .await;
+    assert!(
+        matches!(failed, Err(HostError::NotSaved { .. })),
+        "{failed:?}"
+    );
+    bench.mend("no-replace");
+    bench.assert_layers(&next);
+    assert_eq!(bench.exec("exit 3").await, Ok(3));
+    bench.log();
+    let clone = SandboxId::random();
+    bench.start(&clone, &next.without_memory()).await.unwrap();
+    assert_eq!(bench.log(), ["boot"]);
+    bench.host.destroy(&clone).await.unwrap();
+    let (layers, saved) = bench.pause(&next).await;
+    saved.unwrap();
+    bench.assert_only(&layers);
+}
+
+#[tokio::test]
+async fn an_agent_whose_connection_breaks_off_is_asked_once_more() {
+    let bench = Bench::new().await;
+    bench.spoil("break-off");
+    let layers = bench.paused().await;
+    assert!(!bench.dir.path().join("break-off").exists());
+    bench.spoil("break-off");
+    bench.start(&bench.id, &layers).await.unwrap();
+    assert!(!bench.dir.path().join("break-off").exists());
+    bench.host.destroy(&bench.id).await.unwrap();
 }
 
 #[tokio::test]

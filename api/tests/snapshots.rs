@@ -386,6 +386,63 @@ async fn snapshots_are_taken_listed_started_from_and_deleted() {
 }
 
 #[tokio::test]
+async fn sandboxes_from_a_snapshot_without_memory_boot() {
+    let api = api().await;
+    let id = api.create().await;
+    let body = json!({"sandbox_id": id, "name": "disk", "include_memory": false}).to_string();
+    let running = ok(&api, "/v1/snapshots", &body).await;
+    let (size, has_memory) = (&running["size_bytes"], &running["include_memory"]);
+    assert_eq!((size, has_memory), (&json!(50), &json!(false)));
+    let last = api.host.saves.lock().unwrap().last().unwrap().clone();
+    assert!(!last.include_memory && last.layers.memory.is_empty());
+    assert_layers_are_settled(&api).await;
+
+    // Of a paused one, whose disk has two layers by then.
+    ok(&api, &path(&id, "/pause"), "").await;
+    let body = json!({"sandbox_id": id, "include_memory": false}).to_string();
+    let paused = ok(&api, "/v1/snapshots", &body).await;
+    assert_eq!(paused["size_bytes"], 100);
+    assert_eq!(
+        api.host.saves.lock().unwrap().len(),
+        2,
+        "it is not saved anew"
+    );
+    let body = json!({ "sandbox_id": id }).to_string();
+    let whole = ok(&api, "/v1/snapshots", &body).await;
+    assert_eq!(whole["include_memory"], true);
+    api.call("DELETE", &path(&id, ""), "").await;
+    for (snapshot, start) in [("disk", "cold"), (paused["id"].as_str().unwrap(), "cold")]
+        .into_iter()
+        .chain([(whole["id"].as_str().unwrap(), "fork")])
+    {
+        let forked = ok(&api, &format!("/v1/snapshots/{snapshot}/fork"), "{}").await;
+        assert_eq!(forked["sandboxes"][0]["timings_ms"]["start"], start);
+        // What has booted from a disk is saved as any other.
+        let id = forked["sandboxes"][0]["id"].as_str().unwrap();
+        ok(&api, &path(id, "/pause"), "").await;
+        let resumed = ok(&api, &path(id, "/resume"), "").await;
+        assert_eq!(resumed["timings_ms"]["start"], "resume");
+        assert_layers_are_settled(&api).await;
+    }
+}
+
+#[tokio::test]
+async fn a_disk_that_was_not_at_rest_is_no_snapshot() {
+    let api = api().await;
+    let id = api.create().await;
+    *api.host.fault.lock().unwrap() = Some(Fault::NotAtRest);
+    let body = json!({"sandbox_id": id, "include_memory": false}).to_string();
+    let request = ("POST", "/v1/snapshots", &*body);
+    let text = refused(&api, request, (502, "agent_error")).await;
+    assert!(text.contains("did not stay frozen"), "{text}");
+    assert_eq!(api.call("GET", "/v1/snapshots", "").await.1, json!([]));
+    assert_layers_are_settled(&api).await;
+    ok(&api, "/v1/snapshots", &body).await;
+    ok(&api, &path(&id, "/pause"), "").await;
+    assert_layers_are_settled(&api).await;
+}
+
+#[tokio::test]
 async fn deleting_ends_what_is_under_way() {
     let api = api().await;
     let id = api.create().await;
@@ -507,6 +564,7 @@ enum Step {
     Resume(usize),
     Fork(usize),
     Snapshot(usize),
+    SnapshotDisk(usize),
     ForkSnapshot(usize),
     Delete(usize),
     DeleteSnapshot(usize),
@@ -522,6 +580,7 @@ fn step() -> impl Strategy<Value = (Step, Option<Fault>)> {
         4 => which.clone().prop_map(Step::Resume),
         2 => which.clone().prop_map(Step::Fork),
         2 => which.clone().prop_map(Step::Snapshot),
+        2 => which.clone().prop_map(Step::SnapshotDisk),
         1 => which.clone().prop_map(Step::ForkSnapshot),
         2 => which.clone().prop_map(Step::Delete),
         1 => which.clone().prop_map(Step::DeleteSnapshot),
@@ -531,6 +590,7 @@ fn step() -> impl Strategy<Value = (Step, Option<Fault>)> {
     let fault = prop_oneof![
         Just(Fault::NotSaved),
         Just(Fault::NotSavedAndLess),
+        Just(Fault::NotAtRest),
         Just(Fault::NotRestored),
         Just(Fault::CrashBeforeSave),
         Just(Fault::CrashBetweenLayers),
@@ -563,6 +623,10 @@ async fn take(api: &Api, step: &Step, fault: Option<Fault>) -> bool {
         Step::Fork(which) => ("POST", path(&sandbox(*which), "/fork"), fork),
         Step::Snapshot(which) => {
             let body = json!({ "sandbox_id": sandbox(*which) });
+            ("POST", "/v1/snapshots".to_owned(), body.to_string())
+        }
+        Step::SnapshotDisk(which) => {
+            let body = json!({ "sandbox_id": sandbox(*which), "include_memory": false });
             ("POST", "/v1/snapshots".to_owned(), body.to_string())
         }
         Step::ForkSnapshot(which) => {

@@ -7,6 +7,7 @@
 mod connect;
 mod exec;
 mod files;
+mod freeze;
 mod identity;
 
 use std::io;
@@ -20,6 +21,7 @@ use hyper::Response;
 use hyper::body::Incoming;
 
 use crate::domain::HostError;
+pub use freeze::Freeze;
 
 /// The largest JSON answer that is read from an agent, in bytes.
 const MAX_JSON_ANSWER: usize = 64 * 1024;

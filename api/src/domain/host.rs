@@ -40,14 +40,21 @@ pub trait Host: Send + Sync {
     /// does not run.
     async fn pause(&self, request: SaveRequest) -> Result<Saved, HostError>;
 
-    /// Saves a sandbox to two new layers and lets it run on, based on them. It goes on if the
-    /// caller goes away.
+    /// Saves a sandbox to new layers, of its memory and disk or of its disk alone, and lets it run
+    /// on, based on them. It goes on if the caller goes away.
     ///
     /// # Errors
     /// As for [`Host::pause`].
     async fn snapshot(&self, request: SaveRequest) -> Result<Saved, HostError>;
 
-    /// What there is to say of these layers; `None` if one of them is not there.
+    /// Whether it has all of these layers.
+    ///
+    /// # Errors
+    /// It cannot tell.
+    async fn holds(&self, layers: &Layers) -> Result<bool, HostError>;
+
+    /// What there is to say of these layers; `None` if one of them is not there. Without layers of
+    /// memory, all of the topmost of the disk is read.
     ///
     /// # Errors
     /// It cannot tell.
@@ -176,15 +183,21 @@ pub struct SaveRequest {
     pub id: SandboxId,
     /// How many of the memory layers that it is based on stay its base, from the bottom.
     pub keep: usize,
-    /// What it is based on afterwards: kept layers, and on top of each kind a new one.
+    /// What it is based on afterwards: kept layers, and on top of each kind that is saved a new one.
     pub layers: Layers,
+    /// Whether its memory is saved. If not, all layers of it are kept, and the guest writes what it
+    /// has in memory for its disk to the disk before that is saved.
+    pub include_memory: bool,
 }
 
 /// A sandbox was saved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Saved {
-    /// Size on the disk, in bytes, of the two new layers.
+    /// Size on the disk, in bytes, of the new layers.
     pub new_bytes: u64,
+    /// Whether the root file system was at rest, as after it was unmounted. It is not known to be if
+    /// memory was saved too, nor needs to be.
+    pub is_at_rest: bool,
     /// How long it took.
     pub timings: SaveTimings,
 }

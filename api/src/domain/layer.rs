@@ -49,6 +49,21 @@ impl Layers {
         }
     }
 
+    /// The layers after the disk alone is saved to `disk`.
+    pub fn saved_disk(&self, disk: LayerId) -> Self {
+        let mut next = self.clone();
+        next.disk.push(disk);
+        next
+    }
+
+    /// Those of its disk alone, which a machine boots from.
+    pub fn without_memory(&self) -> Self {
+        Self {
+            memory: Vec::new(),
+            disk: self.disk.clone(),
+        }
+    }
+
     /// The layers after the machine is saved again to the layers `memory` and `disk`.
     pub fn saved(&self, memory: LayerId, disk: LayerId) -> Self {
         let mut next = self.clone();

@@ -332,6 +332,7 @@ impl Inner {
                 paths: &self.config.paths,
                 request: &request,
                 chain: &chain,
+                agent: &entry.agent,
             };
             let save = async {
                 match then {

@@ -246,6 +246,13 @@ impl Host for LocalHost {
         self.save(request, Then::GoOn).await
     }
 
+    async fn holds(&self, layers: &Layers) -> Result<bool, HostError> {
+        let layers = layers.clone();
+        self.inner
+            .with_layers(move |files| files.size(&layers).map(|size| size.is_some()))
+            .await
+    }
+
     async fn inspect(&self, layers: &Layers) -> Result<Option<LayersInfo>, HostError> {
         let layers = layers.clone();
         self.inner

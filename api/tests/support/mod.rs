@@ -35,6 +35,8 @@ pub enum Fault {
     NotSaved,
     /// A sandbox is not saved, and the layers that it is based on are fewer by one.
     NotSavedAndLess,
+    /// A sandbox whose disk is saved alone writes to it meanwhile.
+    NotAtRest,
     /// A sandbox does not start from layers.
     NotRestored,
     /// The daemon ends before a sandbox is saved.
@@ -101,16 +103,22 @@ impl FakeHost {
         if self.fails(Fault::NotSavedAndLess) {
             return not_saved(keep.saturating_sub(1));
         }
-        let (memory, kept) = request.layers.memory.split_last().unwrap();
         let (disk, below) = request.layers.disk.split_last().unwrap();
-        assert_eq!(kept.len(), keep);
-        assert!(self.has(kept) && self.has(below), "a base is gone");
-        assert!(self.layers.lock().unwrap().insert(memory.clone()));
+        assert!(self.has(below), "a base is gone");
+        if request.include_memory {
+            let (memory, kept) = request.layers.memory.split_last().unwrap();
+            assert_eq!(kept.len(), keep);
+            assert!(self.has(kept), "a base is gone");
+            assert!(self.layers.lock().unwrap().insert(memory.clone()));
+        } else {
+            assert!(self.has(&request.layers.memory), "a base is gone");
+        }
         self.may_crash(Fault::CrashBetweenLayers).await;
         assert!(self.layers.lock().unwrap().insert(disk.clone()));
         self.may_crash(Fault::CrashAfterSave).await;
         Ok(Saved {
             new_bytes: 100,
+            is_at_rest: !request.include_memory && !self.fails(Fault::NotAtRest),
             timings: SaveTimings {
                 stall_us: 1500,
                 memory_us: 1000,
@@ -169,7 +177,7 @@ impl Host for FakeHost {
         if !self.has(&request.layers.memory) || !self.has(&request.layers.disk) {
             return failed("layers are missing");
         }
-        if !request.layers.is_empty() && self.fails(Fault::NotRestored) {
+        if !request.layers.memory.is_empty() && self.fails(Fault::NotRestored) {
             return failed("the snapshot is of another processor");
         }
         {
@@ -198,6 +206,10 @@ impl Host for FakeHost {
 
     async fn snapshot(&self, request: SaveRequest) -> Result<Saved, HostError> {
         self.save(request).await
+    }
+
+    async fn holds(&self, layers: &Layers) -> Result<bool, HostError> {
+        Ok(self.has(&layers.memory) && self.has(&layers.disk))
     }
 
     async fn inspect(&self, layers: &Layers) -> Result<Option<LayersInfo>, HostError> {

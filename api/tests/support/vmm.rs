@@ -120,14 +120,14 @@ impl Vmm {
                 .collect();
             self.log(&format!("restore {}", self.memory.join(" ")));
             if !self.has("mute") {
-                serve_agent(&vsock);
+                serve_agent(&self.dir, &vsock);
             }
             self.event("restored");
             self.event("resumed");
         } else {
             self.log("boot");
             self.event("booting");
-            serve_agent(&vsock);
+            serve_agent(&self.dir, &vsock);
             let ready = UnixStream::connect(format!("{}_1025", vsock.display()));
             let words = r#"{"version":"1","kernel":"6","entered_us":1,"serving_us":2}"#;
             writeln!(ready.unwrap(), "{words}").unwrap();
@@ -290,7 +290,7 @@ fn receive(stream: &mut UnixStream) -> (String, Vec<OwnedFd>) {
     clippy::zombie_processes,
     reason = "it ends with this process, not before"
 )]
-fn serve_agent(vsock: &Path) {
+fn serve_agent(dir: &Path, vsock: &Path) {
     let socket = vsock.with_extension("agent");
     let mut agent = Command::new(std::env::var_os("FAKE_VMM_AGENT").unwrap());
     agent
@@ -312,14 +312,18 @@ fn serve_agent(vsock: &Path) {
         .read_line(&mut line)
         .unwrap();
     let listener = UnixListener::bind(vsock).unwrap();
+    let dir = dir.to_owned();
     thread::spawn(move || {
         for host in listener.incoming() {
-            let (mut host, socket) = (host.unwrap(), socket.clone());
+            let (mut host, socket, dir) = (host.unwrap(), socket.clone(), dir.clone());
             thread::spawn(move || {
                 let mut line = [0; b"CONNECT 1024\n".len()];
                 host.read_exact(&mut line).unwrap();
                 assert_eq!(&line, b"CONNECT 1024\n");
                 host.write_all(b"OK 1073741824\n").unwrap();
+                if fs::remove_file(dir.join("break-off")).is_ok() {
+                    return;
+                }
                 let guest = UnixStream::connect(socket).unwrap();
                 let (up, down) = (
                     (host.try_clone().unwrap(), guest.try_clone().unwrap()),

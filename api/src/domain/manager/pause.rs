@@ -41,6 +41,7 @@ impl Manager {
             id: id.clone(),
             keep: layers.kept_memory(),
             layers: layers.saved(LayerId::random(), LayerId::random()),
+            include_memory: true,
         };
         let pausing = self.record(id, Transition::Pausing(request.layers.clone()));
         match pausing.await.map_err(store)? {
