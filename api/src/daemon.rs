@@ -27,6 +27,10 @@ use crate::hypervisor::{HostConfig, LeftoverError, LocalHost, Paths, PathsError}
 use crate::images::{ImageError, Images};
 use crate::store::{OpenError, SqliteStore};
 
+/// From how many disk layers on those of a sandbox are merged. Each is an open file of its VMM, and
+/// a table to look into for what is not in those above it; a merge copies all that they hold.
+const MERGE_FROM: usize = 8;
+
 /// Why the daemon did not start, or ended otherwise than asked.
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
@@ -149,6 +153,7 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
             spool_dir,
         },
         warm_bytes: config.limits.warm_disk_bytes,
+        merge_from: MERGE_FROM,
     };
     let events = host.events().await;
     let manager = Manager::new(Arc::new(host), Arc::new(store), limits);

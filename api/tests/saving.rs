@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use api::domain::{
     CreateRequest, End, ExecEvent, ExecRequest, Host, HostError, HostEvent, Identity, LayerId,
-    Layers, SandboxId, SaveRequest, Saved, Shape, Start,
+    Layers, MergeRequest, SandboxId, SaveRequest, Saved, Shape, Start,
 };
 use api::hypervisor::{HostConfig, LocalHost, Paths};
 use api::images::Images;
@@ -303,6 +303,103 @@ async fn a_disk_is_saved_alone_and_booted_from() {
     bench.host.destroy(&clone).await.unwrap();
     let (layers, saved) = bench.pause(&next).await;
     saved.unwrap();
+    bench.assert_only(&layers);
+}
+
+#[tokio::test]
+async fn layers_of_a_disk_become_one() {
+    let bench = Bench::new().await;
+    let mut layers = Layers::default();
+    bench.start(&bench.id, &layers).await.unwrap();
+    for _ in 0..4 {
+        let (next, saved) = bench.snapshot(&layers).await;
+        saved.unwrap();
+        layers = next;
+    }
+    bench.log();
+    let merged = layers.to_merge(4).unwrap().to_vec();
+    let request = || MergeRequest {
+        layers: merged.clone(),
+        into: LayerId::random(),
+    };
+    bench.spoil("no-merge");
+    let error = bench.host.merge_disk(request()).await.unwrap_err();
+    let text = error.to_string();
+    assert!(text.contains("layer 0 from the top is damaged"), "{text}");
+    bench.mend("no-merge");
+    bench.assert_layers(&layers);
+    let mut gone = request();
+    gone.layers.push(LayerId::random());
+    let error = bench.host.merge_disk(gone).await.unwrap_err();
+    assert!(matches!(error, HostError::NotMerged { .. }), "{error}");
+    bench.assert_layers(&layers);
+    assert_eq!(bench.names("run/sandboxes").len(), 1, "the machine's own");
+
+    bench.log();
+    let request = request();
+    bench.host.merge_disk(request.clone()).await.unwrap();
+    assert_eq!(bench.log(), [format!("merge 3 {}", 1 << 20)]);
+    let image = |id: &LayerId| {
+        let path = bench.dir.path().join("data/layers").join(id.as_str());
+        fs::read(path.join("disk.qcow2")).unwrap()
+    };
+    let expected: Vec<_> = merged.iter().rev().flat_map(image).collect();
+    assert_eq!(image(&request.into), expected);
+
+    // The machine runs on from files that are gone, and is given the new one when it is saved.
+    layers = layers.merged(&merged, &request.into).unwrap();
+    bench.host.discard(&merged).await.unwrap();
+    bench.assert_layers(&layers);
+    let (next, saved) = bench.snapshot(&layers).await;
+    saved.unwrap();
+    let released = &layers.memory[layers.kept_memory()..];
+    bench.host.discard(released).await.unwrap();
+    let replace = bench
+        .log()
+        .into_iter()
+        .find(|line| line.contains("replace"));
+    assert!(
+        replace.unwrap().ends_with(" 5"),
+        "three layers below its own, and the template"
+    );
+    let (layers, saved) = bench.pause(&next).await;
+    saved.unwrap();
+    bench.assert_only(&layers);
+    bench.start(&bench.id, &layers).await.unwrap();
+    bench.host.destroy(&bench.id).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_merge_ends_with_the_host() {
+    let bench = Bench::new().await;
+    let mut layers = Layers::default();
+    bench.start(&bench.id, &layers).await.unwrap();
+    for _ in 0..3 {
+        let (next, saved) = bench.snapshot(&layers).await;
+        saved.unwrap();
+        layers = next;
+    }
+    bench.log();
+    let fifo = bench.dir.path().join("no-merge");
+    assert!(
+        Command::new("mkfifo")
+            .arg(&fifo)
+            .status()
+            .unwrap()
+            .success()
+    );
+    let host = Arc::clone(&bench.host);
+    let request = MergeRequest {
+        layers: layers.disk[1..].to_vec(),
+        into: LayerId::random(),
+    };
+    let merging = tokio::spawn(async move { host.merge_disk(request).await });
+    while !bench.log().iter().any(|line| line.starts_with("merge")) {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    bench.host.shutdown().await;
+    let error = merging.await.unwrap().unwrap_err().to_string();
+    assert!(error.contains("shutting down"), "{error}");
     bench.assert_only(&layers);
 }
 

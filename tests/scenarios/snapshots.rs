@@ -145,7 +145,7 @@ open(my $drawn, '>', '/root/drawn.new'); print $drawn unpack('H*', $bytes); clos
 rename('/root/drawn.new', '/root/drawn');
 END
 cat >/root/connect.pl <<'END'
-socket(my $s, 40, 1, 0) && connect($s, pack('SSLLx4', 40, 0, 5000, 2)) or die "$!";
+socket(my $s, 40, 1, 0) or die "$!"; connect($s, pack('SSLLx4', 40, 0, 5000, 2)) or die "$!";
 open(my $up, '>', '/root/connected'); close($up);
 my $read = sysread($s, my $byte, 1);
 open(my $closed, '>', '/root/closed'); print $closed defined $read ? $read : "$!"; close($closed);
@@ -162,7 +162,11 @@ while (1) {
 END
 for script in draw connect clock; do setsid perl "/root/$script.pl" </dev/null >/dev/null 2>"/root/$script.err" & done
 setsid sh -c 'until [ -e /root/snooze ]; do sleep 0.1; done; sleep 5; touch /root/fired' </dev/null >/dev/null 2>&1 &
-until [ -e /root/draws ] && [ -e /root/connected ] && [ -e /root/clock ]; do sleep 0.1; done
+for second in $(seq 60); do
+    ! [ -e /root/draws ] || ! [ -e /root/connected ] || ! [ -e /root/clock ] || break
+    sleep 1
+done
+[ -e /root/draws ] && [ -e /root/connected ] && [ -e /root/clock ] || { ls /root; cat /root/*.err; exit 1; }
 touch /root/snooze
 "#;
 
@@ -226,7 +230,9 @@ fn clones_of_a_snapshot_are_machines_of_their_own() {
     let daemon = Daemon::start();
     let sandbox = daemon.create(&small());
     sandbox.must("echo before >/root/file; sync");
-    let socket = daemon.runtime_directory(&sandbox.id).join("vsock_5000");
+    let socket = daemon
+        .runtime_directory(&sandbox.id)
+        .join("vsock.sock_5000");
     let host = UnixListener::bind(&socket).unwrap();
     fs::set_permissions(&socket, fs::Permissions::from_mode(0o666)).unwrap();
     sandbox.must(BEFORE);

@@ -47,6 +47,13 @@ pub trait Host: Send + Sync {
     /// As for [`Host::pause`].
     async fn snapshot(&self, request: SaveRequest) -> Result<Saved, HostError>;
 
+    /// Makes a new disk layer that takes the place of others, which stay as they are. One at a time, and
+    /// with low priority.
+    ///
+    /// # Errors
+    /// The new layer is not there.
+    async fn merge_disk(&self, request: MergeRequest) -> Result<(), HostError>;
+
     /// Whether it has all of these layers.
     ///
     /// # Errors
@@ -190,6 +197,15 @@ pub struct SaveRequest {
     pub include_memory: bool,
 }
 
+/// Merge these layers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MergeRequest {
+    /// Disk layers that lie one on top of the other, bottom first.
+    pub layers: Vec<LayerId>,
+    /// What they become.
+    pub into: LayerId,
+}
+
 /// A sandbox was saved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Saved {
@@ -310,6 +326,12 @@ pub enum HostError {
         /// How many of the memory layers that it was based on it is still based on, from the
         /// bottom: as many as can be kept when it is saved again.
         keep: usize,
+    },
+    /// Layers were not merged.
+    #[error("the layers were not merged: {reason}")]
+    NotMerged {
+        /// Why, as a sentence.
+        reason: String,
     },
     /// It was paused in the midst of it.
     #[error(

@@ -21,7 +21,8 @@ pub use error::{
 pub use exec::{CollectError, ExecEnd, ExecLimits, ExecOutput};
 pub use host::{
     CreateRequest, Created, End, ExecEvent, ExecRequest, ExitInfo, FileContent, Host, HostError,
-    HostEvent, HostInfo, Identity, ReadFileRequest, SaveRequest, Saved, Shape, WriteFileRequest,
+    HostEvent, HostInfo, Identity, MergeRequest, ReadFileRequest, SaveRequest, Saved, Shape,
+    WriteFileRequest,
 };
 pub use id::{Id, Kind, LayerId, ParseIdError, SandboxId, SnapshotId};
 pub use layer::{Layers, MAX_DISK};

@@ -164,11 +164,26 @@ impl Draft {
         File::open(self.draft.join(MEMORY_FILES[2]))
     }
 
+    /// An empty file for a disk, and what is at its bottom.
+    pub fn new_disk(&self, base: &Base) -> io::Result<File> {
+        self.put_base(base)?;
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(self.draft.join(DISK))
+    }
+
     /// Takes in the image `disk`, which keeps its old name too, and what is at its bottom.
     pub fn put_disk(&self, disk: &Path, base: &Base) -> io::Result<()> {
         let path = self.draft.join(DISK);
         fs::hard_link(disk, &path)?;
         File::open(path)?.sync_all()?;
+        self.put_base(base)
+    }
+
+    fn put_base(&self, base: &Base) -> io::Result<()> {
         let mut file = OpenOptions::new()
             .write(true)
             .create_new(true)

@@ -171,7 +171,8 @@ impl Saving<'_> {
         let disk_bytes = complete("disk", draft).await?;
         let mut chain = self.chain.clone();
         if goes_on {
-            chain.layers.push(self.files().disk(disk));
+            // Some of those that it had may have become one since.
+            chain.layers = layers.disk.iter().map(|id| self.files().disk(id)).collect();
             self.stack(&chain).await?;
         }
         new.keep();

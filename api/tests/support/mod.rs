@@ -5,12 +5,13 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use api::domain::{
     CreateRequest, Created, End, ExecEvent, ExecLimits, ExecRequest, ExitInfo, FileContent, Host,
-    HostError, HostEvent, HostInfo, LayerId, Layers, LayersInfo, Limits, Manager, ReadFileRequest,
-    SandboxId, SaveRequest, SaveTimings, Saved, Shape, Timings, WriteFileRequest,
+    HostError, HostEvent, HostInfo, LayerId, Layers, LayersInfo, Limits, Manager, MergeRequest,
+    ReadFileRequest, SandboxId, SaveRequest, SaveTimings, Saved, Shape, Timings, WriteFileRequest,
 };
 use api::http::{AppState, router};
 use api::store::SqliteStore;
@@ -51,6 +52,17 @@ pub enum Fault {
     CrashAfterStart,
 }
 
+/// What goes wrong with a merge.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MergeFault {
+    /// It fails.
+    NotMerged,
+    /// The daemon ends before the new layer is there.
+    CrashBefore,
+    /// The daemon ends when it is there, before that is told.
+    CrashAfter,
+}
+
 /// A host that runs nothing. What a command does is in its name. Layers are names.
 #[derive(Default)]
 pub struct FakeHost {
@@ -62,6 +74,12 @@ pub struct FakeHost {
     /// How sandboxes were to be saved, in order.
     pub saves: Mutex<Vec<SaveRequest>>,
     pub fault: Mutex<Option<Fault>>,
+    /// What goes wrong with the next merge.
+    pub merge_fault: Mutex<Option<MergeFault>>,
+    /// How often layers were merged.
+    pub merges: Mutex<Vec<MergeRequest>>,
+    /// A merge has come to where the daemon is to end.
+    pub is_stuck: AtomicBool,
     pub last_upload: Mutex<Option<u64>>,
     listeners: Mutex<Vec<mpsc::UnboundedSender<HostEvent>>>,
 }
@@ -206,6 +224,34 @@ impl Host for FakeHost {
 
     async fn snapshot(&self, request: SaveRequest) -> Result<Saved, HostError> {
         self.save(request).await
+    }
+
+    async fn merge_disk(&self, request: MergeRequest) -> Result<(), HostError> {
+        let fault = self.merge_fault.lock().unwrap().take();
+        let failed = |reason: &str| {
+            Err(HostError::NotMerged {
+                reason: reason.to_owned(),
+            })
+        };
+        if fault == Some(MergeFault::CrashBefore) {
+            self.is_stuck.store(true, Ordering::SeqCst);
+            std::future::pending::<()>().await;
+        }
+        // As when they are read; others may come and go meanwhile.
+        tokio::task::yield_now().await;
+        if !self.has(&request.layers) {
+            return failed("the layers cannot be read");
+        }
+        if fault == Some(MergeFault::NotMerged) {
+            return failed("layer 1 from the top is damaged");
+        }
+        assert!(self.layers.lock().unwrap().insert(request.into.clone()));
+        if fault == Some(MergeFault::CrashAfter) {
+            self.is_stuck.store(true, Ordering::SeqCst);
+            std::future::pending::<()>().await;
+        }
+        self.merges.lock().unwrap().push(request);
+        Ok(())
     }
 
     async fn holds(&self, layers: &Layers) -> Result<bool, HostError> {
@@ -359,7 +405,7 @@ impl Api {
             Arc::default(),
             max_upload,
             max_output,
-            0,
+            (0, usize::MAX),
         )
         .await
     }
@@ -367,17 +413,27 @@ impl Api {
     /// An API that keeps warm snapshots of so many bytes.
     pub async fn warm(warm_bytes: u64) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        Self::start(dir, Arc::default(), 1 << 20, 1 << 20, warm_bytes).await
+        let limits = (warm_bytes, usize::MAX);
+        Self::start(dir, Arc::default(), 1 << 20, 1 << 20, limits).await
+    }
+
+    /// An API that merges disk layers when there are so many.
+    pub async fn merging(from: usize) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        Self::start(dir, Arc::default(), 1 << 20, 1 << 20, (0, from)).await
     }
 
     /// What the next daemon makes of what this one leaves.
     pub async fn restart(self) -> Self {
-        let warm_bytes = self.manager.limits().warm_bytes;
+        let limits = self.manager.limits();
+        let limits = (limits.warm_bytes, limits.merge_from);
         // The next daemon ends all processes, whatever they are at.
         self.host.sandboxes.lock().unwrap().clear();
         *self.host.fault.lock().unwrap() = None;
+        *self.host.merge_fault.lock().unwrap() = None;
+        self.host.is_stuck.store(false, Ordering::SeqCst);
         let Self { host, dir, .. } = self;
-        Self::start(dir, host, 1 << 20, 1 << 20, warm_bytes).await
+        Self::start(dir, host, 1 << 20, 1 << 20, limits).await
     }
 
     async fn start(
@@ -385,7 +441,7 @@ impl Api {
         host: Arc<FakeHost>,
         max_upload: u64,
         max_output: u64,
-        warm_bytes: u64,
+        (warm_bytes, merge_from): (u64, usize),
     ) -> Self {
         let store = Arc::new(SqliteStore::open(&dir.path().join("db")).unwrap());
         let limits = Limits {
@@ -395,6 +451,7 @@ impl Api {
                 spool_dir: dir.path().to_owned(),
             },
             warm_bytes,
+            merge_from,
         };
         let manager = Manager::new(host.clone(), store.clone(), limits);
         let events = host.events().await;

@@ -23,10 +23,29 @@ use std::thread;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::process::Signal;
 
+/// The part of the script that merges disks: a line of what it was given, and then what the layers
+/// hold, the topmost first.
+const MERGE: &str = r#"if [ "$1" = merge-disk ]; then
+    dir=${0%/*} layers=()
+    while shift && (($#)); do
+        case $1 in
+        --size) size=$2 ;;
+        --output) output=$2 ;;
+        --layer) layers+=("$2") ;;
+        esac
+    done
+    echo "merge ${#layers[@]} $size" >>"$dir/log"
+    [ ! -p "$dir/no-merge" ] || read -r <"$dir/no-merge"
+    [ ! -e "$dir/no-merge" ] || { echo "vmm: layer 0 from the top is damaged" >&2; exit 1; }
+    for layer in "${layers[@]}"; do /bin/cat "/proc/self/fd/$layer" >&"$output"; done
+    exit 0
+fi
+"#;
+
 /// Writes the script `DIR/vmm`, which starts this program as a VMM by its test `test`.
 pub fn install(dir: &Path, test: &str, agent: &Path) -> PathBuf {
     let script = format!(
-        "#!/bin/bash\nfor argument; do case $argument in cid=3,*) name=$argument;; esac; done\n\
+        "#!/bin/bash\n{MERGE}for argument; do case $argument in cid=3,*) name=$argument;; esac; done\n\
          echo $$ >> {0}/pid\n\
          export FAKE_VMM_DIR={0} FAKE_VMM_AGENT={1} FAKE_VMM_ARGS=$(/usr/bin/printf '%s\\n' \"$@\")\n\
          exec -a \"$name\" {2} --exact {test} --nocapture --test-threads=1\n",

@@ -7,6 +7,7 @@
 //! written back, never while the host works. Who takes a sandbox from one state to another has its
 //! [turn](super::turns) for all of that.
 
+mod merge;
 mod pause;
 mod recover;
 mod snapshots;
@@ -38,6 +39,7 @@ use super::store::{Store, StoreError};
 use super::timings::Start;
 use super::turns::{Turn, Turns};
 use crate::chain;
+use merge::Merges;
 pub use recover::RecoverError;
 pub use snapshots::Forked;
 use warm::Warm;
@@ -49,6 +51,8 @@ pub struct Limits {
     pub exec: ExecLimits,
     /// Size on the disk of all warm snapshots, in bytes; with 0 there are none.
     pub warm_bytes: u64,
+    /// From how many disk layers on those of a sandbox are merged in the background.
+    pub merge_from: usize,
 }
 
 /// The owner of all sandboxes; clones share it.
@@ -65,6 +69,7 @@ struct Inner {
     records: Mutex<()>,
     turns: Turns,
     warm: Warm,
+    merges: Merges,
     closing: AtomicBool,
 }
 
@@ -79,6 +84,7 @@ impl Manager {
                 records: Mutex::new(()),
                 turns: Turns::default(),
                 warm: Warm::default(),
+                merges: Merges::default(),
                 closing: AtomicBool::new(false),
             }),
         }
@@ -323,6 +329,7 @@ impl Manager {
     pub async fn shutdown(&self) {
         self.inner.closing.store(true, Ordering::Release);
         self.inner.host.shutdown().await;
+        self.merges_done().await;
         let live = match self.inner.store.list_live().await {
             Ok(live) => live,
             Err(source) => {

@@ -55,7 +55,10 @@ impl Manager {
                 info!(sandbox = %id, new_bytes = saved.new_bytes, stall_us = saved.timings.stall_us,
                     "sandbox is paused");
                 match self.record(id, Transition::Paused).await.map_err(store)? {
-                    Some(sandbox) => Ok(sandbox),
+                    Some(sandbox) => {
+                        self.merge_in_background(&sandbox.layers);
+                        Ok(sandbox)
+                    }
                     None => Err(LookupError::NotFound.into()),
                 }
             }

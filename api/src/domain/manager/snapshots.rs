@@ -164,7 +164,8 @@ impl Manager {
             Err(_) => None,
         };
         if let Some(layers) = based_on {
-            self.record(id, Transition::Based(layers)).await?;
+            self.record(id, Transition::Based(layers.clone())).await?;
+            self.merge_in_background(&layers);
         }
         match result {
             Ok(saved) if !request.include_memory && !saved.is_at_rest => {
