@@ -29,6 +29,10 @@ use crate::images::{ImageError, Images};
 use crate::network::{Network, NetworkError};
 use crate::store::{OpenError, SqliteStore};
 
+/// From how many disk layers on those of a sandbox are merged. Each is an open file of its VMM, and
+/// a table to look into for what is not in those above it; a merge copies all that they hold.
+const MERGE_FROM: usize = 8;
+
 /// Why the daemon did not start, or ended otherwise than asked.
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
@@ -164,6 +168,7 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
             memory_mb: config.limits.pool_memory_mb,
             idle: Duration::from_secs(config.limits.pool_idle_sec),
         },
+        merge_from: MERGE_FROM,
     };
     let events = host.events().await;
     let manager = Manager::new(Arc::new(host), Arc::new(store), limits);

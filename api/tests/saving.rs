@@ -21,7 +21,8 @@ use std::time::Duration;
 
 use api::domain::{
     ClaimRequest, CreateRequest, Created, End, ExecEvent, ExecRequest, Host, HostError, HostEvent,
-    Identity, LayerId, Layers, PrepareRequest, SandboxId, SaveRequest, Saved, Shape, Start,
+    Identity, LayerId, Layers, MergeRequest, PrepareRequest, SandboxId, SaveRequest, Saved, Shape,
+    Start,
 };
 use api::hypervisor::{HostConfig, LocalHost, Paths};
 use api::images::Images;
@@ -134,6 +135,7 @@ impl Bench {
             id: self.id.clone(),
             keep: base.kept_memory(),
             layers: base.saved(LayerId::random(), LayerId::random()),
+            include_memory: true,
         }
     }
 
@@ -288,6 +290,161 @@ async fn a_machine_that_goes_on_writes_to_a_new_overlay() {
     saved.unwrap();
     bench.host.destroy(&clone).await.unwrap();
     bench.assert_only(&layers);
+}
+
+#[tokio::test]
+async fn a_disk_is_saved_alone_and_booted_from() {
+    let bench = Bench::new().await;
+    let base = bench.paused().await;
+    bench.start(&bench.id, &base).await.unwrap();
+    bench.log();
+    let request = |layers: &Layers| SaveRequest {
+        id: bench.id.clone(),
+        keep: layers.memory.len(),
+        layers: layers.clone(),
+        include_memory: false,
+    };
+    let next = base.saved_disk(LayerId::random());
+    let saved = bench.host.snapshot(request(&next)).await.unwrap();
+    assert!(saved.is_at_rest && saved.timings.stall_us > 0);
+    assert_eq!(
+        bench.log(),
+        [
+            "vm.pause  0",
+            r#"vm.replace-disk {"id":"_disk0","image_types":["Qcow2","Qcow2","Qcow2","Raw"]} 4"#,
+            "vm.resume  0",
+        ]
+    );
+    bench.assert_layers(&next);
+    bench.spoil("no-replace");
+    let failed = bench
+        .host
+        .snapshot(request(&next.saved_disk(LayerId::random())))
+        .await;
+    assert!(
+        matches!(failed, Err(HostError::NotSaved { .. })),
+        "{failed:?}"
+    );
+    bench.mend("no-replace");
+    bench.assert_layers(&next);
+    assert_eq!(bench.exec("exit 3").await, Ok(3));
+    bench.log();
+    let clone = SandboxId::random();
+    bench.start(&clone, &next.without_memory()).await.unwrap();
+    assert_eq!(bench.log(), ["boot"]);
+    bench.host.destroy(&clone).await.unwrap();
+    let (layers, saved) = bench.pause(&next).await;
+    saved.unwrap();
+    bench.assert_only(&layers);
+}
+
+#[tokio::test]
+async fn layers_of_a_disk_become_one() {
+    let bench = Bench::new().await;
+    let mut layers = Layers::default();
+    bench.start(&bench.id, &layers).await.unwrap();
+    for _ in 0..4 {
+        let (next, saved) = bench.snapshot(&layers).await;
+        saved.unwrap();
+        layers = next;
+    }
+    bench.log();
+    let merged = layers.to_merge(4).unwrap().to_vec();
+    let request = || MergeRequest {
+        layers: merged.clone(),
+        into: LayerId::random(),
+    };
+    bench.spoil("no-merge");
+    let error = bench.host.merge_disk(request()).await.unwrap_err();
+    let text = error.to_string();
+    assert!(text.contains("layer 0 from the top is damaged"), "{text}");
+    bench.mend("no-merge");
+    bench.assert_layers(&layers);
+    let mut gone = request();
+    gone.layers.push(LayerId::random());
+    let error = bench.host.merge_disk(gone).await.unwrap_err();
+    assert!(matches!(error, HostError::NotMerged { .. }), "{error}");
+    bench.assert_layers(&layers);
+    assert_eq!(bench.names("run/sandboxes").len(), 1, "the machine's own");
+
+    bench.log();
+    let request = request();
+    bench.host.merge_disk(request.clone()).await.unwrap();
+    assert_eq!(bench.log(), [format!("merge 3 {}", 1 << 20)]);
+    let image = |id: &LayerId| {
+        let path = bench.dir.path().join("data/layers").join(id.as_str());
+        fs::read(path.join("disk.qcow2")).unwrap()
+    };
+    let expected: Vec<_> = merged.iter().rev().flat_map(image).collect();
+    assert_eq!(image(&request.into), expected);
+
+    // The machine runs on from files that are gone, and is given the new one when it is saved.
+    layers = layers.merged(&merged, &request.into).unwrap();
+    bench.host.discard(&merged).await.unwrap();
+    bench.assert_layers(&layers);
+    let (next, saved) = bench.snapshot(&layers).await;
+    saved.unwrap();
+    let released = &layers.memory[layers.kept_memory()..];
+    bench.host.discard(released).await.unwrap();
+    let replace = bench
+        .log()
+        .into_iter()
+        .find(|line| line.contains("replace"));
+    assert!(
+        replace.unwrap().ends_with(" 5"),
+        "three layers below its own, and the template"
+    );
+    let (layers, saved) = bench.pause(&next).await;
+    saved.unwrap();
+    bench.assert_only(&layers);
+    bench.start(&bench.id, &layers).await.unwrap();
+    bench.host.destroy(&bench.id).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_merge_ends_with_the_host() {
+    let bench = Bench::new().await;
+    let mut layers = Layers::default();
+    bench.start(&bench.id, &layers).await.unwrap();
+    for _ in 0..3 {
+        let (next, saved) = bench.snapshot(&layers).await;
+        saved.unwrap();
+        layers = next;
+    }
+    bench.log();
+    let fifo = bench.dir.path().join("no-merge");
+    assert!(
+        Command::new("mkfifo")
+            .arg(&fifo)
+            .status()
+            .unwrap()
+            .success()
+    );
+    let host = Arc::clone(&bench.host);
+    let request = MergeRequest {
+        layers: layers.disk[1..].to_vec(),
+        into: LayerId::random(),
+    };
+    let merging = tokio::spawn(async move { host.merge_disk(request).await });
+    while !bench.log().iter().any(|line| line.starts_with("merge")) {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    bench.host.shutdown().await;
+    let error = merging.await.unwrap().unwrap_err().to_string();
+    assert!(error.contains("shutting down"), "{error}");
+    bench.assert_only(&layers);
+}
+
+#[tokio::test]
+async fn an_agent_whose_connection_breaks_off_is_asked_once_more() {
+    let bench = Bench::new().await;
+    bench.spoil("break-off");
+    let layers = bench.paused().await;
+    assert!(!bench.dir.path().join("break-off").exists());
+    bench.spoil("break-off");
+    bench.start(&bench.id, &layers).await.unwrap();
+    assert!(!bench.dir.path().join("break-off").exists());
+    bench.host.destroy(&bench.id).await.unwrap();
 }
 
 #[tokio::test]

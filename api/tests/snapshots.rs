@@ -6,13 +6,14 @@
 mod support;
 
 use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use api::domain::{End, Layers, SandboxId, Status, Store};
+use api::domain::{End, LayerId, Layers, SandboxId, Status, Store};
 use axum::http::StatusCode;
 use proptest::prelude::*;
 use serde_json::{Value, json};
-use support::{Api, Fault};
+use support::{Api, Fault, MergeFault};
 
 async fn api() -> Api {
     Api::new(1 << 20, 1 << 20).await
@@ -386,6 +387,151 @@ async fn snapshots_are_taken_listed_started_from_and_deleted() {
 }
 
 #[tokio::test]
+async fn sandboxes_from_a_snapshot_without_memory_boot() {
+    let api = api().await;
+    let id = api.create().await;
+    let body = json!({"sandbox_id": id, "name": "disk", "include_memory": false}).to_string();
+    let running = ok(&api, "/v1/snapshots", &body).await;
+    let (size, has_memory) = (&running["size_bytes"], &running["include_memory"]);
+    assert_eq!((size, has_memory), (&json!(50), &json!(false)));
+    let last = api.host.saves.lock().unwrap().last().unwrap().clone();
+    assert!(!last.include_memory && last.layers.memory.is_empty());
+    assert_layers_are_settled(&api).await;
+
+    // Of a paused one, whose disk has two layers by then.
+    ok(&api, &path(&id, "/pause"), "").await;
+    let body = json!({"sandbox_id": id, "include_memory": false}).to_string();
+    let paused = ok(&api, "/v1/snapshots", &body).await;
+    assert_eq!(paused["size_bytes"], 100);
+    assert_eq!(
+        api.host.saves.lock().unwrap().len(),
+        2,
+        "it is not saved anew"
+    );
+    let body = json!({ "sandbox_id": id }).to_string();
+    let whole = ok(&api, "/v1/snapshots", &body).await;
+    assert_eq!(whole["include_memory"], true);
+    api.call("DELETE", &path(&id, ""), "").await;
+    for (snapshot, start) in [("disk", "cold"), (paused["id"].as_str().unwrap(), "cold")]
+        .into_iter()
+        .chain([(whole["id"].as_str().unwrap(), "fork")])
+    {
+        let forked = ok(&api, &format!("/v1/snapshots/{snapshot}/fork"), "{}").await;
+        assert_eq!(forked["sandboxes"][0]["timings_ms"]["start"], start);
+        // What has booted from a disk is saved as any other.
+        let id = forked["sandboxes"][0]["id"].as_str().unwrap();
+        ok(&api, &path(id, "/pause"), "").await;
+        let resumed = ok(&api, &path(id, "/resume"), "").await;
+        assert_eq!(resumed["timings_ms"]["start"], "resume");
+        assert_layers_are_settled(&api).await;
+    }
+}
+
+#[tokio::test]
+async fn a_disk_that_was_not_at_rest_is_no_snapshot() {
+    let api = api().await;
+    let id = api.create().await;
+    *api.host.fault.lock().unwrap() = Some(Fault::NotAtRest);
+    let body = json!({"sandbox_id": id, "include_memory": false}).to_string();
+    let request = ("POST", "/v1/snapshots", &*body);
+    let text = refused(&api, request, (502, "agent_error")).await;
+    assert!(text.contains("did not stay frozen"), "{text}");
+    assert_eq!(api.call("GET", "/v1/snapshots", "").await.1, json!([]));
+    assert_layers_are_settled(&api).await;
+    ok(&api, "/v1/snapshots", &body).await;
+    ok(&api, &path(&id, "/pause"), "").await;
+    assert_layers_are_settled(&api).await;
+}
+
+/// The disk layers of a sandbox.
+async fn disk_of(api: &Api, id: &str) -> Vec<LayerId> {
+    let sandbox = api.store.get(&id.parse().unwrap()).await.unwrap().unwrap();
+    sandbox.layers.disk
+}
+
+#[tokio::test]
+async fn long_chains_of_disk_layers_are_merged() {
+    let api = Api::merging(4).await;
+    let id = api.create().await;
+    let snapshot = json!({ "sandbox_id": id }).to_string();
+    for generation in 1..=3 {
+        ok(&api, "/v1/snapshots", &snapshot).await;
+        assert_eq!(disk_of(&api, &id).await.len(), generation);
+    }
+    let before = disk_of(&api, &id).await;
+    let alone = json!({"sandbox_id": id, "name": "alone", "include_memory": false}).to_string();
+    ok(&api, "/v1/snapshots", &alone).await;
+    api.manager.merges_done().await;
+    let merge = api.host.merges.lock().unwrap().pop().unwrap();
+    assert_eq!(merge.layers[..2], before[1..]);
+    assert_eq!(
+        disk_of(&api, &id).await,
+        [before[0].clone(), merge.into.clone()]
+    );
+    // The one without memory has its checksum of what it was.
+    let all = api.store.list_snapshots().await.unwrap();
+    assert_eq!(all[0].layers.disk.len(), 4);
+    assert_layers_are_settled(&api).await;
+
+    // So it never ends, and what is saved goes on from what was merged.
+    for _ in 0..100 {
+        ok(&api, &path(&id, "/pause"), "").await;
+        ok(&api, &path(&id, "/resume"), "").await;
+        api.manager.merges_done().await;
+        assert!(disk_of(&api, &id).await.len() < 5);
+    }
+    let last = api.host.starts.lock().unwrap().last().unwrap().clone();
+    assert_eq!(last.layers.disk[0], before[0]);
+    for snapshot in api.store.list_snapshots().await.unwrap() {
+        let path = format!("/v1/snapshots/{}", snapshot.id);
+        api.call("DELETE", &path, "").await;
+    }
+    assert_layers_are_settled(&api).await;
+    assert!(api.host.layers.lock().unwrap().len() < 9);
+}
+
+#[tokio::test]
+async fn all_that_have_the_layers_get_the_merged_one() {
+    let api = Api::merging(4).await;
+    let id = api.create().await;
+    for _ in 0..3 {
+        ok(&api, &path(&id, "/pause"), "").await;
+        ok(&api, &path(&id, "/resume"), "").await;
+    }
+    // Its merge fails, and is made up for by the next.
+    *api.host.merge_fault.lock().unwrap() = Some(MergeFault::NotMerged);
+    ok(&api, &path(&id, "/pause"), "").await;
+    api.manager.merges_done().await;
+    assert_eq!(disk_of(&api, &id).await.len(), 4);
+    let body = json!({"sandbox_id": id, "name": "base"}).to_string();
+    ok(&api, "/v1/snapshots", &body).await;
+    let forked = ok(&api, &path(&id, "/fork"), r#"{"count": 2}"#).await;
+    let forks: Vec<String> = forked["sandboxes"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|fork| fork["id"].as_str().unwrap().to_owned())
+        .collect();
+    // This one has one layer more by then, the others have those alone.
+    ok(&api, &path(&id, "/resume"), "").await;
+    ok(&api, &path(&id, "/pause"), "").await;
+    api.manager.merges_done().await;
+    let own = disk_of(&api, &id).await;
+    assert_eq!(own.len(), 2, "{own:?}");
+    // Those have four, of which its merge took five: they merge their own.
+    ok(&api, &path(&forks[0], "/pause"), "").await;
+    api.manager.merges_done().await;
+    assert_eq!(disk_of(&api, &forks[0]).await.len(), 2);
+    assert_layers_are_settled(&api).await;
+    for fork in &forks {
+        api.call("DELETE", &path(fork, ""), "").await;
+    }
+    let forked = ok(&api, "/v1/snapshots/base/fork", "{}").await;
+    assert_eq!(forked["sandboxes"][0]["status"], "running");
+    assert_layers_are_settled(&api).await;
+}
+
+#[tokio::test]
 async fn deleting_ends_what_is_under_way() {
     let api = api().await;
     let id = api.create().await;
@@ -512,6 +658,7 @@ enum Step {
     Resume(usize),
     Fork(usize),
     Snapshot(usize),
+    SnapshotDisk(usize),
     ForkSnapshot(usize),
     Delete(usize),
     DeleteSnapshot(usize),
@@ -519,7 +666,7 @@ enum Step {
     Restart,
 }
 
-fn step() -> impl Strategy<Value = (Step, Option<Fault>)> {
+fn step() -> impl Strategy<Value = (Step, Option<Fault>, Option<MergeFault>)> {
     let which = 0..6_usize;
     let step = prop_oneof![
         2 => Just(Step::Create),
@@ -527,6 +674,7 @@ fn step() -> impl Strategy<Value = (Step, Option<Fault>)> {
         4 => which.clone().prop_map(Step::Resume),
         2 => which.clone().prop_map(Step::Fork),
         2 => which.clone().prop_map(Step::Snapshot),
+        2 => which.clone().prop_map(Step::SnapshotDisk),
         1 => which.clone().prop_map(Step::ForkSnapshot),
         2 => which.clone().prop_map(Step::Delete),
         1 => which.clone().prop_map(Step::DeleteSnapshot),
@@ -536,6 +684,7 @@ fn step() -> impl Strategy<Value = (Step, Option<Fault>)> {
     let fault = prop_oneof![
         Just(Fault::NotSaved),
         Just(Fault::NotSavedAndLess),
+        Just(Fault::NotAtRest),
         Just(Fault::NotRestored),
         Just(Fault::CrashBeforeSave),
         Just(Fault::CrashBetweenLayers),
@@ -543,7 +692,16 @@ fn step() -> impl Strategy<Value = (Step, Option<Fault>)> {
         Just(Fault::CrashBeforeStart),
         Just(Fault::CrashAfterStart),
     ];
-    (step, prop::option::weighted(0.3, fault))
+    let merge_fault = prop_oneof![
+        Just(MergeFault::NotMerged),
+        Just(MergeFault::CrashBefore),
+        Just(MergeFault::CrashAfter),
+    ];
+    (
+        step,
+        prop::option::weighted(0.2, fault),
+        prop::option::weighted(0.2, merge_fault),
+    )
 }
 
 /// Does a step. `true` if the daemon has ended in it.
@@ -568,6 +726,10 @@ async fn take(api: &Api, step: &Step, fault: Option<Fault>) -> bool {
         Step::Fork(which) => ("POST", path(&sandbox(*which), "/fork"), fork),
         Step::Snapshot(which) => {
             let body = json!({ "sandbox_id": sandbox(*which) });
+            ("POST", "/v1/snapshots".to_owned(), body.to_string())
+        }
+        Step::SnapshotDisk(which) => {
+            let body = json!({ "sandbox_id": sandbox(*which), "include_memory": false });
             ("POST", "/v1/snapshots".to_owned(), body.to_string())
         }
         Step::ForkSnapshot(which) => {
@@ -615,16 +777,24 @@ proptest! {
 
     #[test]
     fn whatever_happens_layers_are_held_and_sandboxes_are_whole(
-        steps in prop::collection::vec(step(), 1..24),
+        steps in prop::collection::vec(step(), 1..32),
     ) {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .unwrap();
         runtime.block_on(async {
-            let mut api = api().await;
-            for (step, fault) in steps {
-                if take(&api, &step, fault).await {
+            let mut api = Api::merging(3).await;
+            for (step, fault, merge_fault) in steps {
+                *api.host.merge_fault.lock().unwrap() = merge_fault;
+                let has_crashed = take(&api, &step, fault).await;
+                // A merge comes to its end, or to where the daemon ends.
+                let is_stuck = || api.host.is_stuck.load(Ordering::SeqCst);
+                tokio::select! {
+                    () = api.manager.merges_done() => {}
+                    () = async { while !is_stuck() { tokio::task::yield_now().await } } => {}
+                }
+                if has_crashed || is_stuck() {
                     api = api.restart().await;
                     for sandbox in api.store.list_live().await.unwrap() {
                         assert_eq!(sandbox.status, Status::Paused);

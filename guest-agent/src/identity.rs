@@ -14,6 +14,7 @@ use agent_protocol::{Resumed, ResumedRequest};
 use rustix::system::sethostname;
 use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 
+use crate::boot_id::BootId;
 use crate::log::{info, warning};
 use crate::network;
 
@@ -23,7 +24,7 @@ const RNDRESEEDCRNG: libc::Ioctl = 0x5207;
 const NANOS: u64 = 1_000_000_000;
 
 /// Does what the request asks for, as far as it can be done.
-pub fn assume(request: &ResumedRequest) -> Resumed {
+pub fn assume(request: &ResumedRequest, boot_id: &mut BootId) -> Resumed {
     let mut problems = Vec::new();
     let mut try_to = |what: &str, result: io::Result<bool>| match result {
         Ok(done) => done,
@@ -52,6 +53,11 @@ pub fn assume(request: &ResumedRequest) -> Resumed {
         "/etc/machine-id cannot be written",
         write_machine_id(Path::new("/etc"), &request.machine_id),
     );
+    // After the seed, so that it is drawn from that.
+    let boot_id = try_to(
+        "another boot id cannot be shown",
+        boot_id.belongs_to(&request.machine_id),
+    );
     let network = match &request.network {
         Some(network) => try_to(
             "the network card cannot be set up",
@@ -66,6 +72,7 @@ pub fn assume(request: &ResumedRequest) -> Resumed {
         clock,
         hostname,
         machine_id,
+        boot_id,
         network,
         problems,
     }

@@ -8,8 +8,10 @@
 //! Everything runs on one thread, except for reads and writes of files, which may block.
 
 mod body;
+mod boot_id;
 mod exec;
 mod files;
+mod freeze;
 mod identity;
 mod init;
 mod log;
@@ -21,7 +23,9 @@ mod system;
 mod users;
 mod vsock;
 
-use std::{cell::Cell, future::Future, io, io::Write, path::PathBuf, process::ExitCode, rc::Rc};
+use std::{
+    cell::Cell, future::Future, io, io::Write, path::PathBuf, process::ExitCode, rc::Rc, sync::Arc,
+};
 
 use agent_protocol::{AGENT_PORT, READY_PORT, Ready};
 use exec::Cgroups;
@@ -153,6 +157,7 @@ fn run_as_init(entered_us: u64) -> Outcome {
             cgroups,
             init: true,
             execs: Cell::new(0),
+            boot_id: Arc::default(),
         });
         tokio::select! {
             result = reaping => result?,
@@ -184,6 +189,7 @@ fn run_on_socket(socket: PathBuf, cgroup: Option<PathBuf>, entered_us: u64) -> O
             cgroups,
             init: false,
             execs: Cell::new(0),
+            boot_id: Arc::default(),
         });
         let next = || async { listener.accept().await.map(|(stream, _)| stream) };
         tokio::select! {

@@ -1,14 +1,22 @@
 //! HTTP: connections, operations, errors. The protocol is told in the crate `agent_protocol`.
 
 use std::{
-    cell::Cell, convert::Infallible, ffi::OsStr, io, os::unix::ffi::OsStrExt, path::PathBuf,
-    rc::Rc, time::Duration,
+    cell::Cell,
+    convert::Infallible,
+    ffi::OsStr,
+    io,
+    os::unix::ffi::OsStrExt,
+    path::PathBuf,
+    rc::Rc,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use agent_protocol as protocol;
 use agent_protocol::{
-    EXEC_UPGRADE, ErrorBody, ErrorCode, ErrorDetail, ExecRequest, FileQuery, FileQueryError,
-    Health, MAX_JSON_BODY, Resumed, ResumedRequest, ShutdownRequest,
+    EXEC_UPGRADE, ErrorBody, ErrorCode, ErrorDetail, ExecRequest, FREEZE_UPGRADE, FROZEN,
+    FileQuery, FileQueryError, FreezeRequest, Health, MAX_JSON_BODY, NOT_FROZEN, Resumed,
+    ResumedRequest, ShutdownRequest,
 };
 use bytes::{Bytes, BytesMut};
 use http_body_util::{BodyExt, Limited};
@@ -22,12 +30,17 @@ use hyper::{
 };
 use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
-use tokio::net::UnixStream;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::UnixStream,
+};
 
 use crate::{
     body::Body,
+    boot_id::BootId,
     exec::{self, Cgroups, Running},
     files::{self, FileError, Listing, Reading, write::Writing},
+    freeze::{FreezeError, Frozen},
     identity,
     log::{chain, warning},
     reaper::Reaper,
@@ -52,6 +65,8 @@ pub struct Agent {
     pub init: bool,
     /// How many execs run.
     pub execs: Cell<usize>,
+    /// The boot id that the guest shows. Held by one request after the other.
+    pub boot_id: Arc<Mutex<BootId>>,
 }
 
 /// A request that was not carried out.
@@ -73,6 +88,12 @@ enum RequestError {
     Identity(&'static str),
     #[error("exec needs the headers Connection: Upgrade and Upgrade: {EXEC_UPGRADE}")]
     NoUpgrade,
+    #[error("freeze needs the headers Connection: Upgrade and Upgrade: {FREEZE_UPGRADE}")]
+    NoFreezeUpgrade,
+    #[error("{0}")]
+    FreezeTime(&'static str),
+    #[error(transparent)]
+    Freeze(#[from] FreezeError),
     #[error("the program was not started")]
     Exec(#[from] exec::ExecError),
     #[error("the file operation failed")]
@@ -95,10 +116,12 @@ impl RequestError {
             | Self::Body(_)
             | Self::Json(_)
             | Self::Identity(_)
+            | Self::FreezeTime(_)
+            | Self::NoFreezeUpgrade
             | Self::NoUpgrade => ErrorCode::BadRequest,
             Self::BodyTooLarge => ErrorCode::BodyTooLarge,
             Self::NotInit => ErrorCode::NotInit,
-            Self::Thread(_) | Self::Answer(_) => ErrorCode::Internal,
+            Self::Thread(_) | Self::Answer(_) | Self::Freeze(_) => ErrorCode::Internal,
             // The outer message adds nothing to what these say.
             Self::Exec(error) => return ErrorDetail::new(error.code(), chain(error)),
             Self::File(error) => return ErrorDetail::new(error.code(), chain(error)),
@@ -147,6 +170,7 @@ impl Agent {
             (protocol::PATH_STAT, Method::GET) => stat(&query(&request)?).await,
             (protocol::PATH_DIR, Method::GET) => list(&query(&request)?).await,
             (protocol::PATH_RESUMED, Method::POST) => self.resumed(request).await,
+            (protocol::PATH_FREEZE, Method::POST) => self.freeze(request).await,
             (protocol::PATH_SHUTDOWN, Method::POST) => self.shutdown(request).await,
             (protocol::PATH_HEALTH, _) => Err(RequestError::Method(protocol::PATH_HEALTH)),
             (protocol::PATH_EXEC, _) => Err(RequestError::Method(protocol::PATH_EXEC)),
@@ -154,6 +178,7 @@ impl Agent {
             (protocol::PATH_STAT, _) => Err(RequestError::Method(protocol::PATH_STAT)),
             (protocol::PATH_DIR, _) => Err(RequestError::Method(protocol::PATH_DIR)),
             (protocol::PATH_RESUMED, _) => Err(RequestError::Method(protocol::PATH_RESUMED)),
+            (protocol::PATH_FREEZE, _) => Err(RequestError::Method(protocol::PATH_FREEZE)),
             (protocol::PATH_SHUTDOWN, _) => Err(RequestError::Method(protocol::PATH_SHUTDOWN)),
             _ => Err(RequestError::UnknownOperation(path)),
         }
@@ -173,20 +198,14 @@ impl Agent {
     }
 
     async fn exec(self: Rc<Self>, mut request: Request<Incoming>) -> Answer {
-        let asked = request.headers().get(UPGRADE).map(HeaderValue::as_bytes);
-        if asked.is_none_or(|name| !name.eq_ignore_ascii_case(EXEC_UPGRADE.as_bytes())) {
+        if !asks_for(&request, EXEC_UPGRADE) {
             return Err(RequestError::NoUpgrade);
         }
         let upgrade = hyper::upgrade::on(&mut request);
         let order: ExecRequest = read_json(request.into_body()).await?;
         let running = exec::start(order, &self.reaper, self.cgroups.as_ref()).await?;
         tokio::task::spawn_local(self.carry(upgrade, running));
-        let mut response = Response::new(Body::full(Bytes::new()));
-        *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
-        let headers = response.headers_mut();
-        headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
-        headers.insert(UPGRADE, HeaderValue::from_static(EXEC_UPGRADE));
-        Ok(response)
+        Ok(switching_to(EXEC_UPGRADE))
     }
 
     /// Takes the connection from HTTP. If the host is gone by then, dropping `running` kills
@@ -209,7 +228,12 @@ impl Agent {
         let order: ResumedRequest = read_json(request.into_body()).await?;
         order.check().map_err(RequestError::Identity)?;
         let done = if self.init {
-            tokio::task::spawn_blocking(move || identity::assume(&order)).await?
+            let boot_id = Arc::clone(&self.boot_id);
+            let assume = move || {
+                let mut boot_id = boot_id.lock().unwrap_or_else(PoisonError::into_inner);
+                identity::assume(&order, &mut boot_id)
+            };
+            tokio::task::spawn_blocking(assume).await?
         } else {
             Resumed {
                 realtime_ns: identity::realtime_ns(),
@@ -218,6 +242,19 @@ impl Agent {
             }
         };
         json(StatusCode::OK, &done)
+    }
+
+    async fn freeze(&self, mut request: Request<Incoming>) -> Answer {
+        if !asks_for(&request, FREEZE_UPGRADE) {
+            return Err(RequestError::NoFreezeUpgrade);
+        }
+        let upgrade = hyper::upgrade::on(&mut request);
+        let order: FreezeRequest = read_json(request.into_body()).await?;
+        order.check().map_err(RequestError::FreezeTime)?;
+        let time = Duration::from_millis(order.timeout_ms);
+        let frozen = Frozen::freeze(time, self.init).await?;
+        tokio::task::spawn_local(hold(upgrade, frozen));
+        Ok(switching_to(FREEZE_UPGRADE))
     }
 
     async fn shutdown(self: Rc<Self>, request: Request<Incoming>) -> Answer {
@@ -232,6 +269,44 @@ impl Agent {
         let mut response = Response::new(Body::full(Bytes::new()));
         *response.status_mut() = StatusCode::ACCEPTED;
         Ok(response)
+    }
+}
+
+fn asks_for(request: &Request<Incoming>, protocol: &str) -> bool {
+    let asked = request.headers().get(UPGRADE).map(HeaderValue::as_bytes);
+    asked.is_some_and(|name| name.eq_ignore_ascii_case(protocol.as_bytes()))
+}
+
+fn switching_to(protocol: &'static str) -> Response<Body> {
+    let mut response = Response::new(Body::full(Bytes::new()));
+    *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    let headers = response.headers_mut();
+    headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+    headers.insert(UPGRADE, HeaderValue::from_static(protocol));
+    response
+}
+
+/// Keeps the file system frozen until the host says otherwise or is gone, or the time is over.
+async fn hold(upgrade: OnUpgrade, mut frozen: Frozen) {
+    let Ok(upgraded) = upgrade.await else { return };
+    let mut host = TokioIo::new(upgraded);
+    let asked = tokio::select! {
+        asked = host.read_u8() => asked,
+        () = frozen.time_is_over() => {
+            // The host may find this when it asks.
+            let _ = host.write_u8(NOT_FROZEN).await;
+            return;
+        }
+    };
+    if asked.is_ok() {
+        let answer = if frozen.thaw().await {
+            FROZEN
+        } else {
+            NOT_FROZEN
+        };
+        // A host that is gone does not want to know.
+        let _ = host.write_u8(answer).await;
+        let _ = host.shutdown().await;
     }
 }
 

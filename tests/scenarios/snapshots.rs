@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -115,21 +117,80 @@ fn assert_clock(sandbox: &Sandbox<'_>) {
     );
 }
 
-/// What tells one machine from another.
-fn identity(sandbox: &Sandbox<'_>) -> [String; 4] {
+/// What tells one machine from another. What comes first stays the same over pauses.
+fn identity(sandbox: &Sandbox<'_>) -> [String; 6] {
     [
         sandbox.must("cat /proc/sys/kernel/hostname"),
         sandbox.must("cat /etc/machine-id"),
+        sandbox.must("cat /proc/sys/kernel/random/boot_id"),
         sandbox.must("head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n'"),
+        sandbox.must(GETRANDOM),
         sandbox.must("cat /proc/sys/kernel/random/uuid"),
     ]
+}
+
+/// getrandom(2), whose number is 318.
+const GETRANDOM: &str =
+    r#"perl -e '$b = "\0" x 32; syscall(318, $b, 32, 0) == 32 or die; print unpack("H*", $b)'"#;
+
+/// Processes that are there before a snapshot is taken, each with a result in a file once it has
+/// been copied: one has the random generator open, and draws from it when told; one has a connection
+/// to the host and waits for its end; one sleeps; one reads the monotonic clock (clock_gettime, 228)
+/// over and over.
+const BEFORE: &str = r#"
+cat >/root/draw.pl <<'END'
+open(my $random, '<:raw', '/dev/urandom') or die; open(my $up, '>', '/root/draws'); close($up);
+select(undef, undef, undef, 0.05) until -e '/root/draw';
+sysread($random, my $bytes, 32) == 32 or die;
+open(my $drawn, '>', '/root/drawn.new'); print $drawn unpack('H*', $bytes); close($drawn);
+rename('/root/drawn.new', '/root/drawn');
+END
+cat >/root/connect.pl <<'END'
+socket(my $s, 40, 1, 0) or die "$!"; connect($s, pack('SSLLx4', 40, 0, 5000, 2)) or die "$!";
+open(my $up, '>', '/root/connected'); close($up);
+my $read = sysread($s, my $byte, 1);
+open(my $closed, '>', '/root/closed'); print $closed defined $read ? $read : "$!"; close($closed);
+END
+cat >/root/clock.pl <<'END'
+my ($last, $steps) = (0, 0);
+while (1) {
+    my $time = pack('qq', 0, 0); syscall(228, 1, $time) == 0 or die;
+    my ($s, $ns) = unpack('qq', $time); my $now = $s * 1e9 + $ns;
+    if ($now < $last) { open(my $back, '>', '/root/backwards'); close($back) }
+    $last = $now; select(undef, undef, undef, 0.01);
+    if (++$steps % 20 == 0) { open(my $up, '>', '/root/clock'); print $up $steps; close($up) }
+}
+END
+for script in draw connect clock; do setsid perl "/root/$script.pl" </dev/null >/dev/null 2>"/root/$script.err" & done
+setsid sh -c 'until [ -e /root/snooze ]; do sleep 0.1; done; sleep 5; touch /root/fired' </dev/null >/dev/null 2>&1 &
+for second in $(seq 60); do
+    ! [ -e /root/draws ] || ! [ -e /root/connected ] || ! [ -e /root/clock ] || break
+    sleep 1
+done
+[ -e /root/draws ] && [ -e /root/connected ] && [ -e /root/clock ] || { ls /root; cat /root/*.err; exit 1; }
+touch /root/snooze
+"#;
+
+/// What was under way when a clone's snapshot was taken has come to a good end. Returns what the
+/// process drew that had opened the generator before.
+fn after(clone: &Sandbox<'_>) -> String {
+    clone.must("until [ -s /root/closed ]; do sleep 0.1; done; cat /root/closed");
+    clone.must("until [ -e /root/fired ]; do sleep 0.1; done");
+    clone.must("rm /root/clock; until [ -e /root/clock ]; do sleep 0.1; done");
+    clone.must("! [ -e /root/backwards ]");
+    clone.must("touch /root/draw; until [ -e /root/drawn ]; do sleep 0.1; done; cat /root/drawn")
+}
+
+/// How many mounts show another boot id than the kernel's.
+fn boot_id_mounts(sandbox: &Sandbox<'_>) -> String {
+    sandbox.must("grep -c /proc/sys/kernel/random/boot_id /proc/self/mountinfo || true")
 }
 
 #[test]
 fn what_runs_goes_on_after_every_pause() {
     let daemon = Daemon::start();
     let sandbox = daemon.create(&small());
-    let [hostname, machine_id, ..] = identity(&sandbox);
+    let [hostname, machine_id, boot_id, ..] = identity(&sandbox);
     assert_eq!(hostname, sandbox.id);
     let mut work = Work::begin(&sandbox);
     for generation in 1..=cycles() {
@@ -157,8 +218,8 @@ fn what_runs_goes_on_after_every_pause() {
         assert!(after >= before, "monotonic time went backwards");
         work.assert_goes_on(&sandbox);
         assert_eq!(
-            identity(&sandbox)[..2],
-            [hostname.clone(), machine_id.clone()]
+            identity(&sandbox)[..3],
+            [hostname.clone(), machine_id.clone(), boot_id.clone()]
         );
     }
     sandbox.delete();
@@ -170,6 +231,13 @@ fn clones_of_a_snapshot_are_machines_of_their_own() {
     let daemon = Daemon::start();
     let sandbox = daemon.create(&small());
     sandbox.must("echo before >/root/file; sync");
+    let socket = daemon
+        .runtime_directory(&sandbox.id)
+        .join("vsock.sock_5000");
+    let host = UnixListener::bind(&socket).unwrap();
+    fs::set_permissions(&socket, fs::Permissions::from_mode(0o666)).unwrap();
+    sandbox.must(BEFORE);
+    let (connection, _) = host.accept().unwrap();
     let body = json!({"sandbox_id": sandbox.id, "name": "base"}).to_string();
     let (status, snapshot) = daemon.call("POST", "/v1/snapshots", &body);
     assert_eq!(status, 201, "{snapshot}");
@@ -188,10 +256,30 @@ fn clones_of_a_snapshot_are_machines_of_their_own() {
         .map(|clone| daemon.sandbox(clone["id"].as_str().unwrap()))
         .collect();
     let identities: Vec<_> = clones.iter().chain([&sandbox]).map(identity).collect();
-    for what in 0..4 {
+    for what in 0..6 {
         let all: BTreeSet<_> = identities.iter().map(|identity| &identity[what]).collect();
         assert_eq!(all.len(), 3, "{identities:?}");
     }
+    let drawn: BTreeSet<_> = clones.iter().map(after).collect();
+    assert_eq!(drawn.len(), 2, "{drawn:?}");
+    // The one that the snapshot was taken of has gone on, connection and all.
+    sandbox.must("! [ -e /root/closed ] && ! [ -e /root/backwards ]");
+    drop(connection);
+    assert!(!drawn.contains(&after(&sandbox)));
+    assert_eq!(sandbox.must("cat /root/closed"), "0");
+    // A clone of a clone has one mount, and an id of its own.
+    assert_eq!(boot_id_mounts(&clones[0]), "1");
+    let (status, forked) = daemon.call("POST", &clones[0].path("/fork"), "{}");
+    assert_eq!(status, 201, "{forked}");
+    let third = daemon.sandbox(forked["sandboxes"][0]["id"].as_str().unwrap());
+    assert_eq!(boot_id_mounts(&third), "1");
+    assert!(
+        identities
+            .iter()
+            .all(|other| other[2] != identity(&third)[2])
+    );
+    third.must("! (echo x >/proc/sys/kernel/random/boot_id) 2>/dev/null");
+    third.delete();
     for clone in &clones {
         assert_eq!(identity(clone)[0], clone.id);
         assert_eq!(clone.must("cat /root/file"), "before");
@@ -251,6 +339,54 @@ fn a_running_parent_is_forked_and_goes_on() {
         sandbox.resume();
         work.assert_goes_on(&sandbox);
         sandbox.delete();
+    }
+    assert!(daemon.layers().is_empty(), "{:?}", daemon.layers());
+}
+
+#[test]
+fn a_snapshot_without_memory_is_a_disk_to_boot_from() {
+    let daemon = Daemon::start();
+    let sandbox = daemon.create(&small());
+    let mut work = Work::begin(&sandbox);
+    // In the guest's memory alone, but for the freeze.
+    sandbox.must("sync; echo unsynced >/root/file; head -c 3000000 /dev/urandom >/root/data");
+    let sum = sandbox.must("sha256sum </root/data");
+    let body = json!({"sandbox_id": sandbox.id, "name": "disk", "include_memory": false});
+    let (status, snapshot) = daemon.call("POST", "/v1/snapshots", &body.to_string());
+    assert_eq!(status, 201, "{snapshot}");
+    assert_eq!(snapshot["include_memory"], false);
+    assert_eq!(snapshot["checksum"].as_str().unwrap().len(), 64);
+    assert_eq!(daemon.layers().len(), 1, "a disk and no memory");
+    // Neither frozen any more, nor lost.
+    sandbox.must("echo later >/root/file");
+    work.assert_goes_on(&sandbox);
+    // With a pause the file system is not frozen: as after a crash, its journal is replayed.
+    sandbox.pause();
+    let body = json!({"sandbox_id": sandbox.id, "name": "crash", "include_memory": false});
+    let (status, snapshot) = daemon.call("POST", "/v1/snapshots", &body.to_string());
+    assert_eq!(status, 201, "{snapshot}");
+    sandbox.delete();
+
+    for (name, has_recovered, content) in [("disk", false, "unsynced"), ("crash", true, "")] {
+        let path = format!("/v1/snapshots/{name}/fork");
+        let (status, forked) = daemon.call("POST", &path, "{}");
+        assert_eq!(status, 201, "{forked}");
+        assert_eq!(forked["sandboxes"][0]["timings_ms"]["start"], "cold");
+        let booted = daemon.sandbox(forked["sandboxes"][0]["id"].as_str().unwrap());
+        assert_eq!(booted.must("cat /proc/sys/kernel/hostname"), booted.id);
+        let recovery = booted.must("dmesg | grep -c 'EXT4-fs.*recovery complete' || true");
+        assert_eq!(recovery != "0", has_recovered, "{name}");
+        booted.must("! grep -q '[c]ount.pl' /proc/[0-9]*/cmdline 2>/dev/null");
+        assert_eq!(booted.must("sha256sum </root/data"), sum);
+        if !content.is_empty() {
+            assert_eq!(booted.must("cat /root/file"), content);
+            assert_eq!(tree(&booted), work.tree);
+        }
+        booted.delete();
+    }
+    for name in ["disk", "crash"] {
+        let request = e2e_tests::http::Request::new("DELETE", &format!("/v1/snapshots/{name}"));
+        assert_eq!(daemon.send(request, std::io::empty(), 0).status, 204);
     }
     assert!(daemon.layers().is_empty(), "{:?}", daemon.layers());
 }
@@ -352,7 +488,7 @@ fn the_second_of_a_shape_starts_warm() {
         assert_clock(sandbox);
     }
     let (one, other) = (identity(&second), identity(&third));
-    for what in 0..4 {
+    for what in 0..6 {
         assert_ne!(one[what], other[what]);
     }
     assert_eq!((&one[0], &other[0]), (&second.id, &third.id));

@@ -57,6 +57,52 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Merges qcow2 images that lie one on top of the other into one that takes the place of all of
+    /// them. What is beneath the lowest is not read, and shows through where it did.
+    ///
+    /// Exit status: 0 merged, 1 not merged, 2 wrong arguments.
+    MergeDisk(MergeArgs),
+}
+
+/// What to merge.
+#[derive(Debug, Args)]
+pub struct MergeArgs {
+    /// Size of the disk in bytes, which all of the images have.
+    #[arg(long, value_name = "BYTES")]
+    pub size: u64,
+    /// An image, topmost first: an inherited descriptor above 2 that can be read.
+    #[arg(long = "layer", value_name = "FD", required = true, value_parser = clap::value_parser!(i32).range(3..))]
+    pub layers: Vec<RawFd>,
+    /// The empty file for the new image: an inherited descriptor above 2 that can be read and written.
+    #[arg(long, value_name = "FD", value_parser = clap::value_parser!(i32).range(3..))]
+    pub output: RawFd,
+    /// Jail the process first, as a VMM [=uid=N][,gid=N][,cgroup=DIR].
+    #[arg(long, value_name = "OPTIONS", num_args = 0..=1, default_missing_value = "",
+        value_parser = parse_jail)]
+    pub jail: Option<JailConfig>,
+}
+
+impl MergeArgs {
+    /// The images, topmost first, and the file for the new one.
+    ///
+    /// # Errors
+    /// One of the descriptors is not open.
+    pub fn open(&self) -> std::io::Result<(Vec<File>, File)> {
+        let layers = self.layers.iter().map(|fd| inherited(*fd));
+        Ok((layers.collect::<Result<_, _>>()?, inherited(self.output)?))
+    }
+}
+
+/// A descriptor that the process inherited, and nobody it starts will.
+fn inherited(fd: RawFd) -> std::io::Result<File> {
+    // SAFETY: F_SETFD takes a number and writes to no memory; it fails on a descriptor that is not
+    // open.
+    if unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is open, and whoever started this process gave it away for this
+    // purpose.
+    Ok(unsafe { File::from_raw_fd(fd) })
 }
 
 /// What to boot, and how.
@@ -273,16 +319,7 @@ impl EventTarget {
     /// The descriptor is not open, or the file cannot be opened.
     pub fn open(&self) -> std::io::Result<File> {
         match self {
-            Self::Fd(fd) => {
-                // SAFETY: F_SETFD takes a number and writes to no memory; it fails on a
-                // descriptor that is not open.
-                if unsafe { libc::fcntl(*fd, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
-                    return Err(std::io::Error::last_os_error());
-                }
-                // SAFETY: the descriptor is open, and whoever started the VMM gave it away for
-                // this purpose.
-                Ok(unsafe { File::from_raw_fd(*fd) })
-            }
+            Self::Fd(fd) => inherited(*fd),
             Self::Path(path) => File::options().create(true).append(true).open(path),
         }
     }

@@ -8,15 +8,17 @@ use clap::Parser;
 
 use vmm::api::{ApiServer, ApiTarget, Listener};
 use vmm::boot_timer::{BootTimer, Phase};
-use vmm::cli::{BootArgs, Cli, Command, EventTarget, Start};
+use vmm::cli::{BootArgs, Cli, Command, EventTarget, MergeArgs, Start};
 use vmm::control::request::{Fault, Refusal};
 use vmm::control::{Control, KvmLauncher};
 use vmm::debugging::DebuggingAids;
+use vmm::devices::virtio::block::merge::merge;
 use vmm::doctor;
 use vmm::error_chain;
 use vmm::events::{Event, EventStream};
 use vmm::exit::ExitReason;
 use vmm::log;
+use vmm::sandboxing::{self, JailConfig, ThreadKind};
 use vmm::signals::Signals;
 
 const STATUS_FAILED: u8 = 1;
@@ -31,6 +33,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     match cli.command {
         Some(Command::Doctor { json }) => doctor(json),
+        Some(Command::MergeDisk(args)) => merge_disk(&args),
         None => boot(&cli.boot, start),
     }
 }
@@ -109,6 +112,28 @@ fn refused(refusal: &Refusal, events: &EventStream) -> Failure {
 fn failure(what: &str, status: u8) -> ExitCode {
     eprintln!("vmm: {what}");
     ExitCode::from(status)
+}
+
+fn merge_disk(args: &MergeArgs) -> ExitCode {
+    log::start(0, None);
+    let (layers, output) = match args.open() {
+        Ok(files) => files,
+        Err(error) => return failure(&format!("--layer, --output: {error}"), STATUS_USAGE),
+    };
+    let merged = jail(args.jail.as_ref())
+        .and_then(|()| merge(layers, output, args.size).map_err(|error| error_chain(&error)));
+    match merged {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(reason) => failure(&reason, STATUS_FAILED),
+    }
+}
+
+/// Confines this process to what reading and writing open files takes.
+fn jail(config: Option<&JailConfig>) -> Result<(), String> {
+    if let Some(config) = config {
+        sandboxing::enter(config, None).map_err(|error| error_chain(&error))?;
+    }
+    sandboxing::seccomp::apply(ThreadKind::Io).map_err(|error| error_chain(&error))
 }
 
 fn doctor(json: bool) -> ExitCode {

@@ -24,11 +24,15 @@ const CLOCK_TOLERANCE_NS: i64 = 50_000_000;
 /// How often the clock is set, at most. A host that is too busy for all of these has a guest whose
 /// clock is about as wrong as the way to it is long.
 const TRIES: usize = 4;
+/// How long to wait after an agent could not be reached.
+const PAUSE: Duration = Duration::from_millis(100);
 /// How many random bytes a guest gets each time: all that its kernel's pool holds.
 const SEED: usize = 32;
 
 impl AgentClient {
-    /// Tells the guest who it is, how it is connected, and what time it is.
+    /// Tells the guest who it is, how it is connected, and what time it is. A connection that does
+    /// not come about or breaks off is not the last: a host under load may take longer for one than
+    /// anybody waits for it, and saying it again does no harm.
     ///
     /// # Errors
     /// The agent has not answered by `deadline`, or has refused.
@@ -39,11 +43,22 @@ impl AgentClient {
         network: Option<&GuestNetwork>,
         deadline: Instant,
     ) -> Result<(), HostError> {
-        tokio::time::timeout_at(deadline, self.set(id, identity, network))
+        let mut last = "it did not answer in time".to_owned();
+        let attempts = async {
+            loop {
+                match self.set(id, identity, network).await {
+                    Err(HostError::AgentUnreachable { reason }) => {
+                        warn!(sandbox = %id, reason, "the guest's agent is asked once more");
+                        last = reason;
+                    }
+                    other => return other,
+                }
+                tokio::time::sleep(PAUSE).await;
+            }
+        };
+        tokio::time::timeout_at(deadline, attempts)
             .await
-            .map_err(|_| HostError::AgentUnreachable {
-                reason: "it did not answer in time".to_owned(),
-            })?
+            .unwrap_or(Err(HostError::AgentUnreachable { reason: last }))
     }
 
     async fn set(

@@ -8,6 +8,7 @@ mod connect;
 mod directories;
 mod exec;
 mod files;
+mod freeze;
 mod identity;
 
 use std::io;
@@ -21,6 +22,7 @@ use hyper::Response;
 use hyper::body::Incoming;
 
 use crate::domain::HostError;
+pub use freeze::Freeze;
 
 /// The largest JSON answer that is read from an agent, in bytes.
 const MAX_JSON_ANSWER: usize = 64 * 1024;

@@ -223,6 +223,12 @@ pub enum SnapshotError {
     /// The host did not save it.
     #[error("no snapshot could be taken")]
     Host(#[source] HostError),
+    /// The guest wrote on to the disk while it was being saved.
+    #[error(
+        "no snapshot could be taken: the guest's file system did not stay frozen, which a host under \
+         load may cause; try again"
+    )]
+    NotAtRest,
     /// The task that took it is gone.
     #[error("the snapshot was interrupted")]
     Interrupted,

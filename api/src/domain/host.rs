@@ -66,14 +66,28 @@ pub trait Host: Send + Sync {
     /// does not run.
     async fn pause(&self, request: SaveRequest) -> Result<Saved, HostError>;
 
-    /// Saves a sandbox to two new layers and lets it run on, based on them. It goes on if the
-    /// caller goes away.
+    /// Saves a sandbox to new layers, of its memory and disk or of its disk alone, and lets it run
+    /// on, based on them. It goes on if the caller goes away.
     ///
     /// # Errors
     /// As for [`Host::pause`].
     async fn snapshot(&self, request: SaveRequest) -> Result<Saved, HostError>;
 
-    /// What there is to say of these layers; `None` if one of them is not there.
+    /// Makes a new disk layer that takes the place of others, which stay as they are. One at a time, and
+    /// with low priority.
+    ///
+    /// # Errors
+    /// The new layer is not there.
+    async fn merge_disk(&self, request: MergeRequest) -> Result<(), HostError>;
+
+    /// Whether it has all of these layers.
+    ///
+    /// # Errors
+    /// It cannot tell.
+    async fn holds(&self, layers: &Layers) -> Result<bool, HostError>;
+
+    /// What there is to say of these layers; `None` if one of them is not there. Without layers of
+    /// memory, all of the topmost of the disk is read.
     ///
     /// # Errors
     /// It cannot tell.
@@ -283,15 +297,30 @@ pub struct SaveRequest {
     pub id: SandboxId,
     /// How many of the memory layers that it is based on stay its base, from the bottom.
     pub keep: usize,
-    /// What it is based on afterwards: kept layers, and on top of each kind a new one.
+    /// What it is based on afterwards: kept layers, and on top of each kind that is saved a new one.
     pub layers: Layers,
+    /// Whether its memory is saved. If not, all layers of it are kept, and the guest writes what it
+    /// has in memory for its disk to the disk before that is saved.
+    pub include_memory: bool,
+}
+
+/// Merge these layers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MergeRequest {
+    /// Disk layers that lie one on top of the other, bottom first.
+    pub layers: Vec<LayerId>,
+    /// What they become.
+    pub into: LayerId,
 }
 
 /// A sandbox was saved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Saved {
-    /// Size on the disk, in bytes, of the two new layers.
+    /// Size on the disk, in bytes, of the new layers.
     pub new_bytes: u64,
+    /// Whether the root file system was at rest, as after it was unmounted. It is not known to be if
+    /// memory was saved too, nor needs to be.
+    pub is_at_rest: bool,
     /// How long it took.
     pub timings: SaveTimings,
 }
@@ -461,6 +490,12 @@ pub enum HostError {
         /// How many of the memory layers that it was based on it is still based on, from the
         /// bottom: as many as can be kept when it is saved again.
         keep: usize,
+    },
+    /// Layers were not merged.
+    #[error("the layers were not merged: {reason}")]
+    NotMerged {
+        /// Why, as a sentence.
+        reason: String,
     },
     /// It was paused in the midst of it.
     #[error(

@@ -49,6 +49,50 @@ impl Layers {
         }
     }
 
+    /// The disk layers that are to become one, bottom first, if there are `from` of them or more: all
+    /// but the bottom one, which is often shared with many.
+    pub fn to_merge(&self, from: usize) -> Option<&[LayerId]> {
+        match self.disk.split_first() {
+            Some((_, above)) if self.disk.len() >= from && above.len() > 1 => Some(above),
+            _ => None,
+        }
+    }
+
+    /// Where the disk layers `merged` lie, one on top of the other, if they do.
+    fn place_of(&self, merged: &[LayerId]) -> Option<usize> {
+        let mut places = self.disk.windows(merged.len().max(1));
+        places.position(|window| window == merged)
+    }
+
+    /// Whether the disk layers `merged` lie in these, one on top of the other.
+    pub fn has(&self, merged: &[LayerId]) -> bool {
+        self.place_of(merged).is_some()
+    }
+
+    /// The layers with `into` in place of the disk layers `merged`, if those lie in these.
+    pub fn merged(&self, merged: &[LayerId], into: &LayerId) -> Option<Self> {
+        let place = self.place_of(merged)?;
+        let mut next = self.clone();
+        next.disk
+            .splice(place..place + merged.len(), [into.clone()]);
+        Some(next)
+    }
+
+    /// The layers after the disk alone is saved to `disk`.
+    pub fn saved_disk(&self, disk: LayerId) -> Self {
+        let mut next = self.clone();
+        next.disk.push(disk);
+        next
+    }
+
+    /// Those of its disk alone, which a machine boots from.
+    pub fn without_memory(&self) -> Self {
+        Self {
+            memory: Vec::new(),
+            disk: self.disk.clone(),
+        }
+    }
+
     /// The layers after the machine is saved again to the layers `memory` and `disk`.
     pub fn saved(&self, memory: LayerId, disk: LayerId) -> Self {
         let mut next = self.clone();
@@ -62,6 +106,26 @@ impl Layers {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn disk_layers_become_one_where_they_lie_one_on_the_other() {
+        let ids: Vec<_> = (0..5).map(|_| LayerId::random()).collect();
+        let into = LayerId::random();
+        let of = |disk: &[LayerId]| Layers {
+            memory: vec![ids[0].clone()],
+            disk: disk.to_vec(),
+        };
+        let all = of(&ids);
+        assert_eq!(all.to_merge(6), None);
+        assert_eq!(all.to_merge(5), Some(&ids[1..]));
+        assert_eq!(of(&ids[..2]).to_merge(1), None, "one alone");
+        assert_eq!(Layers::default().to_merge(0), None);
+        let merged = all.merged(&ids[1..4], &into).unwrap();
+        assert_eq!(merged, of(&[ids[0].clone(), into.clone(), ids[4].clone()]));
+        assert!(all.has(&ids[3..]) && !all.has(&[ids[1].clone(), ids[3].clone()]));
+        assert_eq!(of(&ids[..3]).merged(&ids[1..4], &into), None);
+        assert_eq!(of(&[]).merged(&[], &into), None);
+    }
 
     #[test]
     fn memory_chains_are_bounded_and_keep_their_bottom() {

@@ -23,8 +23,8 @@ pub use error::{
 pub use exec::{CollectError, ExecEnd, ExecLimits, ExecOutput};
 pub use host::{
     ClaimRequest, CreateRequest, Created, End, ExecEvent, ExecRequest, ExitInfo, FileContent,
-    FileInfo, FileKind, Host, HostError, HostEvent, HostInfo, Identity, Nic, PrepareRequest,
-    ReadFileRequest, SaveRequest, Saved, Shape, WriteFileRequest,
+    FileInfo, FileKind, Host, HostError, HostEvent, HostInfo, Identity, MergeRequest, Nic,
+    PrepareRequest, ReadFileRequest, SaveRequest, Saved, Shape, WriteFileRequest,
 };
 pub use id::{Id, Kind, LayerId, ParseIdError, SandboxId, SnapshotId};
 pub use layer::{Layers, MAX_DISK};

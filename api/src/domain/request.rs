@@ -39,12 +39,24 @@ pub struct CreateSpec {
 }
 
 /// A snapshot as it is asked for, unchecked.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SnapshotSpec {
     /// A name for it.
     pub name: Option<String>,
     /// What to say of it.
     pub description: Option<String>,
+    /// Whether it has the memory, and so the processes, of the sandbox.
+    pub include_memory: bool,
+}
+
+impl Default for SnapshotSpec {
+    fn default() -> Self {
+        Self {
+            name: None,
+            description: None,
+            include_memory: true,
+        }
+    }
 }
 
 /// A command as it is asked for, unchecked.

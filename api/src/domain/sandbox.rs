@@ -32,7 +32,7 @@ use std::net::Ipv4Addr;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::id::SandboxId;
+use super::id::{LayerId, SandboxId};
 use super::layer::Layers;
 use super::network::{Connection, Egress, Forward};
 use super::timings::Timings;
@@ -182,6 +182,13 @@ pub enum Transition {
     Used,
     /// It is based on other layers than before.
     Based(Layers),
+    /// Of the layers that it is based on, some of the disk have become one.
+    Merged {
+        /// Those, bottom first. If it is not based on them any more, nothing changes.
+        layers: Vec<LayerId>,
+        /// What they have become.
+        into: LayerId,
+    },
     /// It is to be paused, and will then be based on these layers.
     Pausing(Layers),
     /// It was saved.
@@ -274,6 +281,11 @@ impl Sandbox {
             (Pending | Running | Pausing | Paused | Resuming, Transition::Forwards(forwards)) => {
                 self.forwards = forwards
             }
+            (Running | Paused, Transition::Merged { layers, into }) => {
+                if let Some(merged) = self.layers.merged(&layers, &into) {
+                    self.layers = merged;
+                }
+            }
             (Running, Transition::Pausing(next)) => {
                 self.status = Pausing;
                 self.want(Desired::Paused);
@@ -334,7 +346,6 @@ impl Sandbox {
 
 #[cfg(test)]
 mod tests {
-    use super::super::id::LayerId;
     use super::*;
 
     fn at(second: i64) -> Timestamp {
@@ -374,7 +385,12 @@ mod tests {
         use Status::{Error, Paused, Pausing, Pending, Resuming, Running, Stopped};
         const ALL: [Status; 7] = [Pending, Running, Pausing, Paused, Resuming, Stopped, Error];
         let not_resumed = || Transition::NotResumed { reason: "x".into() };
-        let table: [(Transition, &[(Status, Status)]); 10] = [
+        let merged = Transition::Merged {
+            layers: Vec::new(),
+            into: LayerId::random(),
+        };
+        let table: [(Transition, &[(Status, Status)]); 11] = [
+            (merged, &[(Running, Running), (Paused, Paused)]),
             (
                 Transition::Started(Timings::default()),
                 &[(Pending, Running), (Resuming, Running)],

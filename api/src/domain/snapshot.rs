@@ -34,7 +34,7 @@ pub struct LayersInfo {
     /// Size on the disk, in bytes. Some of it may be shared with others.
     pub size_bytes: u64,
     /// SHA-256, as hexadecimal digits, of the manifest of the top memory layer, which holds those of
-    /// all memory and state.
+    /// all memory and state; without memory, of the image of the top disk layer.
     pub checksum: String,
 }
 

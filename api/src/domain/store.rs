@@ -55,11 +55,12 @@ pub trait Store: Send + Sync {
     /// The store failed; nothing is added.
     async fn insert_snapshot(&self, snapshot: &Snapshot) -> Result<bool, StoreError>;
 
-    /// Replaces the record of a snapshot that is there.
+    /// Replaces the record of a snapshot that is there. Returns the layers that it was the last to
+    /// hold.
     ///
     /// # Errors
     /// The store failed; the record is as it was.
-    async fn update_snapshot(&self, snapshot: &Snapshot) -> Result<(), StoreError>;
+    async fn update_snapshot(&self, snapshot: &Snapshot) -> Result<Vec<LayerId>, StoreError>;
 
     /// The snapshot of that id.
     ///

@@ -1,6 +1,7 @@
 //! The command line of a VMM.
 
-use std::os::fd::BorrowedFd;
+use std::fs::File;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
 use std::process::Stdio;
 
@@ -16,6 +17,9 @@ use crate::images::Chain;
 /// root disk that it mounts.
 const CMDLINE: &str = "console=ttyS0 quiet loglevel=4 panic=1 random.trust_cpu=on \
                        root=/dev/vda rootfstype=ext4 rw";
+
+/// How much less than this daemon a merge is preferred: as little as there is (nice(2)).
+const LOWEST: i32 = 19;
 
 /// Where a VMM is jailed.
 #[derive(Debug, Clone, Copy)]
@@ -114,6 +118,51 @@ pub fn command(
                 // In the child alone, so that no other child can inherit it.
                 rustix::io::fcntl_setfd(inherited, rustix::io::FdFlags::empty())?;
             }
+            Ok(())
+        });
+    }
+    command
+}
+
+/// The command that merges the images `layers`, bottom first, of a disk of `size` bytes into the empty
+/// file `output`. All of them stay open here until it is spawned.
+pub fn merge(
+    vmm: &Path,
+    layers: &[File],
+    output: &File,
+    size: u64,
+    jail: Option<Jail<'_>>,
+) -> Command {
+    let mut command = Command::new(vmm);
+    command
+        .arg("merge-disk")
+        .args(["--size", &size.to_string()])
+        .args(["--output", &output.as_raw_fd().to_string()]);
+    let mut inherited = vec![output.as_raw_fd()];
+    for layer in layers.iter().rev() {
+        command.args(["--layer", &layer.as_raw_fd().to_string()]);
+        inherited.push(layer.as_raw_fd());
+    }
+    if let Some(jail) = jail {
+        command.args(["--jail", &jail_options(jail)]);
+    }
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .current_dir("/")
+        .env_clear()
+        .process_group(0)
+        .kill_on_drop(true);
+    // SAFETY: between fork and exec only async-signal-safe functions may be called, and fcntl(2) and
+    // nice(2) are. The descriptors are open: the caller holds them until after the spawn.
+    unsafe {
+        command.pre_exec(move || {
+            for &inherited in &inherited {
+                let inherited = BorrowedFd::borrow_raw(inherited);
+                rustix::io::fcntl_setfd(inherited, rustix::io::FdFlags::empty())?;
+            }
+            rustix::process::nice(LOWEST)?;
             Ok(())
         });
     }

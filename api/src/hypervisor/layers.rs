@@ -34,6 +34,8 @@ const DRAFT: &str = ".new";
 const GONE: &str = ".gone";
 /// The largest manifest, and the largest `base.json`, in bytes.
 const MAX_JSON: u64 = 1 << 20;
+/// How much of an image is read at a time, in bytes.
+const PIECE: usize = 1 << 20;
 
 /// The directory of all layers.
 #[derive(Debug, Clone, Copy)]
@@ -125,8 +127,8 @@ impl LayerFiles<'_> {
         Ok(())
     }
 
-    /// What there is to say of these layers; `None` if one of them is not there.
-    pub fn inspect(&self, layers: &Layers) -> io::Result<Option<LayersInfo>> {
+    /// What these layers occupy on the disk, in bytes; `None` if one of them is not there.
+    pub fn size(&self, layers: &Layers) -> io::Result<Option<u64>> {
         let mut size_bytes: u64 = 0;
         for id in layers.all() {
             match size(&self.path(id)) {
@@ -135,16 +137,23 @@ impl LayerFiles<'_> {
                 Err(error) => return Err(error),
             }
         }
-        let checksum = match layers.memory.last() {
-            Some(top) => {
-                let manifest = read_small(&self.path(top).join(MEMORY_FILES[0]))?;
-                Sha256::digest(manifest)
-                    .iter()
-                    .map(|byte| format!("{byte:02x}"))
-                    .collect()
-            }
-            None => String::new(),
+        Ok(Some(size_bytes))
+    }
+
+    /// What there is to say of these layers; `None` if one of them is not there.
+    pub fn inspect(&self, layers: &Layers) -> io::Result<Option<LayersInfo>> {
+        let Some(size_bytes) = self.size(layers)? else {
+            return Ok(None);
         };
+        let digest = match (layers.memory.last(), layers.disk.last()) {
+            (Some(memory), _) => {
+                let manifest = read_small(&self.path(memory).join(MEMORY_FILES[0]))?;
+                Sha256::digest(manifest)
+            }
+            (None, Some(disk)) => digest_of(File::open(self.disk(disk))?)?,
+            (None, None) => Sha256::digest([]),
+        };
+        let checksum = digest.iter().map(|byte| format!("{byte:02x}")).collect();
         Ok(Some(LayersInfo {
             size_bytes,
             checksum,
@@ -194,11 +203,26 @@ impl Draft {
         File::open(self.draft.join(MEMORY_FILES[2]))
     }
 
+    /// An empty file for a disk, and what is at its bottom.
+    pub fn new_disk(&self, base: &Base) -> io::Result<File> {
+        self.put_base(base)?;
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(self.draft.join(DISK))
+    }
+
     /// Takes in the image `disk`, which keeps its old name too, and what is at its bottom.
     pub fn put_disk(&self, disk: &Path, base: &Base) -> io::Result<()> {
         let path = self.draft.join(DISK);
         fs::hard_link(disk, &path)?;
         File::open(path)?.sync_all()?;
+        self.put_base(base)
+    }
+
+    fn put_base(&self, base: &Base) -> io::Result<()> {
         let mut file = OpenOptions::new()
             .write(true)
             .create_new(true)
@@ -240,6 +264,17 @@ fn size(directory: &Path) -> io::Result<u64> {
         bytes = bytes.saturating_add(entry?.metadata()?.blocks().saturating_mul(512));
     }
     Ok(bytes)
+}
+
+fn digest_of(mut file: File) -> io::Result<sha2::digest::Output<Sha256>> {
+    let mut digest = Sha256::new();
+    let mut buffer = vec![0; PIECE];
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(digest.finalize()),
+            read => digest.update(&buffer[..read]),
+        }
+    }
 }
 
 fn read_small(path: &Path) -> io::Result<Vec<u8>> {
@@ -297,6 +332,13 @@ mod tests {
         let info = files.inspect(&layers).unwrap().unwrap();
         assert_eq!(info.size_bytes, size);
         assert_eq!(info.checksum.len(), 64);
+        let alone = files.inspect(&layers.without_memory()).unwrap().unwrap();
+        assert!(alone.size_bytes < size);
+        let expected: String = Sha256::digest([1; 8192])
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        assert_eq!(alone.checksum, expected);
         let chain = files.chain(&layers.disk).unwrap().unwrap();
         assert_eq!(chain.base, base);
         assert_eq!(fs::read(&chain.layers[0]).unwrap(), [1; 8192]);

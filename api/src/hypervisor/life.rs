@@ -490,6 +490,7 @@ impl Inner {
                 paths: &self.config.paths,
                 request: &request,
                 chain: &chain,
+                agent: &entry.agent,
             };
             let save = async {
                 match then {

@@ -12,6 +12,7 @@ mod layers;
 mod leftovers;
 mod life;
 mod machine;
+mod merge;
 mod monitor;
 mod nic;
 mod paths;
@@ -30,13 +31,14 @@ use futures_util::StreamExt;
 use futures_util::future::join_all;
 use futures_util::stream::{self, BoxStream};
 use tokio::sync::{mpsc, oneshot};
-use tracing::warn;
+use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, warn};
 
 use crate::domain::{
     AddressError, ClaimRequest, CreateRequest, Created, Egress, ExecEvent, ExecRequest,
     FileContent, FileInfo, Forward, ForwardSpec, Host, HostError, HostEvent, HostInfo, LayerId,
-    Layers, LayersInfo, NetworkActivity, PrepareRequest, ReadFileRequest, SandboxId, SaveRequest,
-    Saved, Shape, WriteFileRequest,
+    Layers, LayersInfo, MergeRequest, NetworkActivity, PrepareRequest, ReadFileRequest, SandboxId,
+    SaveRequest, Saved, Shape, WriteFileRequest,
 };
 use crate::images::{Base, Chain, Images};
 use crate::network::{ForwardError, NetworkError};
@@ -86,6 +88,9 @@ struct Inner {
     /// See [`warm_key::machine`]; why it is not known, otherwise.
     machine: Result<String, String>,
     state: Mutex<State>,
+    /// One merge at a time; its end is the host's.
+    merging: tokio::sync::Mutex<()>,
+    end: CancellationToken,
 }
 
 #[derive(Default)]
@@ -138,6 +143,8 @@ impl LocalHost {
             users,
             machine: warm_key::machine().map_err(|error| error.to_string()),
             state: Mutex::default(),
+            merging: tokio::sync::Mutex::default(),
+            end: CancellationToken::new(),
         });
         Ok(Self { inner })
     }
@@ -354,6 +361,25 @@ impl Host for LocalHost {
         self.save(request, Then::GoOn).await
     }
 
+    async fn merge_disk(&self, request: MergeRequest) -> Result<(), HostError> {
+        let inner = Arc::clone(&self.inner);
+        let task = async move { inner.merge(&request).await };
+        tokio::spawn(task.in_current_span())
+            .await
+            .unwrap_or_else(|error| {
+                Err(HostError::NotMerged {
+                    reason: error.to_string(),
+                })
+            })
+    }
+
+    async fn holds(&self, layers: &Layers) -> Result<bool, HostError> {
+        let layers = layers.clone();
+        self.inner
+            .with_layers(move |files| files.size(&layers).map(|size| size.is_some()))
+            .await
+    }
+
     async fn inspect(&self, layers: &Layers) -> Result<Option<LayersInfo>, HostError> {
         let layers = layers.clone();
         self.inner
@@ -509,6 +535,8 @@ impl Host for LocalHost {
         };
         // Each says itself what it has left behind.
         let _ = join_all(entries.iter().map(|entry| entry.destroy())).await;
+        self.inner.end.cancel();
+        drop(self.inner.merging.lock().await);
         if let Some(network) = &self.inner.config.network {
             network.network().stop().await;
         }

@@ -10,6 +10,9 @@
 //! The guest stands still from the first to the last of these. The disk layer is another name for
 //! the file that the machine writes to, so nothing is copied; a machine that goes on writes to an
 //! overlay on it from then on.
+//!
+//! Where the disk is saved alone, there is no memory layer, and the guest's agent freezes the file
+//! system before and thaws it after all this: what a disk holds is all there is then.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -22,6 +25,7 @@ use super::control::{Control, ControlError};
 use super::layers::{Draft, LayerFiles};
 use super::machine::micros;
 use super::paths::Paths;
+use crate::agent::{AgentClient, Freeze};
 use crate::chain;
 use crate::domain::{HostError, LayerId, SaveRequest, SaveTimings, Saved};
 use crate::images::{Chain, OverlayError};
@@ -63,6 +67,8 @@ pub struct Saving<'a> {
     pub request: &'a SaveRequest,
     /// What the machine's own disk is made on.
     pub chain: &'a Chain,
+    /// Its guest's agent.
+    pub agent: &'a AgentClient,
 }
 
 impl Saving<'_> {
@@ -80,6 +86,15 @@ impl Saving<'_> {
         let begun = Instant::now();
         // As many as there are, for all that is known here; the caller takes no more than it has.
         let mut keep = usize::MAX;
+        let freeze = match self.freeze().await {
+            Ok(freeze) => freeze,
+            Err(source) => {
+                return Err(SaveError::NotSaved(HostError::NotSaved {
+                    reason: chain(&source),
+                    keep,
+                }));
+            }
+        };
         if let Err(source) = self.control.pause().await {
             // If it was not stopped, it need not be started; if that is not known, this is to be safe.
             let _ = self.control.resume().await;
@@ -97,6 +112,9 @@ impl Saving<'_> {
         match (steps, resumed) {
             (Ok((mut saved, chain)), Ok(())) => {
                 saved.timings.stall_us = micros(begun.elapsed());
+                if let Some(freeze) = freeze {
+                    saved.is_at_rest = freeze.thaw().await;
+                }
                 Ok((saved, chain))
             }
             (Err(Failure::Step(source)), Ok(())) => {
@@ -114,19 +132,69 @@ impl Saving<'_> {
         }
     }
 
+    /// Freezes the guest's file system, if its disk is saved alone.
+    async fn freeze(&self) -> Result<Option<Freeze>, HostError> {
+        match self.request.include_memory {
+            true => Ok(None),
+            false => self.agent.freeze().await.map(Some),
+        }
+    }
+
     async fn steps(
         &self,
         goes_on: bool,
         begun: Instant,
         keep: &mut usize,
     ) -> Result<(Saved, Chain), Failure> {
-        let (memory, disk) = match (
-            self.request.layers.memory.last(),
-            self.request.layers.disk.last(),
-        ) {
-            (Some(memory), Some(disk)) => (memory, disk),
-            _ => return Err(StepError::NoLayers.into()),
+        let layers = &self.request.layers;
+        let disk = layers.disk.last().ok_or(StepError::NoLayers)?;
+        let mut new = NewLayers {
+            files: self.files(),
+            ids: Vec::new(),
         };
+        let mut memory_bytes = 0;
+        if self.request.include_memory {
+            let memory = layers.memory.last().ok_or(StepError::NoLayers)?;
+            new.ids.push(memory);
+            memory_bytes = self.save_memory(memory, goes_on, keep).await?;
+        }
+        let memory_us = micros(begun.elapsed());
+
+        new.ids.push(disk);
+        let draft = self.begin("disk", disk)?;
+        let (image, base) = (self.paths.disk(&self.request.id), self.chain.base.clone());
+        let draft = blocking(move || {
+            draft.put_disk(&image, &base).map_err(layer("disk"))?;
+            Ok(draft)
+        })
+        .await?;
+        let disk_bytes = complete("disk", draft).await?;
+        let mut chain = self.chain.clone();
+        if goes_on {
+            // Some of those that it had may have become one since.
+            chain.layers = layers.disk.iter().map(|id| self.files().disk(id)).collect();
+            self.stack(&chain).await?;
+        }
+        new.keep();
+        debug!(sandbox = %self.request.id, memory_bytes, disk_bytes, "sandbox saved");
+        let saved = Saved {
+            new_bytes: memory_bytes.saturating_add(disk_bytes),
+            is_at_rest: false,
+            timings: SaveTimings {
+                stall_us: micros(begun.elapsed()),
+                memory_us,
+            },
+        };
+        Ok((saved, chain))
+    }
+
+    /// Writes the memory layer, and returns its size on the disk, in bytes.
+    async fn save_memory(
+        &self,
+        memory: &LayerId,
+        goes_on: bool,
+        keep: &mut usize,
+    ) -> Result<u64, Failure> {
         let draft = self.begin("memory", memory)?;
         let mut files = draft.memory_files().map_err(layer("memory"))?;
         if goes_on {
@@ -139,36 +207,7 @@ impl Saving<'_> {
             .snapshot(self.request.keep, &descriptors)
             .await
             .map_err(StepError::from)?;
-        let new = NewLayers {
-            files: self.files(),
-            ids: vec![memory, disk],
-        };
-        let memory_bytes = complete("memory", draft).await?;
-        let memory_us = micros(begun.elapsed());
-
-        let draft = self.begin("disk", disk)?;
-        let (image, base) = (self.paths.disk(&self.request.id), self.chain.base.clone());
-        let draft = blocking(move || {
-            draft.put_disk(&image, &base).map_err(layer("disk"))?;
-            Ok(draft)
-        })
-        .await?;
-        let disk_bytes = complete("disk", draft).await?;
-        let mut chain = self.chain.clone();
-        if goes_on {
-            chain.layers.push(self.files().disk(disk));
-            self.stack(&chain).await?;
-        }
-        new.keep();
-        debug!(sandbox = %self.request.id, memory_bytes, disk_bytes, "sandbox saved");
-        let saved = Saved {
-            new_bytes: memory_bytes.saturating_add(disk_bytes),
-            timings: SaveTimings {
-                stall_us: micros(begun.elapsed()),
-                memory_us,
-            },
-        };
-        Ok((saved, chain))
+        Ok(complete("memory", draft).await?)
     }
 
     /// Gives the machine a new overlay on `chain`.

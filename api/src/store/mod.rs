@@ -189,7 +189,7 @@ impl Store for SqliteStore {
             .await
     }
 
-    async fn update_snapshot(&self, snapshot: &Snapshot) -> Result<(), StoreError> {
+    async fn update_snapshot(&self, snapshot: &Snapshot) -> Result<Vec<LayerId>, StoreError> {
         let snapshot = snapshot.clone();
         self.with(move |connection| snapshots::update(connection, &snapshot))
             .await

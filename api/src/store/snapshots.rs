@@ -43,8 +43,9 @@ pub fn insert(connection: &mut Connection, snapshot: &Snapshot) -> rusqlite::Res
     .map(|(inserted, _)| inserted)
 }
 
-/// Writes down what can be said of a snapshot only once it is taken.
-pub fn update(connection: &mut Connection, snapshot: &Snapshot) -> rusqlite::Result<()> {
+/// Writes down what can be said of a snapshot only once it is taken, and other layers. Returns those
+/// that nobody holds any more.
+pub fn update(connection: &mut Connection, snapshot: &Snapshot) -> rusqlite::Result<Vec<LayerId>> {
     let content = snapshot.content.as_ref().map(to_json).transpose()?;
     let held = snapshot.layers.all().cloned().collect();
     layers::change(connection, snapshot.id.as_str(), held, |transaction| {
@@ -57,7 +58,7 @@ pub fn update(connection: &mut Connection, snapshot: &Snapshot) -> rusqlite::Res
             changed => Err(rusqlite::Error::StatementChangedRows(changed)),
         }
     })
-    .map(drop)
+    .map(|(_, released)| released)
 }
 
 /// The snapshot whose `column`, which is `id` or `name`, has this value.

@@ -5,15 +5,16 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use api::domain::{
     ClaimRequest, Counter, CreateRequest, Created, Denied, DeniedWhat, Egress, End, ExecEvent,
     ExecLimits, ExecRequest, ExitInfo, FileContent, FileInfo, FileKind, Forward, ForwardSpec, Host,
-    HostError, HostEvent, HostInfo, LayerId, Layers, LayersInfo, Limits, Manager, NetworkActivity,
-    NetworkInfo, PoolLimits, PrepareRequest, ReadFileRequest, SandboxId, SaveRequest, SaveTimings,
-    Saved, Shape, Start, Timings, Traffic, WhenIdle, WriteFileRequest,
+    HostError, HostEvent, HostInfo, LayerId, Layers, LayersInfo, Limits, Manager, MergeRequest,
+    NetworkActivity, NetworkInfo, PoolLimits, PrepareRequest, ReadFileRequest, SandboxId,
+    SaveRequest, SaveTimings, Saved, Shape, Start, Timings, Traffic, WhenIdle, WriteFileRequest,
 };
 use api::http::{AppState, router};
 use api::store::SqliteStore;
@@ -38,6 +39,8 @@ pub enum Fault {
     NotSaved,
     /// A sandbox is not saved, and the layers that it is based on are fewer by one.
     NotSavedAndLess,
+    /// A sandbox whose disk is saved alone writes to it meanwhile.
+    NotAtRest,
     /// A sandbox does not start from layers.
     NotRestored,
     /// A ready machine does not start.
@@ -54,6 +57,17 @@ pub enum Fault {
     CrashBeforeStart,
     /// The daemon ends after a sandbox has started, before that is told.
     CrashAfterStart,
+}
+
+/// What goes wrong with a merge.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MergeFault {
+    /// It fails.
+    NotMerged,
+    /// The daemon ends before the new layer is there.
+    CrashBefore,
+    /// The daemon ends when it is there, before that is told.
+    CrashAfter,
 }
 
 /// A host that runs nothing. What a command does is in its name. Layers are names.
@@ -77,6 +91,12 @@ pub struct FakeHost {
     pub save_takes: Mutex<Duration>,
     /// Layers of which is known what machines touch first.
     pub working_sets: Mutex<Vec<Layers>>,
+    /// What goes wrong with the next merge.
+    pub merge_fault: Mutex<Option<MergeFault>>,
+    /// How often layers were merged.
+    pub merges: Mutex<Vec<MergeRequest>>,
+    /// A merge has come to where the daemon is to end.
+    pub is_stuck: AtomicBool,
     pub last_upload: Mutex<Option<u64>>,
     /// The network of its sandboxes.
     pub network: Mutex<Option<NetworkInfo>>,
@@ -128,16 +148,22 @@ impl FakeHost {
         if self.fails(Fault::NotSavedAndLess) {
             return not_saved(keep.saturating_sub(1));
         }
-        let (memory, kept) = request.layers.memory.split_last().unwrap();
         let (disk, below) = request.layers.disk.split_last().unwrap();
-        assert_eq!(kept.len(), keep);
-        assert!(self.has(kept) && self.has(below), "a base is gone");
-        assert!(self.layers.lock().unwrap().insert(memory.clone()));
+        assert!(self.has(below), "a base is gone");
+        if request.include_memory {
+            let (memory, kept) = request.layers.memory.split_last().unwrap();
+            assert_eq!(kept.len(), keep);
+            assert!(self.has(kept), "a base is gone");
+            assert!(self.layers.lock().unwrap().insert(memory.clone()));
+        } else {
+            assert!(self.has(&request.layers.memory), "a base is gone");
+        }
         self.may_crash(Fault::CrashBetweenLayers).await;
         assert!(self.layers.lock().unwrap().insert(disk.clone()));
         self.may_crash(Fault::CrashAfterSave).await;
         Ok(Saved {
             new_bytes: 100,
+            is_at_rest: !request.include_memory && !self.fails(Fault::NotAtRest),
             timings: SaveTimings {
                 stall_us: 1500,
                 memory_us: 1000,
@@ -214,7 +240,7 @@ impl Host for FakeHost {
         if !self.has(&request.layers.memory) || !self.has(&request.layers.disk) {
             return failed("layers are missing");
         }
-        if !request.layers.is_empty() && self.fails(Fault::NotRestored) {
+        if !request.layers.memory.is_empty() && self.fails(Fault::NotRestored) {
             return failed("the snapshot is of another processor");
         }
         {
@@ -280,6 +306,38 @@ impl Host for FakeHost {
 
     async fn snapshot(&self, request: SaveRequest) -> Result<Saved, HostError> {
         self.save(request).await
+    }
+
+    async fn merge_disk(&self, request: MergeRequest) -> Result<(), HostError> {
+        let fault = self.merge_fault.lock().unwrap().take();
+        let failed = |reason: &str| {
+            Err(HostError::NotMerged {
+                reason: reason.to_owned(),
+            })
+        };
+        if fault == Some(MergeFault::CrashBefore) {
+            self.is_stuck.store(true, Ordering::SeqCst);
+            std::future::pending::<()>().await;
+        }
+        // As when they are read; others may come and go meanwhile.
+        tokio::task::yield_now().await;
+        if !self.has(&request.layers) {
+            return failed("the layers cannot be read");
+        }
+        if fault == Some(MergeFault::NotMerged) {
+            return failed("layer 1 from the top is damaged");
+        }
+        assert!(self.layers.lock().unwrap().insert(request.into.clone()));
+        if fault == Some(MergeFault::CrashAfter) {
+            self.is_stuck.store(true, Ordering::SeqCst);
+            std::future::pending::<()>().await;
+        }
+        self.merges.lock().unwrap().push(request);
+        Ok(())
+    }
+
+    async fn holds(&self, layers: &Layers) -> Result<bool, HostError> {
+        Ok(self.has(&layers.memory) && self.has(&layers.disk))
     }
 
     async fn inspect(&self, layers: &Layers) -> Result<Option<LayersInfo>, HostError> {
@@ -567,6 +625,7 @@ fn limits() -> Limits {
             spool_dir: "/nonexistent".into(),
         },
         warm_bytes: 0,
+        merge_from: usize::MAX,
         when_idle: WhenIdle::Pause,
         pool: PoolLimits {
             per_shape: 0,
@@ -624,6 +683,16 @@ impl Api {
         Self::start(dir, Arc::default(), 1 << 20, limits).await
     }
 
+    /// An API that merges disk layers when there are so many.
+    pub async fn merging(merge_from: usize) -> Self {
+        let limits = Limits {
+            merge_from,
+            ..limits()
+        };
+        let dir = tempfile::tempdir().unwrap();
+        Self::start(dir, Arc::default(), 1 << 20, limits).await
+    }
+
     /// What the next daemon makes of what this one leaves.
     pub async fn restart(self) -> Self {
         let limits = self.manager.limits().clone();
@@ -631,6 +700,8 @@ impl Api {
         self.host.sandboxes.lock().unwrap().clear();
         self.host.ready.lock().unwrap().clear();
         *self.host.fault.lock().unwrap() = None;
+        *self.host.merge_fault.lock().unwrap() = None;
+        self.host.is_stuck.store(false, Ordering::SeqCst);
         let Self { host, dir, .. } = self;
         Self::start(dir, host, 1 << 20, limits).await
     }

@@ -23,10 +23,29 @@ use std::thread;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::process::Signal;
 
+/// The part of the script that merges disks: a line of what it was given, and then what the layers
+/// hold, the topmost first.
+const MERGE: &str = r#"if [ "$1" = merge-disk ]; then
+    dir=${0%/*} layers=()
+    while shift && (($#)); do
+        case $1 in
+        --size) size=$2 ;;
+        --output) output=$2 ;;
+        --layer) layers+=("$2") ;;
+        esac
+    done
+    echo "merge ${#layers[@]} $size" >>"$dir/log"
+    [ ! -p "$dir/no-merge" ] || read -r <"$dir/no-merge"
+    [ ! -e "$dir/no-merge" ] || { echo "vmm: layer 0 from the top is damaged" >&2; exit 1; }
+    for layer in "${layers[@]}"; do /bin/cat "/proc/self/fd/$layer" >&"$output"; done
+    exit 0
+fi
+"#;
+
 /// Writes the script `DIR/vmm`, which starts this program as a VMM by its test `test`.
 pub fn install(dir: &Path, test: &str, agent: &Path) -> PathBuf {
     let script = format!(
-        "#!/bin/bash\nfor argument; do case $argument in cid=3,*) name=$argument;; esac; done\n\
+        "#!/bin/bash\n{MERGE}for argument; do case $argument in cid=3,*) name=$argument;; esac; done\n\
          echo $$ >> {0}/pid\n\
          export FAKE_VMM_DIR={0} FAKE_VMM_AGENT={1} FAKE_VMM_ARGS=$(/usr/bin/printf '%s\\n' \"$@\")\n\
          exec -a \"$name\" {2} --exact {test} --nocapture --test-threads=1\n",
@@ -120,7 +139,7 @@ impl Vmm {
                 .collect();
             self.log(&format!("restore {}", self.memory.join(" ")));
             if !self.has("mute") {
-                serve_agent(&vsock);
+                serve_agent(&self.dir, &vsock);
             }
             self.event("restored");
             self.paused = options.contains(",resume=off");
@@ -130,7 +149,7 @@ impl Vmm {
         } else {
             self.log("boot");
             self.event("booting");
-            serve_agent(&vsock);
+            serve_agent(&self.dir, &vsock);
             let ready = UnixStream::connect(format!("{}_1025", vsock.display()));
             let words = r#"{"version":"1","kernel":"6","entered_us":1,"serving_us":2}"#;
             writeln!(ready.unwrap(), "{words}").unwrap();
@@ -310,7 +329,7 @@ fn receive(stream: &mut UnixStream) -> (String, Vec<OwnedFd>) {
     clippy::zombie_processes,
     reason = "it ends with this process, not before"
 )]
-fn serve_agent(vsock: &Path) {
+fn serve_agent(dir: &Path, vsock: &Path) {
     let socket = vsock.with_extension("agent");
     let mut agent = Command::new(std::env::var_os("FAKE_VMM_AGENT").unwrap());
     agent
@@ -332,14 +351,18 @@ fn serve_agent(vsock: &Path) {
         .read_line(&mut line)
         .unwrap();
     let listener = UnixListener::bind(vsock).unwrap();
+    let dir = dir.to_owned();
     thread::spawn(move || {
         for host in listener.incoming() {
-            let (mut host, socket) = (host.unwrap(), socket.clone());
+            let (mut host, socket, dir) = (host.unwrap(), socket.clone(), dir.clone());
             thread::spawn(move || {
                 let mut line = [0; b"CONNECT 1024\n".len()];
                 host.read_exact(&mut line).unwrap();
                 assert_eq!(&line, b"CONNECT 1024\n");
                 host.write_all(b"OK 1073741824\n").unwrap();
+                if fs::remove_file(dir.join("break-off")).is_ok() {
+                    return;
+                }
                 let guest = UnixStream::connect(socket).unwrap();
                 let (up, down) = (
                     (host.try_clone().unwrap(), guest.try_clone().unwrap()),

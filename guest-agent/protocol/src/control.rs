@@ -92,6 +92,11 @@ pub struct Resumed {
     /// The network card is set up. `false` without a problem: nothing was to be done.
     #[serde(default)]
     pub network: bool,
+    /// `/proc/sys/kernel/random/boot_id` shows an id that no other machine has: the kernel's own, or
+    /// a new one since the guest was first told another `machine_id`. `false` without a problem: the
+    /// guest has no such file. Agents of before this was known do not say.
+    #[serde(default)]
+    pub boot_id: bool,
     /// A sentence for each thing that was tried in vain.
     pub problems: Vec<String>,
 }
@@ -135,6 +140,31 @@ impl GuestNetwork {
             Err("network.mtu must be at least 576")
         } else {
             Ok(())
+        }
+    }
+}
+
+/// The body of `POST /v1/freeze`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FreezeRequest {
+    /// After how long the root file system is thawed in any case, in milliseconds: 1 to
+    /// [`MAX_FREEZE_MS`].
+    pub timeout_ms: u64,
+}
+
+/// The longest that the root file system is frozen, in milliseconds.
+pub const MAX_FREEZE_MS: u64 = 60_000;
+
+impl FreezeRequest {
+    /// What is wrong with the request, as a sentence.
+    ///
+    /// # Errors
+    /// The sentence.
+    pub fn check(&self) -> Result<(), &'static str> {
+        match self.timeout_ms {
+            1..=MAX_FREEZE_MS => Ok(()),
+            _ => Err("timeout_ms must be 1 to 60000"),
         }
     }
 }

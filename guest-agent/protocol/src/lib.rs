@@ -21,6 +21,7 @@
 //! | `PUT /v1/dir?path=` | 201 (created, with its parents) or 200 (it was there), JSON [`Entry`] |
 //! | `GET /v1/dir?path=` | 200, one JSON [`Entry`] per line, in no order, without `.` and `..` |
 //! | `POST /v1/resumed`, JSON [`ResumedRequest`] | 200, JSON [`Resumed`] |
+//! | `POST /v1/freeze`, JSON [`FreezeRequest`] | 101, then one byte each way; see below |
 //! | `POST /v1/shutdown`, JSON [`ShutdownRequest`] | 202 with an empty body, then the guest goes down |
 //!
 //! Every failure is answered with the status of its [`ErrorCode`] and a JSON [`ErrorBody`].
@@ -82,8 +83,20 @@
 //! The host says who the guest is, and what time it is, by `POST /v1/resumed`: once the agent of a
 //! guest that was booted is ready, and as the first thing after a restore. The agent does what it
 //! can in this order: random pool, clock, host name, `/etc/machine-id` (replaced by a rename, and
-//! only where there is one). Doing it again is harmless, so the host repeats it until the clock
+//! only where there is one), and, if the machine id is not the one that it was told before, a new
+//! random id bound over `/proc/sys/kernel/random/boot_id`. Doing it again is harmless, so the host repeats it until the clock
 //! that the answer tells is right. An agent that is not process 1 changes nothing.
+//!
+//! # Freezing
+//!
+//! `POST /v1/freeze` with the header `Upgrade:` [`FREEZE_UPGRADE`] writes all that the guest has in
+//! memory for its root file system to the disk, and holds up every write to it (`FIFREEZE`). The
+//! answer `101 Switching Protocols` says that this is done. The host then sends one byte, of any
+//! value; the agent thaws the file system, answers with one byte, and closes: [`FROZEN`] if it was
+//! frozen up to then, [`NOT_FROZEN`] if not. It is thawed too if the connection ends, and when
+//! `timeout_ms` of the guest's monotonic clock are over, whatever the agent is at. While it is frozen,
+//! programs that write wait, and so may other operations of the agent. An agent that is not process 1
+//! freezes nothing and answers as if it had.
 //!
 //! # Files
 //!
@@ -109,8 +122,8 @@ mod query;
 use std::time::Duration;
 
 pub use control::{
-    GuestNetwork, Health, MAX_HOSTNAME, MAX_SEED, Ready, Resumed, ResumedRequest, ShutdownAction,
-    ShutdownRequest,
+    FreezeRequest, GuestNetwork, Health, MAX_FREEZE_MS, MAX_HOSTNAME, MAX_SEED, Ready, Resumed,
+    ResumedRequest, ShutdownAction, ShutdownRequest,
 };
 pub use error::{ErrorBody, ErrorCode, ErrorDetail};
 pub use exec::{AgentFrame, ExecRequest, Exit, HostFrame, Started};
@@ -144,6 +157,14 @@ pub const PATH_STAT: &str = "/v1/stat";
 pub const PATH_DIR: &str = "/v1/dir";
 /// Path of giving the guest its identity and the time.
 pub const PATH_RESUMED: &str = "/v1/resumed";
+/// Path of holding the root file system still.
+pub const PATH_FREEZE: &str = "/v1/freeze";
+/// The protocol that `POST /v1/freeze` switches to, for the header `Upgrade`.
+pub const FREEZE_UPGRADE: &str = "freeze/1";
+/// The root file system was frozen up to now.
+pub const FROZEN: u8 = 1;
+/// The root file system was thawed before.
+pub const NOT_FROZEN: u8 = 0;
 /// Path of shutting the guest down.
 pub const PATH_SHUTDOWN: &str = "/v1/shutdown";
 

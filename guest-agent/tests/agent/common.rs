@@ -143,7 +143,7 @@ impl Drop for Agent {
     }
 }
 
-fn builder(method: Method, target: &str) -> hyper::http::request::Builder {
+pub fn builder(method: Method, target: &str) -> hyper::http::request::Builder {
     Request::builder()
         .method(method)
         .uri(target)

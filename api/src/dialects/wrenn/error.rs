@@ -230,7 +230,7 @@ impl From<SnapshotError> for ApiError {
             SnapshotError::NameTaken(_) | SnapshotError::TooManyLayers(_) => {
                 Self::conflict(source.to_string())
             }
-            SnapshotError::Host(_) => Self::agent(chain(&source)),
+            SnapshotError::Host(_) | SnapshotError::NotAtRest => Self::agent(chain(&source)),
             SnapshotError::Interrupted => Self::internal(source.to_string()),
         }
     }

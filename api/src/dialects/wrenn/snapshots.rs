@@ -28,9 +28,14 @@ pub struct CreateSnapshotRequest {
     #[serde(default)]
     #[schema(nullable = false)]
     pub description: Option<String>,
+    /// Whether the snapshot has the memory, and so the processes, of the sandbox. Without, sandboxes
+    /// that are made from it boot from its disk.
+    #[serde(default)]
+    #[schema(default = true, nullable = false)]
+    pub include_memory: Option<bool>,
 }
 
-/// A sandbox as it was at one moment: memory, processes and disk.
+/// A sandbox as it was at one moment: memory, processes and disk, or the disk alone.
 #[derive(Debug, Serialize, ToSchema)]
 #[schema(as = Snapshot)]
 pub struct SnapshotBody {
@@ -55,7 +60,10 @@ pub struct SnapshotBody {
     pub memory_mb: u32,
     /// Size on the disk in bytes, what it shares with other snapshots and sandboxes included.
     pub size_bytes: u64,
-    /// SHA-256 of the manifest of memory and state, which holds those of the files.
+    /// Whether it has the memory of the sandbox.
+    pub include_memory: bool,
+    /// SHA-256 of the manifest of memory and state, which holds those of the files; without memory, of
+    /// the image of the topmost layer of the disk.
     pub checksum: String,
     /// When it was taken.
     #[schema(value_type = String, format = DateTime)]
@@ -108,6 +116,7 @@ impl From<Snapshot> for SnapshotBody {
             vcpus: snapshot.spec.vcpus,
             memory_mb: snapshot.spec.memory_mb,
             size_bytes,
+            include_memory: !snapshot.layers.memory.is_empty(),
             checksum,
             created_at: rfc3339(snapshot.created_at),
         }
@@ -159,6 +168,7 @@ pub async fn create(
     let spec = SnapshotSpec {
         name: request.name,
         description: request.description,
+        include_memory: request.include_memory.unwrap_or(true),
     };
     let snapshot = state.manager.snapshot(&request.sandbox_id, spec).await?;
     Ok((StatusCode::CREATED, Json(snapshot.into())))

@@ -9,6 +9,7 @@
 
 mod directories;
 mod idle;
+mod merge;
 mod network;
 mod pause;
 mod pool;
@@ -46,6 +47,7 @@ use super::timings::Start;
 use super::turns::{Turn, Turns};
 use crate::chain;
 pub use idle::{InUse, WhenIdle};
+use merge::Merges;
 pub use network::SandboxNetwork;
 use pool::Pool;
 pub use pool::PoolLimits;
@@ -64,6 +66,8 @@ pub struct Limits {
     pub when_idle: WhenIdle,
     /// Machines that are ready before they are asked for.
     pub pool: PoolLimits,
+    /// From how many disk layers on those of a sandbox are merged in the background.
+    pub merge_from: usize,
 }
 
 /// The owner of all sandboxes; clones share it.
@@ -82,6 +86,7 @@ struct Inner {
     warm: Warm,
     idle: Arc<Idle>,
     pool: Pool,
+    merges: Merges,
     closing: AtomicBool,
 }
 
@@ -98,6 +103,7 @@ impl Manager {
                 warm: Warm::default(),
                 idle: Arc::default(),
                 pool: Pool::default(),
+                merges: Merges::default(),
                 closing: AtomicBool::new(false),
             }),
         }
@@ -419,6 +425,7 @@ impl Manager {
         self.inner.closing.store(true, Ordering::Release);
         self.inner.pool.wake();
         self.inner.host.shutdown().await;
+        self.merges_done().await;
         let live = match self.inner.store.list_live().await {
             Ok(live) => live,
             Err(source) => {

@@ -41,6 +41,7 @@ impl Manager {
             id: id.clone(),
             keep: layers.kept_memory(),
             layers: layers.saved(LayerId::random(), LayerId::random()),
+            include_memory: true,
         };
         let pausing = self.record(id, Transition::Pausing(request.layers.clone()));
         match pausing.await.map_err(store)? {
@@ -54,7 +55,10 @@ impl Manager {
                 info!(sandbox = %id, new_bytes = saved.new_bytes, stall_us = saved.timings.stall_us,
                     "sandbox is paused");
                 match self.record(id, Transition::Paused).await.map_err(store)? {
-                    Some(sandbox) => Ok(sandbox),
+                    Some(sandbox) => {
+                        self.merge_in_background(&sandbox.layers);
+                        Ok(sandbox)
+                    }
                     None => Err(LookupError::NotFound.into()),
                 }
             }

@@ -97,8 +97,8 @@ impl Manager {
 
     /// Whether the host has all of these layers.
     async fn has(&self, layers: &Layers) -> Result<bool, RecoverError> {
-        match self.inner.host.inspect(layers).await {
-            Ok(info) => Ok(info.is_some()),
+        match self.inner.host.holds(layers).await {
+            Ok(holds) => Ok(holds),
             Err(source) => {
                 warn!(error = %chain(&source), "layers cannot be looked at");
                 Err(RecoverError::Host(source))

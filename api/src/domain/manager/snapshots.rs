@@ -33,8 +33,7 @@ pub struct Forked {
 }
 
 impl Manager {
-    /// Takes a snapshot of a sandbox that runs, which is held up while its memory is saved, or is
-    /// paused. It goes on if the caller goes away.
+    /// Takes a snapshot of a sandbox that runs, which is held up while it is saved, or is paused. It goes on if the caller goes away.
     ///
     /// # Errors
     /// There is none; the sandbox is as before.
@@ -59,8 +58,8 @@ impl Manager {
         spec: SnapshotSpec,
         _turn: &Turn,
     ) -> Result<(Snapshot, Option<SaveTimings>), SnapshotError> {
-        let (mut snapshot, is_running) = self.insert_snapshot(id, spec).await?;
-        let taken = self.save_for(&mut snapshot, is_running).await;
+        let (mut snapshot, save) = self.insert_snapshot(id, spec).await?;
+        let taken = self.save_for(&mut snapshot, save).await;
         if taken.is_err() {
             let released = self.inner.store.remove_snapshot(&snapshot.id).await?;
             self.discard(&released).await;
@@ -76,18 +75,29 @@ impl Manager {
         &self,
         id: &SandboxId,
         spec: SnapshotSpec,
-    ) -> Result<(Snapshot, bool), SnapshotError> {
+    ) -> Result<(Snapshot, Option<SaveRequest>), SnapshotError> {
         let _records = self.inner.records.lock().await;
         let sandbox = self.get(id.as_str()).await?;
-        let (layers, is_running) = match sandbox.status {
+        let save = match sandbox.status {
             Status::Running if sandbox.layers.disk.len() >= MAX_DISK => {
                 return Err(SnapshotError::TooManyLayers(sandbox.layers.disk.len()));
             }
             Status::Running => {
-                let layers = sandbox.layers.saved(LayerId::random(), LayerId::random());
-                (layers, true)
+                let (keep, layers) = if spec.include_memory {
+                    let layers = sandbox.layers.saved(LayerId::random(), LayerId::random());
+                    (sandbox.layers.kept_memory(), layers)
+                } else {
+                    let layers = sandbox.layers.saved_disk(LayerId::random());
+                    (layers.memory.len(), layers)
+                };
+                Some(SaveRequest {
+                    id: id.clone(),
+                    keep,
+                    layers,
+                    include_memory: spec.include_memory,
+                })
             }
-            Status::Paused => (sandbox.layers, false),
+            Status::Paused => None,
             status => return Err(SnapshotError::NotSaveable(status)),
         };
         if let Some(name) = &spec.name
@@ -95,6 +105,11 @@ impl Manager {
         {
             return Err(SnapshotError::NameTaken(name.clone()));
         }
+        let layers = save.as_ref().map_or(&sandbox.layers, |save| &save.layers);
+        let layers = match spec.include_memory {
+            true => layers.clone(),
+            false => layers.without_memory(),
+        };
         let mut snapshot = Snapshot {
             id: SnapshotId::random(),
             name: spec.name,
@@ -108,20 +123,19 @@ impl Manager {
         while !self.inner.store.insert_snapshot(&snapshot).await? {
             snapshot.id = SnapshotId::random();
         }
-        Ok((snapshot, is_running))
+        Ok((snapshot, save))
     }
 
     /// Saves the sandbox, if it runs, and completes the record.
     async fn save_for(
         &self,
         snapshot: &mut Snapshot,
-        is_running: bool,
+        save: Option<SaveRequest>,
     ) -> Result<Option<Saved>, SnapshotError> {
         let host = &self.inner.host;
-        let saved = if is_running {
-            Some(self.save_running(snapshot).await?)
-        } else {
-            None
+        let saved = match save {
+            Some(request) => Some(self.save_running(request).await?),
+            None => None,
         };
         let content = host
             .inspect(&snapshot.layers)
@@ -136,17 +150,11 @@ impl Manager {
         Ok(saved)
     }
 
-    async fn save_running(&self, snapshot: &Snapshot) -> Result<Saved, SnapshotError> {
-        let id = &snapshot.sandbox;
-        let keep = snapshot.layers.memory.len().saturating_sub(1);
-        let request = SaveRequest {
-            id: id.clone(),
-            keep,
-            layers: snapshot.layers.clone(),
-        };
-        let result = self.inner.host.snapshot(request).await;
+    async fn save_running(&self, request: SaveRequest) -> Result<Saved, SnapshotError> {
+        let (id, layers) = (&request.id, &request.layers);
+        let result = self.inner.host.snapshot(request.clone()).await;
         let based_on = match &result {
-            Ok(_) => Some(snapshot.layers.clone()),
+            Ok(_) => Some(layers.clone()),
             Err(HostError::NotSaved { keep, .. }) => {
                 let mut layers = self.get(id.as_str()).await?.layers;
                 let is_changed = layers.memory.len() > *keep;
@@ -156,9 +164,15 @@ impl Manager {
             Err(_) => None,
         };
         if let Some(layers) = based_on {
-            self.record(id, Transition::Based(layers)).await?;
+            self.record(id, Transition::Based(layers.clone())).await?;
+            self.merge_in_background(&layers);
         }
-        result.map_err(SnapshotError::Host)
+        match result {
+            Ok(saved) if !request.include_memory && !saved.is_at_rest => {
+                Err(SnapshotError::NotAtRest)
+            }
+            other => other.map_err(SnapshotError::Host),
+        }
     }
 
     /// All snapshots, newest first.
@@ -284,7 +298,11 @@ impl Manager {
         let _starting = self.inner.pool.starting();
         let starts = pending.into_iter().map(|(sandbox, turn)| async move {
             let id = sandbox.id.clone();
-            let started = self.start(sandbox, Start::Fork).await;
+            let start = match sandbox.layers.memory.is_empty() {
+                true => Start::Cold,
+                false => Start::Fork,
+            };
+            let started = self.start(sandbox, start).await;
             drop(turn);
             started.map_err(|source| (id, chain(&source)))
         });

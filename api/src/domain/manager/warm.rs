@@ -287,6 +287,7 @@ impl Manager {
                 id: id.clone(),
                 keep: 0,
                 layers: layers.clone(),
+                include_memory: true,
             };
             host.pause(request).await?;
             host.inspect(&layers).await?.ok_or(WarmError::Missing)

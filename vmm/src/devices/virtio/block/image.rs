@@ -388,7 +388,7 @@ fn write_zero_data(
 
 /// Brings a future of the image library to its end on this thread. Such a future needs no runtime:
 /// it makes system calls that block, and waits for nothing but the locks of others like it.
-fn wait<F: Future>(future: F) -> F::Output {
+pub(super) fn wait<F: Future>(future: F) -> F::Output {
     struct Unpark(Thread);
     impl Wake for Unpark {
         fn wake(self: Arc<Self>) {

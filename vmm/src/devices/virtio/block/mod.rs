@@ -21,6 +21,7 @@ mod config;
 mod disk;
 mod files;
 pub mod image;
+pub mod merge;
 mod pool;
 mod request;
 

@@ -33,6 +33,7 @@ const UNSUPP: u8 = VIRTIO_BLK_S_UNSUPP as u8;
 
 mod device;
 mod images;
+mod merging;
 mod zeros;
 
 /// A machine with one disk.
