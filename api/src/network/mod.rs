@@ -179,7 +179,7 @@ impl Network {
         let namespace = Namespace::enter(config.namespace.as_deref()).await?;
         let nft = Nft::find(Namespace::enter(config.namespace.as_deref()).await?)?;
         let links = Links::connect(&namespace).await?;
-        let forwarding = namespace.run(|| sysctl::is_forwarding()).await;
+        let forwarding = namespace.run(sysctl::is_forwarding).await;
         let forwarding = forwarding.map_err(setup("read net.ipv4.ip_forward"))?;
         let (subnet, mtu) = (config.subnet, config.mtu);
         let bridge = links

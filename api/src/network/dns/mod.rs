@@ -329,8 +329,11 @@ mod tests {
 
     const CLIENT: Ipv4Addr = Ipv4Addr::new(192, 168, 200, 5);
 
+    /// A name, and its addresses for so many seconds.
+    type Learned = (String, Vec<(Ipv4Addr, u32)>);
+
     #[derive(Default)]
-    struct OneName(Mutex<Vec<(String, Vec<(Ipv4Addr, u32)>)>>);
+    struct OneName(Mutex<Vec<Learned>>);
 
     #[async_trait]
     impl Names for OneName {
