@@ -115,6 +115,25 @@ fn a_sandbox_reaches_out_and_nothing_else_and_is_itself_alone() {
     assert_eq!(one.must(&format!("nc -n -d -w 20 {} 80", FAR[0])), NEAR);
     one.must(&format!("ping -c 2 -i 0.2 -W 20 {GATEWAY}"));
 
+    // A program that asks by DHCP is told the same.
+    let discover = [
+        r"\1\1\6\0seed",
+        &r"\0".repeat(20),
+        r"\122\124\0\250\310\2",
+        &r"\0".repeat(202),
+        r"\143\202\123\143\65\1\1\377",
+    ]
+    .concat();
+    let script = format!("printf '{discover}' | nc -u -n -w 5 -p 68 {GATEWAY} 67 | od -An -v -tu1");
+    let offer = one.must(&script);
+    let bytes: Vec<&str> = offer.split_ascii_whitespace().collect();
+    assert_eq!(
+        bytes.get(16..20),
+        Some(&["192", "168", "200", "2"][..]),
+        "{offer}"
+    );
+    assert_eq!(bytes.get(240..243), Some(&["53", "1", "2"][..]), "{offer}");
+
     // No other sandbox, no service of this host, nothing private.
     serve(&other, "nc -l -k -n 80", "-ltn", 80);
     for address in [&*theirs, GATEWAY, NEAR, PRIVATE, METADATA] {
@@ -339,6 +358,7 @@ fn ports_lead_into_sandboxes_over_pauses_and_clones_find_their_own_way() {
     let (status, body) = daemon.call("POST", &sandbox.path("/fork"), r#"{"count": 1}"#);
     assert_eq!(status, 201, "{body}");
     let clone = daemon.sandbox(body["sandboxes"][0]["id"].as_str().unwrap());
+    clone.must("true");
     let started = Instant::now();
     assert_eq!(clone.must(&format!("nc -n -d -w 20 {} 80", FAR[0])), NEAR);
     report(&format!(

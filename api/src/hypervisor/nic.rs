@@ -90,17 +90,8 @@ impl<'a> Nic<'a> {
 
     /// The value of the VMM's flag for the card.
     pub fn options(&self) -> Option<String> {
-        let RateLimits {
-            bytes_per_sec,
-            packets_per_sec,
-        } = self.request.connection.rate_limits;
-        let mut options = format!("fd={},mac={}", self.descriptor()?, self.mac());
-        for (bucket, limit) in [("bw", bytes_per_sec), ("ops", packets_per_sec)] {
-            if let Some(limit) = limit {
-                // As much at once as flows in within the second that it is given by.
-                options.push_str(&format!(",{bucket}_size={limit},{bucket}_refill_time=1000"));
-            }
-        }
+        let limits = limit_options(self.request.connection.rate_limits);
+        let options = format!("fd={},mac={}{limits}", self.descriptor()?, self.mac());
         Some(options)
     }
 
@@ -163,5 +154,42 @@ impl<'a> Nic<'a> {
             error!(sandbox = %self.id, error = %chain(&source), "rules of the sandbox are left");
             format!("rules of the packet filter are left: {}", chain(&source))
         })
+    }
+}
+
+/// The options of the VMM's flag that limit a card. As much can be sent at once as flows in within the
+/// second that the limit is given by.
+fn limit_options(limits: RateLimits) -> String {
+    let RateLimits {
+        bytes_per_sec,
+        packets_per_sec,
+    } = limits;
+    [("bw", bytes_per_sec), ("ops", packets_per_sec)]
+        .into_iter()
+        .filter_map(|(bucket, limit)| {
+            let limit = limit?;
+            Some(format!(",{bucket}_size={limit},{bucket}_refill_time=1000"))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_are_token_buckets_of_a_second() {
+        let options = |bytes_per_sec, packets_per_sec| {
+            limit_options(RateLimits {
+                bytes_per_sec,
+                packets_per_sec,
+            })
+        };
+        assert_eq!(options(None, None), "");
+        assert_eq!(
+            options(Some(200_000), Some(7)),
+            ",bw_size=200000,bw_refill_time=1000,ops_size=7,ops_refill_time=1000"
+        );
+        assert_eq!(options(None, Some(7)), ",ops_size=7,ops_refill_time=1000");
     }
 }

@@ -329,10 +329,11 @@ mod tests {
 
     const CLIENT: Ipv4Addr = Ipv4Addr::new(192, 168, 200, 5);
 
-    type Known = Vec<(String, Vec<(Ipv4Addr, u32)>)>;
+    /// A name, and its addresses for so many seconds.
+    type Learned = (String, Vec<(Ipv4Addr, u32)>);
 
     #[derive(Default)]
-    struct OneName(Mutex<Known>);
+    struct OneName(Mutex<Vec<Learned>>);
 
     #[async_trait]
     impl Names for OneName {
