@@ -53,6 +53,7 @@ fn request(id: &SandboxId) -> CreateRequest {
         },
         layers: Layers::default(),
         start: Start::Cold,
+        scratch_mb: None,
     }
 }
 
@@ -213,7 +214,14 @@ impl Drop for Agent {
 async fn run(host: &LocalHost, id: &SandboxId, argv: &[&str], timeout_sec: u32) -> Output {
     let argv = argv.iter().map(|&arg| arg.to_owned()).collect();
     let mut events = host
-        .exec(id, ExecRequest { argv, timeout_sec })
+        .exec(
+            id,
+            ExecRequest {
+                argv,
+                timeout_sec,
+                ..ExecRequest::default()
+            },
+        )
         .await
         .unwrap();
     let mut output = Output {
@@ -294,6 +302,7 @@ async fn commands_run_in_the_agent() {
     let request = ExecRequest {
         argv: vec!["true".into()],
         timeout_sec: 1,
+        ..ExecRequest::default()
     };
     let gone = host.exec(&id, request).await.err();
     assert_eq!(gone, Some(HostError::NotRunning { id }));
@@ -323,6 +332,7 @@ async fn a_command_whose_caller_goes_away_is_killed() {
             ExecRequest {
                 argv,
                 timeout_sec: 3600,
+                ..ExecRequest::default()
             },
         )
         .await
@@ -341,7 +351,10 @@ async fn files_go_in_and_come_out_of_the_agent() {
     let file = bench.dir.path().join("new/directory/and a \"file\"");
     let path = file.to_str().unwrap().to_owned();
     let write = async |content: BoxStream<'static, std::io::Result<Bytes>>| {
-        let request = WriteFileRequest { path: path.clone() };
+        let request = WriteFileRequest {
+            path: path.clone(),
+            mode: None,
+        };
         bench.host.write_file(&id, request, content).await
     };
 
@@ -396,6 +409,7 @@ async fn files_go_in_and_come_out_of_the_agent() {
     );
     let request = WriteFileRequest {
         path: "/etc".into(),
+        mode: None,
     };
     let error = bench
         .host

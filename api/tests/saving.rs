@@ -86,6 +86,7 @@ impl Bench {
             },
             layers: layers.clone(),
             start: Start::Cold,
+            scratch_mb: None,
         };
         self.host.create(request).await.map(drop)
     }
@@ -122,6 +123,7 @@ impl Bench {
         let request = ExecRequest {
             argv,
             timeout_sec: 60,
+            ..ExecRequest::default()
         };
         let mut events = self.host.exec(&self.id, request).await?;
         while let Some(event) = events.next().await {
@@ -347,6 +349,7 @@ async fn commands_under_way_end_with_a_pause_and_go_on_after_one_that_failed() {
         let request = ExecRequest {
             argv,
             timeout_sec: 60,
+            ..ExecRequest::default()
         };
         let mut events = bench.host.exec(&bench.id, request).await.unwrap();
         let first = events.next().await.unwrap().unwrap();
@@ -454,23 +457,23 @@ async fn a_key_changes_with_everything_that_a_machine_is_made_of() {
         memory_mb,
     };
     let mut keys = vec![
-        host.warm_key(&shape(1, 256)).await.unwrap(),
-        host.warm_key(&shape(2, 256)).await.unwrap(),
-        host.warm_key(&shape(1, 512)).await.unwrap(),
+        host.warm_key(&shape(1, 256), &[]).await.unwrap(),
+        host.warm_key(&shape(2, 256), &[]).await.unwrap(),
+        host.warm_key(&shape(1, 512), &[]).await.unwrap(),
     ];
-    assert_eq!(host.warm_key(&shape(1, 256)).await.unwrap(), keys[0]);
+    assert_eq!(host.warm_key(&shape(1, 256), &[]).await.unwrap(), keys[0]);
     let mut other = config.clone();
     other.cmdline_extra = "quiet".to_owned();
     let other = LocalHost::start(other).await.unwrap();
-    keys.push(other.warm_key(&shape(1, 256)).await.unwrap());
+    keys.push(other.warm_key(&shape(1, 256), &[]).await.unwrap());
     for file in ["kernel", "initramfs", "minimal.ext4", "vmm"] {
         let (path, new) = (bench.dir.path().join(file), bench.dir.path().join("new"));
         fs::copy(&path, &new).unwrap();
         fs::rename(new, path).unwrap();
-        keys.push(host.warm_key(&shape(1, 256)).await.unwrap());
+        keys.push(host.warm_key(&shape(1, 256), &[]).await.unwrap());
     }
     let different: BTreeSet<_> = keys.iter().collect();
     assert_eq!(different.len(), keys.len());
     fs::remove_file(template).unwrap();
-    assert!(host.warm_key(&shape(1, 256)).await.is_err());
+    assert!(host.warm_key(&shape(1, 256), &[]).await.is_err());
 }

@@ -8,6 +8,7 @@ mod connect;
 mod exec;
 mod files;
 mod identity;
+mod shutdown;
 
 use std::io;
 use std::path::PathBuf;

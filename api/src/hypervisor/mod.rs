@@ -8,6 +8,7 @@ mod command;
 mod control;
 mod disk_limits;
 mod jail;
+mod kept;
 mod layers;
 mod leftovers;
 mod life;
@@ -32,8 +33,8 @@ use tracing::warn;
 
 use crate::domain::{
     CreateRequest, Created, ExecEvent, ExecRequest, FileContent, Host, HostError, HostEvent,
-    HostInfo, LayerId, Layers, LayersInfo, ReadFileRequest, SandboxId, SaveRequest, Saved, Shape,
-    WriteFileRequest,
+    HostInfo, ImageInfo, KeepDiskRequest, KeptDisk, LayerId, Layers, LayersInfo, ReadFileRequest,
+    SandboxId, SaveRequest, Saved, Shape, WriteFileRequest,
 };
 use crate::images::{Base, Chain, Images};
 use cgroup::Cgroups;
@@ -161,25 +162,44 @@ impl Inner {
 
     /// What the disk of a sandbox is made on. The error is a sentence.
     fn chain(&self, request: &CreateRequest) -> Result<Chain, HostError> {
+        let mut chain = self.chain_of(&request.shape, &request.layers)?;
+        if let Some(size_mb) = request.scratch_mb {
+            let base = Base::empty(self.config.paths.empty(), size_mb).map_err(|error| {
+                HostError::Start {
+                    reason: crate::chain(&error),
+                }
+            })?;
+            chain.scratch = Some(Box::new(Chain {
+                base,
+                layers: Vec::new(),
+                scratch: None,
+            }));
+        }
+        Ok(chain)
+    }
+
+    fn chain_of(&self, shape: &Shape, layers: &Layers) -> Result<Chain, HostError> {
         let failed = |reason| HostError::Start { reason };
         let files = LayerFiles(self.config.paths.layers());
         let frozen = files
-            .chain(&request.layers.disk)
+            .chain(&layers.disk)
             .map_err(|error| failed(format!("the layers of its disk cannot be read: {error}")))?;
         match frozen {
             Some(chain) => Ok(chain),
             None => Ok(Chain {
-                base: Base::of(self.template(&request.shape)?)
+                base: Base::of(self.template(&shape.template)?)
                     .map_err(|error| failed(crate::chain(&error)))?,
                 layers: Vec::new(),
+                scratch: None,
             }),
         }
     }
 
-    fn template(&self, shape: &Shape) -> Result<&PathBuf, HostError> {
-        let template = self.config.images.templates.get(&shape.template);
+    /// The image of this name.
+    fn template(&self, name: &str) -> Result<&PathBuf, HostError> {
+        let template = self.config.images.templates.get(name);
         template.ok_or_else(|| HostError::UnknownTemplate {
-            name: shape.template.clone(),
+            name: name.to_owned(),
         })
     }
 
@@ -210,6 +230,9 @@ impl Host for LocalHost {
     }
 
     async fn create(&self, request: CreateRequest) -> Result<Created, HostError> {
+        if let Some(size_mb) = request.scratch_mb {
+            self.inner.make_empty(size_mb).await?;
+        }
         let chain = self.inner.chain(&request)?;
         let (entry, orders) = Entry::new(self.inner.config.paths.vsock(&request.id));
         {
@@ -267,13 +290,20 @@ impl Host for LocalHost {
             .await
     }
 
-    async fn warm_key(&self, shape: &Shape) -> Result<String, HostError> {
+    async fn warm_key(&self, shape: &Shape, disk: &[LayerId]) -> Result<String, HostError> {
         let internal = |reason| HostError::Internal { reason };
         let machine = self.inner.machine.as_ref().map_err(|error| {
             internal(format!("the processor's features are not known: {error}"))
         })?;
-        let template = self.inner.template(shape)?;
-        warm_key::key(&self.inner.config, machine, template, shape)
+        let layers = Layers {
+            memory: Vec::new(),
+            disk: disk.to_vec(),
+        };
+        let template = match disk {
+            [] => self.inner.template(&shape.template)?.clone(),
+            _ => self.inner.chain_of(shape, &layers)?.base.path,
+        };
+        warm_key::key(&self.inner.config, machine, &template, disk, shape)
             .map_err(|error| internal(format!("a part of the machine is missing: {error}")))
     }
 
@@ -292,6 +322,35 @@ impl Host for LocalHost {
     ) -> Result<BoxStream<'static, Result<ExecEvent, HostError>>, HostError> {
         let entry = self.running(id)?;
         let events = entry.unless_paused(entry.agent.exec(request)).await?;
+        Ok(entry.until_paused(events, HostError::Paused))
+    }
+
+    async fn image(&self, name: &str, with_digest: bool) -> Result<ImageInfo, HostError> {
+        self.inner.image(name, with_digest).await
+    }
+
+    async fn keep_disk(&self, request: KeepDiskRequest) -> Result<KeptDisk, HostError> {
+        let entry = self.running(&request.created.id)?;
+        let events = self.events().await;
+        let inner = Arc::clone(&self.inner);
+        tokio::spawn(async move { inner.keep_disk(&entry, events, request).await })
+            .await
+            .unwrap_or_else(|_| {
+                Err(HostError::Internal {
+                    reason: "the task that kept the disk ended early".into(),
+                })
+            })
+    }
+
+    async fn exec_with_input(
+        &self,
+        id: &SandboxId,
+        request: ExecRequest,
+        input: BoxStream<'static, std::io::Result<Bytes>>,
+    ) -> Result<BoxStream<'static, Result<ExecEvent, HostError>>, HostError> {
+        let entry = self.running(id)?;
+        let started = entry.agent.exec_with_input(request, input);
+        let events = entry.unless_paused(started).await?;
         Ok(entry.until_paused(events, HostError::Paused))
     }
 

@@ -86,6 +86,18 @@ const STEPS: &[&str] = &[
     ) STRICT, WITHOUT ROWID;
     CREATE INDEX holders ON layer_refs (layer);
 ",
+    "
+    CREATE TABLE templates (
+        id             TEXT PRIMARY KEY,
+        name           TEXT NOT NULL UNIQUE,
+        source         TEXT NOT NULL,    -- this and those below: JSON
+        status         TEXT NOT NULL,
+        settings       TEXT NOT NULL,
+        layers         TEXT NOT NULL,
+        content        TEXT,             -- NULL unless it is ready
+        created_at     INTEGER NOT NULL
+    ) STRICT;
+",
 ];
 
 /// Why the tables are not what this version needs.

@@ -1,10 +1,11 @@
-//! `/v1/sandboxes` and `/v1/snapshots`.
+//! `/v1/sandboxes`, and beside it `/v1/snapshots` and `/v1/templates`.
 
 mod error;
 mod exec;
 mod files;
 mod sandboxes;
 mod snapshots;
+mod templates;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
@@ -34,6 +35,11 @@ use crate::http::{AppState, ErrorBody};
         snapshots::get,
         snapshots::delete,
         snapshots::fork,
+        templates::build,
+        templates::list,
+        templates::get,
+        templates::progress,
+        templates::delete,
     ),
     components(schemas(
         ErrorBody,
@@ -48,6 +54,13 @@ use crate::http::{AppState, ErrorBody};
         snapshots::ForkRequest,
         snapshots::ForkBody,
         snapshots::ForkFailure,
+        templates::BuildTemplateRequest,
+        templates::RecipeBody,
+        templates::StepBody,
+        templates::OciBody,
+        templates::ReadinessBody,
+        templates::TemplateBody,
+        templates::ProgressLine,
     ))
 )]
 pub struct Document;
@@ -55,6 +68,7 @@ pub struct Document;
 /// The routes of this dialect.
 pub fn router() -> Router<AppState> {
     let upload = post(files::write).layer(DefaultBodyLimit::disable());
+    let archive = post(templates::build).layer(DefaultBodyLimit::disable());
     Router::new()
         .route(
             "/v1/sandboxes",
@@ -77,6 +91,12 @@ pub fn router() -> Router<AppState> {
             get(snapshots::get).delete(snapshots::delete),
         )
         .route("/v1/snapshots/{id}/fork", post(snapshots::fork))
+        .route("/v1/templates", archive.get(templates::list))
+        .route(
+            "/v1/templates/{name}",
+            get(templates::get).delete(templates::delete),
+        )
+        .route("/v1/templates/{name}/progress", get(templates::progress))
         .route("/v1/sandboxes/{id}/files/write", upload)
         .route("/v1/sandboxes/{id}/files/read", post(files::read))
 }

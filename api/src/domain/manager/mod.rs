@@ -7,9 +7,12 @@
 //! written back, never while the host works. Who takes a sandbox from one state to another has its
 //! [turn](super::turns) for all of that.
 
+mod builds;
+mod oci;
 mod pause;
 mod recover;
 mod snapshots;
+mod templates;
 mod warm;
 
 use std::sync::Arc;
@@ -38,6 +41,7 @@ use super::store::{Store, StoreError};
 use super::timings::Start;
 use super::turns::{Turn, Turns};
 use crate::chain;
+use builds::Builds;
 pub use recover::RecoverError;
 pub use snapshots::Forked;
 use warm::Warm;
@@ -65,6 +69,7 @@ struct Inner {
     records: Mutex<()>,
     turns: Turns,
     warm: Warm,
+    builds: Builds,
     closing: AtomicBool,
 }
 
@@ -79,6 +84,7 @@ impl Manager {
                 records: Mutex::new(()),
                 turns: Turns::default(),
                 warm: Warm::default(),
+                builds: Builds::default(),
                 closing: AtomicBool::new(false),
             }),
         }
@@ -131,7 +137,8 @@ impl Manager {
     /// caller has the turn.
     async fn start(&self, sandbox: Sandbox, start: Start) -> Result<Sandbox, CreateError> {
         let id = sandbox.id.clone();
-        match self.inner.host.create(request_for(&sandbox, start)).await {
+        let created = self.inner.host.create(request_for(&sandbox, start)).await;
+        match self.until_usable(&sandbox, start, created).await {
             Ok(created) => {
                 self.started(&id, Transition::Started(created.timings))
                     .await
@@ -196,7 +203,8 @@ impl Manager {
             .describe()
             .await
             .map_err(CreateError::Describe)?;
-        request::check_spec(spec, &host).map_err(CreateError::Invalid)
+        let ground = self.checked_ground(&spec.template, &host).await?;
+        request::check_spec(spec, &ground.settings, &host).map_err(CreateError::Invalid)
     }
 
     fn is_closing(&self) -> bool {
@@ -273,7 +281,8 @@ impl Manager {
     /// There is no result.
     pub async fn exec(&self, id: &SandboxId, command: Command) -> Result<ExecOutput, ExecError> {
         let start = Instant::now();
-        let request = request::check_command(command).map_err(ExecError::Invalid)?;
+        let settings = self.settings_of(id).await.map_err(LookupError::from)?;
+        let request = request::check_command(command, &settings).map_err(ExecError::Invalid)?;
         let events = self
             .inner
             .host
@@ -296,7 +305,7 @@ impl Manager {
         content: BoxStream<'static, std::io::Result<Bytes>>,
     ) -> Result<(), FileError> {
         request::check_path(&path).map_err(FileError::Invalid)?;
-        let request = WriteFileRequest { path };
+        let request = WriteFileRequest { path, mode: None };
         let result = self.inner.host.write_file(id, request, content).await;
         self.used(id).await;
         result.map_err(FileError::Host)
@@ -421,6 +430,7 @@ fn request_for(sandbox: &Sandbox, start: Start) -> CreateRequest {
         identity: identity_of(&sandbox.id, sandbox.created_at),
         layers: sandbox.layers.clone(),
         start,
+        scratch_mb: None,
     }
 }
 

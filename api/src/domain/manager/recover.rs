@@ -35,6 +35,7 @@ impl Manager {
                 self.record(&sandbox.id, transition).await?;
             }
         }
+        self.recover_templates().await?;
         for snapshot in self.inner.store.list_snapshots().await? {
             if snapshot.content.is_none() {
                 self.inner.store.remove_snapshot(&snapshot.id).await?;
@@ -43,7 +44,9 @@ impl Manager {
             }
         }
         for (warm, _) in self.inner.store.list_warm().await? {
-            let key = self.inner.host.warm_key(&shape_of_warm(&warm)).await;
+            let ground = self.ground(&warm.template).await?;
+            let disk = &ground.layers.disk;
+            let key = self.inner.host.warm_key(&shape_of_warm(&warm), disk).await;
             // Of a template that is gone, there is none.
             let is_current = key.is_ok_and(|key| key == warm.key);
             if !is_current || !self.has(&warm.layers).await? {
@@ -93,7 +96,7 @@ impl Manager {
     }
 
     /// Whether the host has all of these layers.
-    async fn has(&self, layers: &Layers) -> Result<bool, RecoverError> {
+    pub(super) async fn has(&self, layers: &Layers) -> Result<bool, RecoverError> {
         match self.inner.host.inspect(layers).await {
             Ok(info) => Ok(info.is_some()),
             Err(source) => {
