@@ -31,7 +31,7 @@ doctor: ## tell whether this machine's KVM runs Linux guests
 prepare: ## build binaries, guest kernel and root file system, side by side
 	scripts/prepare
 
-images: prepare ## the same: target/images holds what guests boot
+images: prepare ## the same: target/images holds what guests boot; TEMPLATES=linux-default for more
 
 fmt: ## format the code
 	cargo fmt --all

@@ -221,6 +221,8 @@ fn parse_resolver(text: &str) -> Result<SocketAddr, String> {
 pub struct LimitsConfig {
     /// Largest file to upload, in bytes.
     pub upload_bytes: u64,
+    /// Largest archive to build a template from, in bytes.
+    pub template_archive_bytes: u64,
     /// Most output of one command, in bytes.
     pub exec_output_bytes: u64,
     /// Output of one stream of a command that is kept in memory, in bytes; more goes to disk.
@@ -284,6 +286,7 @@ impl Default for LimitsConfig {
     fn default() -> Self {
         Self {
             upload_bytes: 100 << 20,
+            template_archive_bytes: 10 << 30,
             exec_output_bytes: 1 << 30,
             exec_memory_bytes: 256 << 10,
             warm_disk_bytes: 4 << 30,
@@ -409,6 +412,9 @@ pub struct Flags {
     /// Largest file to upload, in bytes [default: 104857600, 100 MiB]
     #[arg(long, env = "SANDBOXD_UPLOAD_BYTES", value_name = "BYTES")]
     upload_bytes: Option<u64>,
+    /// Largest archive to build a template from, in bytes [default: 10737418240, 10 GiB]
+    #[arg(long, env = "SANDBOXD_TEMPLATE_ARCHIVE_BYTES", value_name = "BYTES")]
+    template_archive_bytes: Option<u64>,
     /// Most output of one command, in bytes; one that writes more is killed
     /// [default: 1073741824, 1 GiB]
     #[arg(long, env = "SANDBOXD_EXEC_OUTPUT_BYTES", value_name = "BYTES")]
@@ -557,6 +563,10 @@ impl Config {
             }),
         );
         set(&mut self.limits.upload_bytes, flags.upload_bytes);
+        set(
+            &mut self.limits.template_archive_bytes,
+            flags.template_archive_bytes,
+        );
         set(&mut self.limits.exec_output_bytes, flags.exec_output_bytes);
         set(&mut self.limits.exec_memory_bytes, flags.exec_memory_bytes);
         set(&mut self.limits.warm_disk_bytes, flags.warm_disk_bytes);

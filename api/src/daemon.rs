@@ -183,6 +183,7 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
     let state = AppState {
         manager: manager.clone(),
         max_upload: config.limits.upload_bytes,
+        max_archive: config.limits.template_archive_bytes,
     };
     let router = http::router(state)?;
     let closing = CancellationToken::new();

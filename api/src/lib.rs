@@ -3,9 +3,11 @@
 //! Dependencies point inwards: [`dialects`] and [`http`] know [`domain`]; [`hypervisor`],
 //! [`agent`], [`images`], [`network`] and [`store`] do its work behind its two traits,
 //! [`Host`](domain::Host) and [`Store`](domain::Store); [`daemon`] puts them
-//! together as [`config`] says.
+//! together as [`config`] says. [`cli`] is a client of it all.
 
 pub mod agent;
+pub mod archive;
+pub mod cli;
 pub mod config;
 pub mod daemon;
 pub mod dialects;
@@ -14,7 +16,13 @@ pub mod http;
 pub mod hypervisor;
 pub mod images;
 pub mod network;
+pub mod oci;
 pub mod store;
+
+/// Bytes as hexadecimal digits.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
 
 /// An error and its sources, as one line.
 pub fn chain(error: &dyn std::error::Error) -> String {

@@ -24,17 +24,20 @@ enum Command {
     /// of them. Sandboxes end with the daemon.
     #[command(args_override_self = true)]
     Serve(Box<Flags>),
+    /// Templates, by the API of a daemon that runs.
+    Template(api::cli::TemplateArgs),
     /// Print the description of the API, OpenAPI 3.1 in YAML.
     Openapi,
 }
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
-        Command::Serve(flags) => serve(*flags),
-        Command::Openapi => openapi(),
+        Command::Serve(flags) => serve(*flags).map(|()| ExitCode::SUCCESS),
+        Command::Template(args) => api::cli::template(args),
+        Command::Openapi => openapi().map(|()| ExitCode::SUCCESS),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(status) => status,
         Err(text) => {
             // With standard error closed there is nobody left to tell.
             let _ = writeln!(io::stderr(), "sandboxd: {text}");

@@ -54,6 +54,7 @@ fn request(id: &SandboxId) -> CreateRequest {
         layers: Layers::default(),
         start: Start::Cold,
         nic: None,
+        scratch_mb: None,
     }
 }
 
@@ -356,7 +357,10 @@ async fn files_go_in_and_come_out_of_the_agent() {
     let file = bench.dir.path().join("new/directory/and a \"file\"");
     let path = file.to_str().unwrap().to_owned();
     let write = async |content: BoxStream<'static, std::io::Result<Bytes>>| {
-        let request = WriteFileRequest { path: path.clone() };
+        let request = WriteFileRequest {
+            path: path.clone(),
+            mode: None,
+        };
         bench.host.write_file(&id, request, content).await
     };
 
@@ -411,6 +415,7 @@ async fn files_go_in_and_come_out_of_the_agent() {
     );
     let request = WriteFileRequest {
         path: "/etc".into(),
+        mode: None,
     };
     let error = bench
         .host

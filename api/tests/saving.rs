@@ -98,12 +98,14 @@ impl Bench {
             layers: layers.clone(),
             start: Start::Cold,
             nic: None,
+            scratch_mb: None,
         };
         self.host.create(request).await.map(drop)
     }
 
     async fn prepare(&self, id: &SandboxId, layers: &Layers) -> Result<(), HostError> {
         let request = PrepareRequest {
+            scratch_mb: None,
             nic: None,
             id: id.clone(),
             shape: shape(),
@@ -650,25 +652,25 @@ async fn a_key_changes_with_everything_that_a_machine_is_made_of() {
         memory_mb,
     };
     let mut keys = vec![
-        host.warm_key(&shape(1, 256)).await.unwrap(),
-        host.warm_key(&shape(2, 256)).await.unwrap(),
-        host.warm_key(&shape(1, 512)).await.unwrap(),
+        host.warm_key(&shape(1, 256), &[]).await.unwrap(),
+        host.warm_key(&shape(2, 256), &[]).await.unwrap(),
+        host.warm_key(&shape(1, 512), &[]).await.unwrap(),
     ];
-    assert_eq!(host.warm_key(&shape(1, 256)).await.unwrap(), keys[0]);
+    assert_eq!(host.warm_key(&shape(1, 256), &[]).await.unwrap(), keys[0]);
     let mut other = config.clone();
     other.cmdline_extra = "quiet".to_owned();
     let other = LocalHost::start(other).await.unwrap();
-    keys.push(other.warm_key(&shape(1, 256)).await.unwrap());
+    keys.push(other.warm_key(&shape(1, 256), &[]).await.unwrap());
     for file in ["kernel", "initramfs", "minimal.ext4", "vmm"] {
         let (path, new) = (bench.dir.path().join(file), bench.dir.path().join("new"));
         fs::copy(&path, &new).unwrap();
         fs::rename(new, path).unwrap();
-        keys.push(host.warm_key(&shape(1, 256)).await.unwrap());
+        keys.push(host.warm_key(&shape(1, 256), &[]).await.unwrap());
     }
     let different: BTreeSet<_> = keys.iter().collect();
     assert_eq!(different.len(), keys.len());
     fs::remove_file(template).unwrap();
-    assert!(host.warm_key(&shape(1, 256)).await.is_err());
+    assert!(host.warm_key(&shape(1, 256), &[]).await.is_err());
 }
 
 #[tokio::test]

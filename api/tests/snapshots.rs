@@ -802,7 +802,10 @@ proptest! {
                 }
                 // What ended by itself lets go of its layers a moment later than it is told.
                 let there = || api.host.layers.lock().unwrap().clone();
+                let mut turns = 0;
                 while api.store.held_layers().await.unwrap() != there() {
+                    turns += 1;
+                    assert!(turns < 20_000, "layers are left, or missing");
                     tokio::task::yield_now().await;
                 }
                 assert_layers_are_settled(&api).await;

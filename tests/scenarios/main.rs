@@ -24,4 +24,5 @@ mod refusals;
 mod resize;
 mod restore;
 mod snapshots;
+mod templates;
 mod vmm_api;

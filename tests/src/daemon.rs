@@ -203,6 +203,27 @@ impl Daemon {
         body.as_array().unwrap().clone()
     }
 
+    /// What `sandboxd template` with these arguments does with this daemon: its exit status, standard
+    /// output, and standard error.
+    ///
+    /// # Panics
+    /// It cannot be run.
+    pub fn template(&self, arguments: &[&str]) -> (Option<i32>, String, String) {
+        let output = Command::new(&setup().sandboxd)
+            .arg("template")
+            .args(arguments)
+            .env("SANDBOXD_SERVER", self.address.to_string())
+            .stdin(Stdio::null())
+            .output()
+            .expect("sandboxd template");
+        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+        (
+            output.status.code(),
+            text(output.stdout),
+            text(output.stderr),
+        )
+    }
+
     /// What it holds on the host now.
     ///
     /// # Panics
@@ -255,7 +276,11 @@ impl Daemon {
         files_below(self.directory.path(), &mut files);
         files.retain(|path| {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
-            !name.starts_with("sandboxd.") && !path.starts_with(self.layers_directory())
+            // Templates are made of layers, and of empty file systems.
+            let empty = self.directory.path().join("data/empty");
+            !name.starts_with("sandboxd.")
+                && !path.starts_with(self.layers_directory())
+                && !path.starts_with(empty)
         });
         assert!(files.is_empty(), "left behind: {files:?}");
     }

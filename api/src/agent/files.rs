@@ -37,7 +37,10 @@ impl AgentClient {
             // Only the first error counts, and there is only one: it ends the body.
             let _ = note.set(error.to_string());
         });
-        let query = FileQuery::new(request.path.as_bytes());
+        let query = FileQuery {
+            mode: request.mode,
+            ..FileQuery::new(request.path.as_bytes())
+        };
         let http = Request::put(format!("{PATH_FILES}?{}", query.encode()))
             .header(HOST, "agent")
             .body(StreamBody::new(frames).boxed_unsync())

@@ -10,6 +10,7 @@ mod exec;
 mod files;
 mod freeze;
 mod identity;
+mod shutdown;
 
 use std::io;
 use std::path::PathBuf;

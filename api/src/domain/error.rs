@@ -13,6 +13,16 @@ pub enum CreateError {
     /// The request asks for something that cannot be.
     #[error("{0}")]
     Invalid(String),
+    /// Its template is not ready.
+    #[error("template {name:?} is {status}, and not ready; {what}")]
+    TemplateNotReady {
+        /// Its name.
+        name: String,
+        /// Where it stands.
+        status: &'static str,
+        /// What to do.
+        what: &'static str,
+    },
     /// The daemon is ending.
     #[error("the daemon is shutting down and starts no more sandboxes")]
     ShuttingDown,
@@ -265,6 +275,57 @@ pub enum ForkError {
     /// The task that forked is gone.
     #[error("the fork was interrupted")]
     Interrupted,
+}
+
+/// Why a template was not built, found or deleted.
+#[derive(Debug, thiserror::Error)]
+pub enum TemplateError {
+    /// There is none of that name.
+    #[error("template not found")]
+    NotFound,
+    /// The request makes no sense.
+    #[error("{0}")]
+    Invalid(String),
+    /// Another template has the name.
+    #[error("a template named {0:?} exists already; delete it, or choose another name")]
+    NameTaken(String),
+    /// Something needs it.
+    #[error("template {name:?} is in use by {users}; delete those first")]
+    InUse {
+        /// Its name.
+        name: String,
+        /// What needs it, for people.
+        users: String,
+    },
+    /// It is an image on the host.
+    #[error("template {0:?} is an image on this host; remove its file and start the daemon again")]
+    Image(String),
+    /// The disk of the sandbox cannot be taken.
+    #[error("sandbox is neither running nor paused (status: {0})")]
+    NotSaveable(Status),
+    /// A disk has too many layers.
+    #[error(
+        "the disk has {0} layers, and can have no more; make a new sandbox and copy what is needed"
+    )]
+    TooManyLayers(usize),
+    /// There is no such sandbox, or the store failed.
+    #[error(transparent)]
+    Lookup(#[from] LookupError),
+    /// The host cannot say what it has.
+    #[error("the host cannot say what it offers")]
+    Host(#[source] HostError),
+    /// The daemon is ending.
+    #[error("the daemon is shutting down and builds no more templates")]
+    ShuttingDown,
+    /// The task that did it is gone.
+    #[error("the work on the template was interrupted")]
+    Interrupted,
+}
+
+impl From<StoreError> for TemplateError {
+    fn from(source: StoreError) -> Self {
+        Self::Lookup(source.into())
+    }
 }
 
 /// Why a command has no result.

@@ -106,11 +106,26 @@ pub trait Host: Send + Sync {
     async fn retain(&self, layers: &BTreeSet<LayerId>) -> Result<(), HostError>;
 
     /// A digest of all that a snapshot of a freshly booted machine of this shape depends on:
-    /// kernel, initramfs, template, VMM, processor. It changes when one of them does.
+    /// kernel, initramfs, template, VMM, processor. It changes when one of them does. `disk` are the
+    /// layers of the template's disk; without any, it is the host's image of that name.
     ///
     /// # Errors
     /// It cannot tell.
-    async fn warm_key(&self, shape: &Shape) -> Result<String, HostError>;
+    async fn warm_key(&self, shape: &Shape, disk: &[LayerId]) -> Result<String, HostError>;
+
+    /// What there is to say of an image on the host, by the name of its template. The digest is
+    /// computed if `with_digest`, which may take seconds; otherwise it is told if it is known.
+    ///
+    /// # Errors
+    /// There is none of that name, or it cannot be read.
+    async fn image(&self, name: &str, with_digest: bool) -> Result<ImageInfo, HostError>;
+
+    /// Shuts a sandbox down in order, so that all that it has written is on its disk, and keeps one
+    /// of its disks as a new layer. It goes on if the caller goes away.
+    ///
+    /// # Errors
+    /// The new layer is not there. The sandbox may still run.
+    async fn keep_disk(&self, request: KeepDiskRequest) -> Result<KeptDisk, HostError>;
 
     /// Ends a sandbox and removes all that the host holds for it; also one that is still
     /// starting. Unknown ids are fine: the end is reached.
@@ -128,6 +143,18 @@ pub trait Host: Send + Sync {
         &self,
         id: &SandboxId,
         request: ExecRequest,
+    ) -> Result<BoxStream<'static, Result<ExecEvent, HostError>>, HostError>;
+
+    /// Runs a command that reads `input`. The input is taken as fast as the command reads it, and
+    /// ends with the stream, or breaks off, and the command with it, with its first error.
+    ///
+    /// # Errors
+    /// The command was not started.
+    async fn exec_with_input(
+        &self,
+        id: &SandboxId,
+        request: ExecRequest,
+        input: BoxStream<'static, io::Result<Bytes>>,
     ) -> Result<BoxStream<'static, Result<ExecEvent, HostError>>, HostError>;
 
     /// Writes a file; it appears under its name only when `content` has ended without an error.
@@ -248,6 +275,8 @@ pub struct CreateRequest {
     pub start: Start,
     /// Its network card; it has none, if there is none.
     pub nic: Option<Nic>,
+    /// Size of a second disk, an empty ext4 file system, in MiB; `None` for no such disk.
+    pub scratch_mb: Option<u32>,
 }
 
 /// The network card of a sandbox.
@@ -270,6 +299,8 @@ pub struct PrepareRequest {
     pub layers: Layers,
     /// Its network card, if it has one; that of nobody until it is claimed.
     pub nic: Option<Nic>,
+    /// Size of a second disk, an empty ext4 file system, in MiB; `None` for no such disk.
+    pub scratch_mb: Option<u32>,
 }
 
 /// Start the sandbox that was prepared under this name.
@@ -281,6 +312,44 @@ pub struct ClaimRequest {
     pub identity: Identity,
     /// What its network card is, if it has one.
     pub nic: Option<Nic>,
+}
+
+/// What there is to say of an image on the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageInfo {
+    /// SHA-256 of the file, as hexadecimal digits.
+    pub digest: Option<String>,
+    /// Space that it takes on the host's disk, in bytes.
+    pub size_bytes: u64,
+    /// Its size, in bytes.
+    pub disk_bytes: u64,
+    /// Its last modification, in microseconds since the Unix epoch.
+    pub modified_us: i64,
+}
+
+/// Shut this sandbox down and keep one of its disks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeepDiskRequest {
+    /// How it was started.
+    pub created: CreateRequest,
+    /// Whether the second disk is kept, and not the first.
+    pub scratch: bool,
+    /// The new layer.
+    pub layer: LayerId,
+    /// Frozen layers of which the digests are wanted too.
+    pub others: Vec<LayerId>,
+}
+
+/// What was kept of a disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptDisk {
+    /// SHA-256 of the other layers, in the order in which they were asked for, and of the new one, as
+    /// hexadecimal digits.
+    pub digests: Vec<String>,
+    /// Space that all of these take on the host's disk, in bytes.
+    pub size_bytes: u64,
+    /// Size that the disk has in a sandbox, in bytes.
+    pub disk_bytes: u64,
 }
 
 /// A sandbox was started.
@@ -369,6 +438,8 @@ pub struct ExitInfo {
 pub struct WriteFileRequest {
     /// Absolute path in the guest.
     pub path: String,
+    /// Permission bits; `None` for those of the file that is replaced, or 0644.
+    pub mode: Option<u32>,
 }
 
 /// Read this file.

@@ -26,12 +26,25 @@ pub enum OfSnapshot {}
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum OfLayer {}
 
+/// Templates that were built, as in `tp-0a1b2c3d`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum OfTemplate {}
+
 /// Name of a sandbox.
 pub type SandboxId = Id<OfSandbox>;
 /// Name of a snapshot.
 pub type SnapshotId = Id<OfSnapshot>;
 /// Name of a layer.
 pub type LayerId = Id<OfLayer>;
+
+/// Name of a template that was built, for the daemon alone.
+pub type TemplateId = Id<OfTemplate>;
+
+impl Kind for OfTemplate {
+    const WHAT: &'static str = "a template";
+    const PREFIX: &'static str = "tp";
+    const DIGITS: usize = 8;
+}
 
 impl Kind for OfSandbox {
     const WHAT: &'static str = "a sandbox";

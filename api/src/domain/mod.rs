@@ -1,5 +1,6 @@
 //! Sandboxes, their life and what can be done with them. Knows no HTTP and no SQL.
 
+mod build;
 mod error;
 mod exec;
 mod host;
@@ -13,20 +14,23 @@ mod sandbox;
 mod snapshot;
 mod spool;
 mod store;
+mod template;
 mod timings;
 mod turns;
 
+pub use build::{BuildFrom, BuildSpec, OutputLines, Progress, Recipe, Step};
 pub use error::{
     CreateError, DestroyError, ExecError, FileError, ForkError, InsertError, LookupError,
-    NetworkChangeError, PauseError, ResumeError, SnapshotError,
+    NetworkChangeError, PauseError, ResumeError, SnapshotError, TemplateError,
 };
 pub use exec::{CollectError, ExecEnd, ExecLimits, ExecOutput};
 pub use host::{
     ClaimRequest, CreateRequest, Created, End, ExecEvent, ExecRequest, ExitInfo, FileContent,
-    FileInfo, FileKind, Host, HostError, HostEvent, HostInfo, Identity, MergeRequest, Nic,
-    PrepareRequest, ReadFileRequest, SaveRequest, Saved, Shape, WriteFileRequest,
+    FileInfo, FileKind, Host, HostError, HostEvent, HostInfo, Identity, ImageInfo, KeepDiskRequest,
+    KeptDisk, MergeRequest, Nic, PrepareRequest, ReadFileRequest, SaveRequest, Saved, Shape,
+    WriteFileRequest,
 };
-pub use id::{Id, Kind, LayerId, ParseIdError, SandboxId, SnapshotId};
+pub use id::{Id, Kind, LayerId, ParseIdError, SandboxId, SnapshotId, TemplateId};
 pub use layer::{Layers, MAX_DISK};
 pub use manager::{
     Forked, InUse, Limits, Manager, PoolLimits, RecoverError, SandboxNetwork, WhenIdle,
@@ -37,9 +41,13 @@ pub use network::{
     MAX_FORWARDS, MAX_RULES, MacAddress, NetworkActivity, NetworkInfo, NetworkSpec, PortRange,
     RateLimits, Subnet, SubnetError, Traffic, Transport,
 };
-pub use request::{Command, CreateSpec, MAX_EXEC_TIMEOUT_SEC, SnapshotSpec};
+pub use request::{Command, CreateSpec, MAX_EXEC_TIMEOUT_SEC, SettingsSpec, SnapshotSpec};
 pub use sandbox::{Desired, IllegalTransition, Sandbox, Spec, Status, Transition};
 pub use snapshot::{LayersInfo, Snapshot, WarmSnapshot};
 pub use spool::{Spool, Spooled};
 pub use store::{Store, StoreError, TakenAddresses};
+pub use template::{
+    DEFAULT_MEMORY_MB, DEFAULT_VCPUS, Readiness, Settings, Source, Template, TemplateContent,
+    TemplateInfo, TemplateStatus,
+};
 pub use timings::{SaveTimings, Start, Timings};

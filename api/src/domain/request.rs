@@ -2,9 +2,11 @@
 
 use std::collections::BTreeMap;
 
+use super::build::{BuildFrom, BuildSpec, Recipe};
 use super::host::{ExecRequest, HostInfo};
 use super::network::{AddressError, Connection, Egress, NetworkSpec, RateLimits};
 use super::sandbox::Spec;
+use super::template::{DEFAULT_MEMORY_MB, DEFAULT_VCPUS, Readiness, Settings};
 
 /// The most vCPUs of one sandbox: what the VMM can build.
 const MAX_VCPUS: i64 = 32;
@@ -18,6 +20,16 @@ const MAX_TIMEOUT_SEC: i64 = 30 * 24 * 3600;
 pub const MAX_EXEC_TIMEOUT_SEC: i64 = 24 * 3600;
 /// The most sandboxes of one fork.
 const MAX_FORKS: i64 = 100;
+/// The longest time of a readiness command in seconds: an hour.
+const MAX_READINESS_SEC: i64 = 3600;
+/// The most steps of a recipe.
+const MAX_STEPS: usize = 1000;
+/// The most environment of a template, in bytes.
+const MAX_ENV: usize = 64 * 1024;
+/// The least disk of a template that brings its own, in MiB: what ext4 with a journal needs.
+const MIN_DISK_MB: i64 = 16;
+/// The most disk of such a template, in MiB: 1 TiB.
+const MAX_DISK_MB: i64 = 1 << 20;
 /// The longest description of a snapshot in bytes.
 const MAX_DESCRIPTION: usize = 4096;
 /// The longest path in the guest in bytes: `PATH_MAX` of Linux, with its final zero byte.
@@ -28,10 +40,10 @@ const MAX_PATH: usize = 4095;
 pub struct CreateSpec {
     /// Template.
     pub template: String,
-    /// Virtual CPUs.
-    pub vcpus: i64,
-    /// RAM in MiB.
-    pub memory_mb: i64,
+    /// Virtual CPUs; `None` for what the template says.
+    pub vcpus: Option<i64>,
+    /// RAM in MiB; `None` for what the template says.
+    pub memory_mb: Option<i64>,
     /// Idle time in seconds.
     pub timeout_sec: i64,
     /// How it shall be connected.
@@ -72,32 +84,33 @@ pub struct Command {
     pub timeout_sec: i64,
 }
 
-/// The sandbox that is asked for, if `host` can run it.
-pub fn check_spec(spec: CreateSpec, host: &HostInfo) -> Result<Spec, String> {
-    if !is_name(&spec.template) {
-        return Err(bad_name("template"));
+/// Checks the name of a template.
+pub fn check_template_name(name: &str) -> Result<(), String> {
+    if is_name(name) {
+        Ok(())
+    } else {
+        Err(bad_name("template"))
     }
-    if !host.templates.contains(&spec.template) {
-        let known = if host.templates.is_empty() {
-            "this host has none".to_owned()
-        } else {
-            format!("known are: {}", host.templates.join(", "))
-        };
-        return Err(format!("unknown template {:?}; {known}", spec.template));
-    }
-    let host_mb = i64::try_from(host.memory_mb)
-        .unwrap_or(i64::MAX)
-        .min(MAX_MEMORY_MB);
+}
+
+/// What to say of a template that there is not; `known` are those that there are.
+pub fn unknown_template(name: &str, known: &[String]) -> String {
+    let known = if known.is_empty() {
+        "this host has none".to_owned()
+    } else {
+        format!("known are: {}", known.join(", "))
+    };
+    format!("unknown template {name:?}; {known}")
+}
+
+/// The sandbox that is asked for, of a template with these settings, if `host` can run it.
+pub fn check_spec(spec: CreateSpec, settings: &Settings, host: &HostInfo) -> Result<Spec, String> {
+    let vcpus = settings.vcpus.unwrap_or(DEFAULT_VCPUS).into();
+    let memory_mb = settings.memory_mb.unwrap_or(DEFAULT_MEMORY_MB).into();
     Ok(Spec {
         template: spec.template,
-        vcpus: in_range("vcpus", spec.vcpus, 1, MAX_VCPUS, "")?,
-        memory_mb: in_range(
-            "memory_mb",
-            spec.memory_mb,
-            MIN_MEMORY_MB,
-            host_mb,
-            " (MiB)",
-        )?,
+        vcpus: check_vcpus(spec.vcpus.unwrap_or(vcpus))?,
+        memory_mb: check_memory(spec.memory_mb.unwrap_or(memory_mb), host)?,
         timeout_sec: in_range(
             "timeout_sec",
             spec.timeout_sec,
@@ -130,14 +143,144 @@ fn check_network(spec: NetworkSpec, host: &HostInfo) -> Result<Option<Connection
     }))
 }
 
-/// The command that is asked for.
-pub fn check_command(command: Command) -> Result<ExecRequest, String> {
-    if command.argv.first().is_none_or(String::is_empty) {
+fn check_vcpus(vcpus: i64) -> Result<u8, String> {
+    in_range("vcpus", vcpus, 1, MAX_VCPUS, "")
+}
+
+fn check_memory(memory_mb: i64, host: &HostInfo) -> Result<u32, String> {
+    let host_mb = i64::try_from(host.memory_mb)
+        .unwrap_or(i64::MAX)
+        .min(MAX_MEMORY_MB);
+    in_range("memory_mb", memory_mb, MIN_MEMORY_MB, host_mb, " (MiB)")
+}
+
+/// The settings of a template as they are asked for, unchecked.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct SettingsSpec {
+    /// Virtual CPUs.
+    pub vcpus: Option<i64>,
+    /// RAM in MiB.
+    pub memory_mb: Option<i64>,
+    /// Program and arguments that must succeed, and seconds in which they must.
+    pub readiness: Option<(Vec<String>, i64)>,
+    /// Environment of commands.
+    pub env: BTreeMap<String, String>,
+    /// Working directory of commands.
+    pub cwd: Option<String>,
+}
+
+/// The settings that are asked for, if `host` can run such sandboxes.
+pub fn check_settings(spec: SettingsSpec, host: &HostInfo) -> Result<Settings, String> {
+    let readiness = match spec.readiness {
+        Some((argv, timeout_sec)) => {
+            let what = "readiness.timeout_sec";
+            let timeout_sec = in_range(what, timeout_sec, 1, MAX_READINESS_SEC, " (seconds)")?;
+            check_argv(&argv).map_err(|problem| format!("readiness: {problem}"))?;
+            Some(Readiness { argv, timeout_sec })
+        }
+        None => None,
+    };
+    check_env(&spec.env)?;
+    if let Some(cwd) = &spec.cwd {
+        check_path(cwd).map_err(|problem| format!("cwd: {problem}"))?;
+    }
+    Ok(Settings {
+        vcpus: spec.vcpus.map(check_vcpus).transpose()?,
+        memory_mb: spec
+            .memory_mb
+            .map(|memory_mb| check_memory(memory_mb, host))
+            .transpose()?,
+        readiness,
+        env: spec.env,
+        cwd: spec.cwd,
+        ..Settings::default()
+    })
+}
+
+/// Checks environment variables.
+pub fn check_env(env: &BTreeMap<String, String>) -> Result<(), String> {
+    let bytes: usize = env
+        .iter()
+        .map(|(name, value)| name.len() + value.len())
+        .sum();
+    if bytes > MAX_ENV {
+        return Err(format!("env has {bytes} bytes; at most {MAX_ENV} are kept"));
+    }
+    match env
+        .iter()
+        .find(|(name, value)| name.is_empty() || name.contains(['=', '\0']) || value.contains('\0'))
+    {
+        Some((name, _)) => Err(format!(
+            "env: {name:?} must have a name without `=`, and no zero byte"
+        )),
+        None => Ok(()),
+    }
+}
+
+/// Checks a template that is to be built, but for what its archive holds.
+pub fn check_build(spec: &BuildSpec) -> Result<(), String> {
+    if !is_name(&spec.name) {
+        return Err(bad_name("name"));
+    }
+    match &spec.from {
+        BuildFrom::Sandbox(_) => Ok(()),
+        BuildFrom::Recipe(recipe) => check_recipe(recipe),
+        BuildFrom::Oci { disk_mb, .. } => {
+            check_disk(*disk_mb)?;
+            Ok(())
+        }
+    }
+}
+
+/// The size of a disk, in MiB.
+pub fn check_disk(disk_mb: i64) -> Result<u32, String> {
+    in_range("disk_mb", disk_mb, MIN_DISK_MB, MAX_DISK_MB, " (MiB)")
+}
+
+fn check_recipe(recipe: &Recipe) -> Result<(), String> {
+    check_template_name(&recipe.base).map_err(|_| bad_name("recipe.base"))?;
+    if recipe.steps.len() > MAX_STEPS {
+        let count = recipe.steps.len();
+        return Err(format!(
+            "the recipe has {count} steps; at most {MAX_STEPS} are run"
+        ));
+    }
+    for (index, step) in recipe.steps.iter().enumerate() {
+        let number = index + 1;
+        if step.run.trim().is_empty() || step.run.contains('\0') {
+            return Err(format!(
+                "step {number} must be a command without zero bytes"
+            ));
+        }
+        step_timeout(step.timeout_sec).map_err(|problem| format!("step {number}: {problem}"))?;
+    }
+    Ok(())
+}
+
+/// How long a step may take, in seconds.
+pub fn step_timeout(timeout_sec: i64) -> Result<u32, String> {
+    in_range(
+        "timeout_sec",
+        timeout_sec,
+        1,
+        MAX_EXEC_TIMEOUT_SEC,
+        " (seconds)",
+    )
+}
+
+fn check_argv(argv: &[String]) -> Result<(), String> {
+    if argv.first().is_none_or(String::is_empty) {
         return Err("cmd is required".to_owned());
     }
-    if command.argv.iter().any(|arg| arg.contains('\0')) {
+    if argv.iter().any(|arg| arg.contains('\0')) {
         return Err("cmd and args must not contain a zero byte".to_owned());
     }
+    Ok(())
+}
+
+/// The command that is asked for, in a sandbox of a template with these settings.
+pub fn check_command(command: Command, settings: &Settings) -> Result<ExecRequest, String> {
+    check_argv(&command.argv)?;
     for (name, value) in &command.env {
         if name.is_empty() || name.contains(['=', '\0']) {
             return Err(format!(
@@ -152,6 +295,9 @@ pub fn check_command(command: Command) -> Result<ExecRequest, String> {
     if let Some(cwd) = &command.cwd {
         check_path(cwd).map_err(|problem| problem.replacen("path", "cwd", 1))?;
     }
+    // What is given with the command comes before what the template has.
+    let mut env = settings.env.clone();
+    env.extend(command.env);
     let timeout_sec = in_range(
         "timeout_sec",
         command.timeout_sec,
@@ -161,8 +307,8 @@ pub fn check_command(command: Command) -> Result<ExecRequest, String> {
     )?;
     Ok(ExecRequest {
         argv: command.argv,
-        env: command.env,
-        cwd: command.cwd,
+        env,
+        cwd: command.cwd.or_else(|| settings.cwd.clone()),
         timeout_sec,
     })
 }

@@ -1,4 +1,4 @@
-//! Where sandboxes and snapshots are written down.
+//! Where sandboxes, snapshots and templates are written down.
 
 use std::collections::BTreeSet;
 use std::error::Error;
@@ -6,11 +6,12 @@ use std::net::Ipv4Addr;
 
 use async_trait::async_trait;
 
-use super::id::{LayerId, SandboxId, SnapshotId};
+use super::id::{LayerId, SandboxId, SnapshotId, TemplateId};
 use super::sandbox::Sandbox;
 use super::snapshot::{Snapshot, WarmSnapshot};
+use super::template::Template;
 
-/// The records of all sandboxes, gone ones included, and of all snapshots. What was written
+/// The records of all sandboxes, gone ones included, of all snapshots, and of all templates. What was written
 /// survives a crash of the daemon, and of the machine where a layer depends on it.
 ///
 /// Each record holds the layers that it names. Changes of a record tell which layers nobody holds
@@ -104,6 +105,40 @@ pub trait Store: Send + Sync {
     /// # Errors
     /// The store failed; it is as it was.
     async fn remove_warm(&self, key: &str) -> Result<Vec<LayerId>, StoreError>;
+
+    /// Adds a template; `false` if its id or name is taken.
+    ///
+    /// # Errors
+    /// The store failed; nothing is added.
+    async fn insert_template(&self, template: &Template) -> Result<bool, StoreError>;
+
+    /// Replaces the record of a template. Returns the layers that it was the last to hold; `None` if
+    /// it is not there.
+    ///
+    /// # Errors
+    /// The store failed; the record is as it was.
+    async fn update_template(
+        &self,
+        template: &Template,
+    ) -> Result<Option<Vec<LayerId>>, StoreError>;
+
+    /// The template of that name.
+    ///
+    /// # Errors
+    /// The store failed.
+    async fn find_template(&self, name: &str) -> Result<Option<Template>, StoreError>;
+
+    /// All templates, by name.
+    ///
+    /// # Errors
+    /// The store failed.
+    async fn list_templates(&self) -> Result<Vec<Template>, StoreError>;
+
+    /// Removes a template, if it is there. Returns the layers that it was the last to hold.
+    ///
+    /// # Errors
+    /// The store failed; it is as it was.
+    async fn remove_template(&self, id: &TemplateId) -> Result<Vec<LayerId>, StoreError>;
 
     /// All layers that are held.
     ///

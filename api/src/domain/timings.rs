@@ -39,6 +39,8 @@ pub struct Timings {
     pub boot_us: u64,
     /// From there until the agent has answered, and the guest knows who it is and what time it is.
     pub identity_us: u64,
+    /// From there until the readiness command of the template has succeeded; 0 without one.
+    pub readiness_us: u64,
     /// All of it.
     pub total_us: u64,
 }

@@ -29,6 +29,8 @@ pub struct AppState {
     pub manager: Manager,
     /// The largest file that may be uploaded, in bytes.
     pub max_upload: u64,
+    /// The largest archive that a template may be built from, in bytes.
+    pub max_archive: u64,
 }
 
 /// The health of the daemon.

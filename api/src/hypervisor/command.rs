@@ -89,6 +89,10 @@ pub fn command(
         .args(["--memory", &format!("size={}M", shape.memory_mb)])
         .arg("--disk")
         .arg(disk_options(&paths.disk(id), chain))
+        .args(chain.scratch.iter().flat_map(|scratch| {
+            let options = disk_options(&paths.scratch(id), scratch);
+            ["--disk".to_owned(), options]
+        }))
         .args(["--vsock", &paths.vsock_arg(id)])
         .arg("--serial")
         .arg(format!("file={}", paths.console(id).display()))
@@ -235,6 +239,7 @@ mod tests {
         let mut chain = Chain {
             base,
             layers: Vec::new(),
+            scratch: None,
         };
         let disk = Path::new("/data/disk.qcow2");
         assert_eq!(

@@ -70,6 +70,7 @@ impl LayerFiles<'_> {
         Ok(Some(Chain {
             base,
             layers: layers.iter().map(|id| self.disk(id)).collect(),
+            scratch: None,
         }))
     }
 
@@ -230,6 +231,11 @@ impl Draft {
             .open(self.draft.join(BASE))?;
         file.write_all(&serde_json::to_vec(base)?)?;
         file.sync_all()
+    }
+
+    /// The image of a disk layer, which may still be written to.
+    pub fn disk(&self) -> PathBuf {
+        self.draft.join(DISK)
     }
 
     /// Gives the layer its name. Its files are on the disk. Returns its size there, in bytes.

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -69,6 +69,10 @@ pub fn remove(paths: &Paths, cgroups: Option<&Cgroups>) -> Result<(), LeftoverEr
             end(&process).map_err(failed)?;
         }
     }
+    remove_drafts(paths.empty()).map_err(|source| LeftoverError::Files {
+        path: paths.empty().to_owned(),
+        source,
+    })?;
     for parent in paths.parents() {
         let failed = |source| LeftoverError::Files {
             path: parent.to_owned(),
@@ -85,6 +89,17 @@ pub fn remove(paths: &Paths, cgroups: Option<&Cgroups>) -> Result<(), LeftoverEr
                 path: path.clone(),
                 source,
             })?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes empty file systems that were not made to the end.
+fn remove_drafts(dir: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        if path.extension().is_none_or(|extension| extension != "ext4") {
+            fs::remove_file(path)?;
         }
     }
     Ok(())

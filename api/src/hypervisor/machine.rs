@@ -160,6 +160,9 @@ impl Machine {
         let user = jail.and_then(|jail| jail.user);
         paths.make(&id, user).map_err(SpawnError::Directories)?;
         chain.overlay(paths.disk(&id)).await?;
+        if let Some(scratch) = &chain.scratch {
+            scratch.overlay(paths.scratch(&id)).await?;
+        }
         // Before the guest exists, so that its agent cannot come too early.
         let ready_path = paths.ready(&id);
         let listener = if request.layers.memory.is_empty() {
@@ -322,6 +325,7 @@ impl Machine {
             vmm_us,
             boot_us: micros(spoke - self.spawned).saturating_sub(vmm_us),
             identity_us: micros(now - spoke),
+            readiness_us: 0,
             total_us: micros(now - self.created),
         };
         Ok(Created { timings })

@@ -8,6 +8,7 @@ mod command;
 mod control;
 mod disk_limits;
 mod jail;
+mod kept;
 mod layers;
 mod leftovers;
 mod life;
@@ -36,9 +37,9 @@ use tracing::{Instrument, warn};
 
 use crate::domain::{
     AddressError, ClaimRequest, CreateRequest, Created, Egress, ExecEvent, ExecRequest,
-    FileContent, FileInfo, Forward, ForwardSpec, Host, HostError, HostEvent, HostInfo, LayerId,
-    Layers, LayersInfo, MergeRequest, NetworkActivity, PrepareRequest, ReadFileRequest, SandboxId,
-    SaveRequest, Saved, Shape, WriteFileRequest,
+    FileContent, FileInfo, Forward, ForwardSpec, Host, HostError, HostEvent, HostInfo, ImageInfo,
+    KeepDiskRequest, KeptDisk, LayerId, Layers, LayersInfo, MergeRequest, NetworkActivity,
+    PrepareRequest, ReadFileRequest, SandboxId, SaveRequest, Saved, Shape, WriteFileRequest,
 };
 use crate::images::{Base, Chain, Images};
 use crate::network::{ForwardError, NetworkError};
@@ -158,7 +159,9 @@ impl LocalHost {
 
     /// Gives a new sandbox its task.
     fn begin(&self, request: PrepareRequest, begin: Begin) -> Result<(), HostError> {
-        let chain = self.inner.chain(&request)?;
+        let chain = self
+            .inner
+            .chain(&request.shape, &request.layers, request.scratch_mb)?;
         let (entry, orders) = Entry::new(self.inner.config.paths.vsock(&request.id));
         {
             let mut state = self.inner.state();
@@ -209,18 +212,41 @@ impl Inner {
     }
 
     /// What the disk of a sandbox is made on. The error is a sentence.
-    fn chain(&self, request: &PrepareRequest) -> Result<Chain, HostError> {
+    fn chain(
+        &self,
+        shape: &Shape,
+        layers: &Layers,
+        scratch_mb: Option<u32>,
+    ) -> Result<Chain, HostError> {
+        let mut chain = self.chain_of(shape, layers)?;
+        if let Some(size_mb) = scratch_mb {
+            let base = Base::empty(self.config.paths.empty(), size_mb).map_err(|error| {
+                HostError::Start {
+                    reason: crate::chain(&error),
+                }
+            })?;
+            chain.scratch = Some(Box::new(Chain {
+                base,
+                layers: Vec::new(),
+                scratch: None,
+            }));
+        }
+        Ok(chain)
+    }
+
+    fn chain_of(&self, shape: &Shape, layers: &Layers) -> Result<Chain, HostError> {
         let failed = |reason| HostError::Start { reason };
         let files = LayerFiles(self.config.paths.layers());
         let frozen = files
-            .chain(&request.layers.disk)
+            .chain(&layers.disk)
             .map_err(|error| failed(format!("the layers of its disk cannot be read: {error}")))?;
         match frozen {
             Some(chain) => Ok(chain),
             None => Ok(Chain {
-                base: Base::of(self.template(&request.shape)?)
+                base: Base::of(self.template(&shape.template)?)
                     .map_err(|error| failed(crate::chain(&error)))?,
                 layers: Vec::new(),
+                scratch: None,
             }),
         }
     }
@@ -232,10 +258,11 @@ impl Inner {
         })
     }
 
-    fn template(&self, shape: &Shape) -> Result<&PathBuf, HostError> {
-        let template = self.config.images.templates.get(&shape.template);
+    /// The image of this name.
+    fn template(&self, name: &str) -> Result<&PathBuf, HostError> {
+        let template = self.config.images.templates.get(name);
         template.ok_or_else(|| HostError::UnknownTemplate {
-            name: shape.template.clone(),
+            name: name.to_owned(),
         })
     }
 
@@ -285,7 +312,11 @@ impl Host for LocalHost {
             layers,
             start,
             nic,
+            scratch_mb,
         } = request;
+        if let Some(size_mb) = scratch_mb {
+            self.inner.make_empty(size_mb).await?;
+        }
         let (started, outcome) = oneshot::channel();
         let greeting = Greeting { identity, start };
         let request = PrepareRequest {
@@ -293,6 +324,7 @@ impl Host for LocalHost {
             shape,
             layers,
             nic,
+            scratch_mb,
         };
         self.begin(request, Begin::Now(greeting, started))?;
         outcome.await.unwrap_or_else(|_| Err(ended_early()))
@@ -401,13 +433,20 @@ impl Host for LocalHost {
             .await
     }
 
-    async fn warm_key(&self, shape: &Shape) -> Result<String, HostError> {
+    async fn warm_key(&self, shape: &Shape, disk: &[LayerId]) -> Result<String, HostError> {
         let internal = |reason| HostError::Internal { reason };
         let machine = self.inner.machine.as_ref().map_err(|error| {
             internal(format!("the processor's features are not known: {error}"))
         })?;
-        let template = self.inner.template(shape)?;
-        warm_key::key(&self.inner.config, machine, template, shape)
+        let layers = Layers {
+            memory: Vec::new(),
+            disk: disk.to_vec(),
+        };
+        let template = match disk {
+            [] => self.inner.template(&shape.template)?.clone(),
+            _ => self.inner.chain_of(shape, &layers)?.base.path,
+        };
+        warm_key::key(&self.inner.config, machine, &template, disk, shape)
             .map_err(|error| internal(format!("a part of the machine is missing: {error}")))
     }
 
@@ -426,6 +465,35 @@ impl Host for LocalHost {
     ) -> Result<BoxStream<'static, Result<ExecEvent, HostError>>, HostError> {
         let entry = self.running(id)?;
         let events = entry.unless_paused(entry.agent.exec(request)).await?;
+        Ok(entry.until_paused(events, HostError::Paused))
+    }
+
+    async fn image(&self, name: &str, with_digest: bool) -> Result<ImageInfo, HostError> {
+        self.inner.image(name, with_digest).await
+    }
+
+    async fn keep_disk(&self, request: KeepDiskRequest) -> Result<KeptDisk, HostError> {
+        let entry = self.running(&request.created.id)?;
+        let events = self.events().await;
+        let inner = Arc::clone(&self.inner);
+        tokio::spawn(async move { inner.keep_disk(&entry, events, request).await })
+            .await
+            .unwrap_or_else(|_| {
+                Err(HostError::Internal {
+                    reason: "the task that kept the disk ended early".into(),
+                })
+            })
+    }
+
+    async fn exec_with_input(
+        &self,
+        id: &SandboxId,
+        request: ExecRequest,
+        input: BoxStream<'static, std::io::Result<Bytes>>,
+    ) -> Result<BoxStream<'static, Result<ExecEvent, HostError>>, HostError> {
+        let entry = self.running(id)?;
+        let started = entry.agent.exec_with_input(request, input);
+        let events = entry.unless_paused(started).await?;
         Ok(entry.until_paused(events, HostError::Paused))
     }
 

@@ -7,6 +7,8 @@
 //! | `<runtime_dir>/sandboxes/<id>/console.log` | what the guest writes to its serial console |
 //! | `<runtime_dir>/sandboxes/<id>/api.sock` | the API of its VMM, for the daemon alone |
 //! | `<data_dir>/sandboxes/<id>/disk.qcow2` | its own disk |
+//! | `<data_dir>/sandboxes/<id>/scratch.qcow2` | its second disk, while a template is built in it |
+//! | `<data_dir>/empty/` | empty file systems, which second disks are made on |
 //! | `<data_dir>/layers/<id>/` | what was saved, of this sandbox or another |
 
 use std::fs::{DirBuilder, Permissions};
@@ -28,6 +30,7 @@ pub struct Paths {
     runtime: PathBuf,
     data: PathBuf,
     layers: PathBuf,
+    empty: PathBuf,
 }
 
 /// A directory is not usable for sandboxes.
@@ -90,6 +93,7 @@ impl Paths {
             runtime: runtime_dir.join("sandboxes"),
             data: data_dir.join("sandboxes"),
             layers: data_dir.join("layers"),
+            empty: data_dir.join("empty"),
         };
         let longest =
             paths.runtime.as_os_str().len() + 1 + SandboxId::LEN + "/vsock.sock_1025".len();
@@ -103,6 +107,7 @@ impl Paths {
             ("runtime_dir", &paths.runtime),
             ("data_dir", &paths.data),
             ("data_dir", &paths.layers),
+            ("data_dir", &paths.empty),
         ] {
             DirBuilder::new()
                 .recursive(true)
@@ -184,6 +189,16 @@ impl Paths {
     /// The API of its VMM.
     pub fn api(&self, id: &SandboxId) -> PathBuf {
         self.runtime.join(id.as_str()).join("api.sock")
+    }
+
+    /// The sandbox's second disk, if it has one.
+    pub(super) fn scratch(&self, id: &SandboxId) -> PathBuf {
+        self.data.join(id.as_str()).join("scratch.qcow2")
+    }
+
+    /// Where empty file systems are, by their size.
+    pub(super) fn empty(&self) -> &Path {
+        &self.empty
     }
 
     /// Where layers are.

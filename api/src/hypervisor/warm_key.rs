@@ -8,7 +8,7 @@ use std::path::Path;
 use sha2::{Digest, Sha256};
 
 use super::HostConfig;
-use crate::domain::Shape;
+use crate::domain::{LayerId, Shape};
 
 /// Changed when a new version of the daemon makes other machines of the same parts.
 const FORMAT: u32 = 1;
@@ -40,11 +40,13 @@ pub fn machine() -> io::Result<String> {
 }
 
 /// The digest of all that a snapshot of this shape depends on. A file that was replaced or written
-/// to since is another: its inode, size or times are.
+/// to since is another: its inode, size or times are. `template` is the image at the bottom of the
+/// disk, and `disk` the layers on it.
 pub fn key(
     config: &HostConfig,
     machine: &str,
     template: &Path,
+    disk: &[LayerId],
     shape: &Shape,
 ) -> io::Result<String> {
     let mut text = format!(
@@ -53,6 +55,10 @@ pub fn key(
     );
     if let Some(network) = &config.network {
         let _ = writeln!(text, "{}", network.key());
+    }
+    // Layers do not change, and no two have the same id.
+    for layer in disk {
+        let _ = writeln!(text, "{layer}");
     }
     for path in [
         config.vmm.as_path(),

@@ -9,6 +9,7 @@ use std::fs::OpenOptions;
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use imago::file::File;
 use imago::qcow2::Qcow2;
@@ -50,6 +51,15 @@ pub enum OverlayError {
         #[source]
         source: io::Error,
     },
+    /// An empty file system cannot be made.
+    #[error("the empty file system {path} cannot be made", path = path.display())]
+    Empty {
+        /// Where it should be.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// The task that made it is gone.
     #[error("the creation of the disk overlay was interrupted")]
     Interrupted,
@@ -73,6 +83,8 @@ pub struct Chain {
     pub base: Base,
     /// The frozen ones.
     pub layers: Vec<PathBuf>,
+    /// What a second disk is made on, if there is to be one.
+    pub scratch: Option<Box<Self>>,
 }
 
 impl Base {
@@ -100,6 +112,51 @@ impl Base {
             size,
             modified_ns,
         })
+    }
+}
+
+impl Base {
+    /// An empty ext4 file system of `size_mb` MiB in the directory `dir`, which is made if it is not
+    /// there. It is made of nothing that anybody else has given.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn empty(dir: &Path, size_mb: u32) -> Result<Self, OverlayError> {
+        let path = dir.join(format!("{size_mb}.ext4"));
+        let bad = |source| OverlayError::Empty {
+            path: path.clone(),
+            source,
+        };
+        if !path.try_exists().map_err(bad)? {
+            let draft = tempfile::NamedTempFile::new_in(dir).map_err(bad)?;
+            let size = u64::from(size_mb) << 20;
+            draft.as_file().set_len(size).map_err(bad)?;
+            let output = Command::new("mke2fs")
+                .env("PATH", "/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin")
+                .args(["-q", "-t", "ext4", "-b", "4096", "-m", "1", "-E"])
+                // The file is new, so nothing need be zeroed now, nor by the guest's kernel.
+                .arg("assume_storage_prezeroed=1,root_owner=0:0")
+                .arg(draft.path())
+                .stdin(Stdio::null())
+                .output()
+                .map_err(|source| {
+                    bad(io::Error::other(format!(
+                        "mke2fs cannot be run ({source}); install e2fsprogs"
+                    )))
+                })?;
+            if !output.status.success() {
+                let said = String::from_utf8_lossy(&output.stderr);
+                return Err(bad(io::Error::other(format!("mke2fs: {}", said.trim()))));
+            }
+            draft.as_file().sync_all().map_err(bad)?;
+            // Another may have made it in the meantime: disks may be based on that.
+            match draft.persist_noclobber(&path) {
+                Ok(_) => {}
+                Err(error) if error.error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(bad(error.error)),
+            }
+        }
+        Self::of(&path)
     }
 }
 
@@ -176,6 +233,7 @@ mod tests {
         Ok(Chain {
             base: Base::of(template)?,
             layers: layers.iter().map(|&layer| layer.to_owned()).collect(),
+            scratch: None,
         })
     }
 
@@ -220,6 +278,23 @@ mod tests {
             .read_exact_at(&mut base, 1 << 20)
             .unwrap();
         assert_eq!(&base, b"from the template");
+    }
+
+    #[test]
+    fn an_empty_file_system_is_made_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let base = Base::empty(dir.path(), 16).unwrap();
+        assert_eq!(base.size, 16 << 20);
+        // The magic number of ext4's superblock, which begins at 1024.
+        let mut magic = [0; 2];
+        let file = std::fs::File::open(&base.path).unwrap();
+        file.read_exact_at(&mut magic, 1024 + 56).unwrap();
+        assert_eq!(magic, [0x53, 0xef]);
+        assert_eq!(Base::empty(dir.path(), 16).unwrap(), base);
+        let entries = std::fs::read_dir(dir.path()).unwrap();
+        assert_eq!(entries.count(), 1, "nothing else is left");
+        let error = Base::empty(&dir.path().join("none"), 16).unwrap_err();
+        assert!(matches!(error, OverlayError::Empty { .. }), "{error}");
     }
 
     #[tokio::test]

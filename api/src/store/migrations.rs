@@ -94,6 +94,18 @@ const STEPS: &[&str] = &[
         WHERE address IS NOT NULL AND status NOT IN ('stopped', 'error');
     ALTER TABLE snapshots ADD COLUMN network TEXT;
 ",
+    "
+    CREATE TABLE templates (
+        id             TEXT PRIMARY KEY,
+        name           TEXT NOT NULL UNIQUE,
+        source         TEXT NOT NULL,    -- this and those below: JSON
+        status         TEXT NOT NULL,
+        settings       TEXT NOT NULL,
+        layers         TEXT NOT NULL,
+        content        TEXT,             -- NULL unless it is ready
+        created_at     INTEGER NOT NULL
+    ) STRICT;
+",
 ];
 
 /// Why the tables are not what this version needs.

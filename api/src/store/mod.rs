@@ -1,4 +1,4 @@
-//! The records of sandboxes and snapshots in SQLite.
+//! The records of sandboxes, snapshots and templates in SQLite.
 //!
 //! One connection in WAL mode, used on threads that may block. A transaction that was committed
 //! survives a crash of the daemon. After a crash of the machine the last ones may be missing, as are
@@ -8,6 +8,7 @@
 mod layers;
 mod migrations;
 mod snapshots;
+mod templates;
 
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
@@ -20,7 +21,7 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use crate::domain::{
     Desired, LayerId, Layers, Sandbox, SandboxId, Snapshot, SnapshotId, Spec, Status, Store,
-    StoreError, TakenAddresses, WarmSnapshot,
+    StoreError, TakenAddresses, Template, TemplateId, WarmSnapshot,
 };
 pub use migrations::MigrateError;
 
@@ -231,6 +232,37 @@ impl Store for SqliteStore {
     async fn remove_warm(&self, key: &str) -> Result<Vec<LayerId>, StoreError> {
         let key = key.to_owned();
         self.with(move |connection| snapshots::remove_warm(connection, &key))
+            .await
+    }
+
+    async fn insert_template(&self, template: &Template) -> Result<bool, StoreError> {
+        let template = template.clone();
+        self.with(move |connection| templates::insert(connection, &template))
+            .await
+    }
+
+    async fn update_template(
+        &self,
+        template: &Template,
+    ) -> Result<Option<Vec<LayerId>>, StoreError> {
+        let template = template.clone();
+        self.with(move |connection| templates::update(connection, &template))
+            .await
+    }
+
+    async fn find_template(&self, name: &str) -> Result<Option<Template>, StoreError> {
+        let name = name.to_owned();
+        self.with(move |connection| templates::find(connection, &name))
+            .await
+    }
+
+    async fn list_templates(&self) -> Result<Vec<Template>, StoreError> {
+        self.with(|connection| templates::list(connection)).await
+    }
+
+    async fn remove_template(&self, id: &TemplateId) -> Result<Vec<LayerId>, StoreError> {
+        let id = id.clone();
+        self.with(move |connection| templates::remove(connection, &id))
             .await
     }
 

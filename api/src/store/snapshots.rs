@@ -151,8 +151,10 @@ pub fn list_warm(connection: &Connection) -> rusqlite::Result<Vec<(WarmSnapshot,
     connection
         .prepare_cached(&format!(
             "SELECT {WARM_COLUMNS}, EXISTS (
-                 SELECT 1 FROM layer_refs AS own JOIN layer_refs AS other USING (layer)
-                 WHERE own.holder = 'warm:' || key AND other.holder <> own.holder)
+                 -- Layers of its disk may be its template's.
+                 SELECT 1 FROM json_each(warm_snapshots.layers, '$.memory') AS memory
+                 JOIN layer_refs AS other ON other.layer = memory.value
+                 WHERE other.holder <> 'warm:' || warm_snapshots.key)
              FROM warm_snapshots ORDER BY used_at, key"
         ))?
         .query_map([], |row| {

@@ -12,9 +12,10 @@ use std::time::Duration;
 use api::domain::{
     ClaimRequest, Counter, CreateRequest, Created, Denied, DeniedWhat, Egress, End, ExecEvent,
     ExecLimits, ExecRequest, ExitInfo, FileContent, FileInfo, FileKind, Forward, ForwardSpec, Host,
-    HostError, HostEvent, HostInfo, LayerId, Layers, LayersInfo, Limits, Manager, MergeRequest,
-    NetworkActivity, NetworkInfo, PoolLimits, PrepareRequest, ReadFileRequest, SandboxId,
-    SaveRequest, SaveTimings, Saved, Shape, Start, Timings, Traffic, WhenIdle, WriteFileRequest,
+    HostError, HostEvent, HostInfo, ImageInfo, KeepDiskRequest, KeptDisk, LayerId, Layers,
+    LayersInfo, Limits, Manager, MergeRequest, NetworkActivity, NetworkInfo, PoolLimits,
+    PrepareRequest, ReadFileRequest, SandboxId, SaveRequest, SaveTimings, Saved, Shape, Start,
+    Timings, Traffic, WhenIdle, WriteFileRequest,
 };
 use api::http::{AppState, router};
 use api::store::SqliteStore;
@@ -84,6 +85,10 @@ pub struct FakeHost {
     pub starts: Mutex<Vec<CreateRequest>>,
     /// How sandboxes were to be saved, in order.
     pub saves: Mutex<Vec<SaveRequest>>,
+    /// Disks that were kept, in order.
+    pub kept: Mutex<Vec<KeepDiskRequest>>,
+    /// Commands that were run, in order, each with what it read.
+    pub commands: Mutex<Vec<(ExecRequest, Vec<u8>)>>,
     pub fault: Mutex<Option<Fault>>,
     /// Notified when a command that talks has ended.
     pub dropped: Arc<Notify>,
@@ -255,6 +260,7 @@ impl Host for FakeHost {
             vmm_us: 20,
             boot_us: 3000,
             identity_us: 400,
+            readiness_us: 0,
             total_us: 3421,
         };
         Ok(Created { timings })
@@ -360,11 +366,53 @@ impl Host for FakeHost {
         Ok(())
     }
 
-    async fn warm_key(&self, shape: &Shape) -> Result<String, HostError> {
+    async fn warm_key(&self, shape: &Shape, disk: &[LayerId]) -> Result<String, HostError> {
         Ok(format!(
-            "{} {} {}",
+            "{} {} {} {disk:?}",
             shape.template, shape.vcpus, shape.memory_mb
         ))
+    }
+
+    async fn image(&self, name: &str, with_digest: bool) -> Result<ImageInfo, HostError> {
+        let info = self.describe().await?;
+        if !info.templates.iter().any(|known| known == name) {
+            return Err(HostError::UnknownTemplate { name: name.into() });
+        }
+        Ok(ImageInfo {
+            digest: with_digest.then(|| format!("digest of {name}")),
+            size_bytes: 1000,
+            disk_bytes: 2 << 30,
+            modified_us: 5_000_000,
+        })
+    }
+
+    async fn keep_disk(&self, request: KeepDiskRequest) -> Result<KeptDisk, HostError> {
+        self.may_crash(Fault::CrashBeforeSave).await;
+        let id = &request.created.id;
+        assert!(
+            self.sandboxes.lock().unwrap().contains(id),
+            "it does not run"
+        );
+        assert!(self.has(&request.others), "a layer is gone");
+        if self.fails(Fault::NotSaved) {
+            return Err(HostError::Internal {
+                reason: "no space left on device".to_owned(),
+            });
+        }
+        assert!(self.layers.lock().unwrap().insert(request.layer.clone()));
+        self.may_crash(Fault::CrashAfterSave).await;
+        self.destroy(id).await?;
+        let layers = request.others.iter().chain([&request.layer]);
+        let kept = KeptDisk {
+            digests: layers.map(|layer| format!("digest of {layer}")).collect(),
+            size_bytes: 300,
+            disk_bytes: match request.created.scratch_mb {
+                Some(size) if request.scratch => u64::from(size) << 20,
+                _ => 2 << 30,
+            },
+        };
+        self.kept.lock().unwrap().push(request);
+        Ok(kept)
     }
 
     async fn destroy(&self, id: &SandboxId) -> Result<(), HostError> {
@@ -373,11 +421,35 @@ impl Host for FakeHost {
         Ok(())
     }
 
+    async fn exec_with_input(
+        &self,
+        id: &SandboxId,
+        request: ExecRequest,
+        mut input: BoxStream<'static, io::Result<Bytes>>,
+    ) -> Result<BoxStream<'static, Result<ExecEvent, HostError>>, HostError> {
+        let mut read = Vec::new();
+        while let Some(piece) = input.next().await {
+            read.extend(piece.map_err(|error| HostError::Upload {
+                reason: error.to_string(),
+            })?);
+        }
+        let events = self.exec(id, request).await;
+        self.commands.lock().unwrap().last_mut().unwrap().1 = read;
+        events
+    }
+
     async fn exec(
         &self,
-        _id: &SandboxId,
+        id: &SandboxId,
         request: ExecRequest,
     ) -> Result<BoxStream<'static, Result<ExecEvent, HostError>>, HostError> {
+        if !self.sandboxes.lock().unwrap().contains(id) {
+            return Err(HostError::NotRunning { id: id.clone() });
+        }
+        self.commands
+            .lock()
+            .unwrap()
+            .push((request.clone(), Vec::new()));
         let argument = request.argv.get(1).cloned().unwrap_or_default();
         let events = match request.argv[0].as_str() {
             "echo" => vec![
@@ -390,6 +462,22 @@ impl Host for FakeHost {
                 exited(0, false),
             ],
             "false" => vec![exited(1, false)],
+            "mkdir" => vec![exited(0, false)],
+            // A shell tells of its script; one that is to fail says so, and one that is to hang.
+            "/bin/sh" => match request.argv[2].as_str() {
+                "fail" => vec![err("it fails\n"), exited(3, false)],
+                "hang" => return Ok(stream::pending().boxed()),
+                script => vec![out(format!("ran {script}\n")), exited(0, false)],
+            },
+            // Succeeds the second time.
+            "second" => {
+                let commands = self.commands.lock().unwrap();
+                let count = commands
+                    .iter()
+                    .filter(|(command, _)| command.argv[0] == "second")
+                    .count();
+                vec![out("not yet"), exited(i32::from(count < 2), false)]
+            }
             "binary" => vec![out(&b"\xff\xfe"[..]), err("text"), exited(0, false)],
             "talk" => {
                 // Says each argument when the one before was taken; ends when it is dropped.
@@ -726,6 +814,7 @@ impl Api {
         let state = AppState {
             manager: manager.clone(),
             max_upload,
+            max_archive: 1 << 20,
         };
         Self {
             host,
@@ -770,7 +859,7 @@ impl Api {
     }
 }
 
-async fn read_json(response: Response<Body>) -> (StatusCode, Value) {
+pub async fn read_json(response: Response<Body>) -> (StatusCode, Value) {
     let status = response.status();
     let body = response.into_body().collect().await.unwrap().to_bytes();
     let json = if body.is_empty() {

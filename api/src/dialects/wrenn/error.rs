@@ -3,9 +3,9 @@
 //! | Status | Code | When |
 //! |---|---|---|
 //! | 400 | `invalid_request` | the request makes no sense |
-//! | 404 | `not_found` | no such sandbox, snapshot or file |
+//! | 404 | `not_found` | no such sandbox, snapshot, template or file |
 //! | 409 | `invalid_state` | the sandbox's status does not allow it, or it was paused in the midst |
-//! | 409 | `conflict` | it clashes with what is there, such as a name that is taken |
+//! | 409 | `conflict` | it clashes with what is there, such as a name that is taken, or a template that is in use |
 //! | 413 | `too_large` | the upload is too large |
 //! | 500 | `db_error` | the daemon's records cannot be read or written |
 //! | 500 | `internal_error` | the daemon itself failed |
@@ -22,6 +22,7 @@ use crate::chain;
 use crate::domain::{
     AddressError, CollectError, CreateError, DestroyError, ExecError, FileError, ForkError,
     HostError, LookupError, NetworkChangeError, PauseError, ResumeError, SnapshotError, StoreError,
+    TemplateError,
 };
 use crate::http::error_response;
 
@@ -128,6 +129,7 @@ impl From<CreateError> for ApiError {
     fn from(source: CreateError) -> Self {
         match source {
             CreateError::Invalid(message) => Self::invalid(message),
+            CreateError::TemplateNotReady { .. } => Self::state(source.to_string()),
             CreateError::ShuttingDown => Self::unavailable(source.to_string()),
             CreateError::Address(source) => source.into(),
             CreateError::Store(source) => source.into(),
@@ -243,6 +245,25 @@ impl From<ForkError> for ApiError {
             ForkError::ShuttingDown => Self::unavailable(source.to_string()),
             ForkError::Snapshot(source) => source.into(),
             ForkError::Interrupted => Self::internal(source.to_string()),
+        }
+    }
+}
+
+impl From<TemplateError> for ApiError {
+    fn from(source: TemplateError) -> Self {
+        let text = source.to_string();
+        match source {
+            TemplateError::Lookup(source) => source.into(),
+            TemplateError::NotFound => Self::new(StatusCode::NOT_FOUND, "not_found", text),
+            TemplateError::Invalid(_) => Self::invalid(text),
+            TemplateError::NotSaveable(_) => Self::state(text),
+            TemplateError::NameTaken(_)
+            | TemplateError::InUse { .. }
+            | TemplateError::Image(_)
+            | TemplateError::TooManyLayers(_) => Self::conflict(text),
+            TemplateError::ShuttingDown => Self::unavailable(text),
+            TemplateError::Host(_) => Self::agent(chain(&source)),
+            TemplateError::Interrupted => Self::internal(text),
         }
     }
 }

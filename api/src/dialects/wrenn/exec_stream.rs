@@ -127,7 +127,7 @@ pub async fn exec_stream(
         .max_message_size(MAX_MESSAGE)
         .on_upgrade(async move |socket| {
             serve(socket, &state.manager, &in_use).await;
-            state.manager.keep(in_use).await;
+            state.manager.keep_awake(in_use).await;
         }))
 }
 

@@ -242,7 +242,7 @@ impl Upload<'_> {
 
 /// The same pieces, of which only one is ready each time that it is polled. The parser of forms
 /// takes, and keeps in memory, all that is ready, which from a fast sender may be everything.
-fn one_at_a_time<S: Stream + Unpin>(mut pieces: S) -> impl Stream<Item = S::Item> {
+pub(super) fn one_at_a_time<S: Stream + Unpin>(mut pieces: S) -> impl Stream<Item = S::Item> {
     let mut pause = false;
     stream::poll_fn(move |context| {
         pause = !pause;
@@ -293,12 +293,15 @@ async fn read_text(field: &mut Field<'_>) -> Result<String, ApiError> {
     String::from_utf8(text).map_err(|_| ApiError::invalid("path is not UTF-8"))
 }
 
-fn bad_form(error: &MultipartError) -> ApiError {
+pub(super) fn bad_form(error: &MultipartError) -> ApiError {
     ApiError::invalid(format!("the form cannot be read: {}", chain(error)))
 }
 
 /// Reads and drops up to `limit` bytes: most clients read no answer before they have sent all.
-async fn drain<E>(mut rest: impl StreamExt<Item = Result<Bytes, E>> + Unpin, limit: u64) {
+pub(super) async fn drain<E>(
+    mut rest: impl StreamExt<Item = Result<Bytes, E>> + Unpin,
+    limit: u64,
+) {
     let read = async {
         let mut total = 0;
         while let Some(Ok(piece)) = rest.next().await {

@@ -1,4 +1,4 @@
-//! `/v1/sandboxes`, also as `/v1/capsules`, and `/v1/snapshots`.
+//! `/v1/sandboxes`, also as `/v1/capsules`, `/v1/snapshots` and `/v1/templates`.
 
 mod directories;
 mod error;
@@ -8,6 +8,7 @@ mod files;
 mod network;
 mod sandboxes;
 mod snapshots;
+mod templates;
 mod text;
 
 use axum::Router;
@@ -46,6 +47,11 @@ use crate::http::{AppState, ErrorBody};
         network::set_egress,
         network::open_forward,
         network::close_forward,
+        templates::build,
+        templates::list,
+        templates::get,
+        templates::progress,
+        templates::delete,
     ),
     components(schemas(
         ErrorBody,
@@ -74,6 +80,13 @@ use crate::http::{AppState, ErrorBody};
         network::TrafficBody,
         network::CounterBody,
         network::DeniedBody,
+        templates::BuildTemplateRequest,
+        templates::RecipeBody,
+        templates::StepBody,
+        templates::OciBody,
+        templates::ReadinessBody,
+        templates::TemplateBody,
+        templates::ProgressLine,
     ))
 )]
 struct Sandboxes;
@@ -110,7 +123,8 @@ pub fn document() -> utoipa::openapi::OpenApi {
 
 /// The routes of this dialect.
 pub fn router() -> Router<AppState> {
-    let snapshots = Router::new()
+    let archive = post(templates::build).layer(DefaultBodyLimit::disable());
+    let others = Router::new()
         .route(
             "/v1/snapshots",
             post(snapshots::create).get(snapshots::list),
@@ -119,8 +133,14 @@ pub fn router() -> Router<AppState> {
             "/v1/snapshots/{id}",
             get(snapshots::get).delete(snapshots::delete),
         )
-        .route("/v1/snapshots/{id}/fork", post(snapshots::fork));
-    NAMES.into_iter().fold(snapshots, |router, name| {
+        .route("/v1/snapshots/{id}/fork", post(snapshots::fork))
+        .route("/v1/templates", archive.get(templates::list))
+        .route(
+            "/v1/templates/{name}",
+            get(templates::get).delete(templates::delete),
+        )
+        .route("/v1/templates/{name}/progress", get(templates::progress));
+    NAMES.into_iter().fold(others, |router, name| {
         router.merge(sandboxes(&format!("/v1/{name}")))
     })
 }

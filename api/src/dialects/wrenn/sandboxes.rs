@@ -23,11 +23,11 @@ pub struct CreateSandboxRequest {
     /// Template of the root disk.
     #[schema(default = "minimal", nullable = false)]
     pub template: Option<String>,
-    /// Virtual CPUs, 1 to 32.
-    #[schema(default = 1, nullable = false)]
+    /// Virtual CPUs, 1 to 32. What the template says if not given, or 1.
+    #[schema(nullable = false)]
     pub vcpus: Option<i64>,
-    /// RAM in MiB, 128 to what the host has.
-    #[schema(default = 512, nullable = false)]
+    /// RAM in MiB, 128 to what the host has. What the template says if not given, or 512.
+    #[schema(nullable = false)]
     pub memory_mb: Option<i64>,
     /// Idle time in seconds after which the sandbox may be set aside; 0 is never. Recorded; this
     /// version does not act on it.
@@ -126,6 +126,10 @@ pub struct TimingsBody {
     pub boot: f64,
     /// From there until the agent has answered, and the guest has its names and the time.
     pub identity: f64,
+    /// From there until the readiness command of the template has succeeded, if it has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub readiness: Option<f64>,
     /// All of it.
     pub total: f64,
 }
@@ -174,6 +178,7 @@ impl From<Timings> for TimingsBody {
             vmm: ms(timings.vmm_us),
             boot: ms(timings.boot_us),
             identity: ms(timings.identity_us),
+            readiness: (timings.readiness_us > 0).then(|| ms(timings.readiness_us)),
             total: ms(timings.total_us),
         }
     }
@@ -211,7 +216,8 @@ pub fn rfc3339(time: Timestamp) -> String {
     responses(
         (status = 201, description = "Sandbox created; its agent has answered", body = SandboxBody),
         (status = 400, description = "The request makes no sense", body = ErrorBody),
-        (status = 409, description = "The address is taken, or none is free", body = ErrorBody),
+        (status = 409, description = "The template is not ready, the address is taken, or none is free",
+            body = ErrorBody),
         (status = 502, description = "Host agent error: it did not start", body = ErrorBody),
         (status = 503, description = "The daemon is shutting down", body = ErrorBody),
     ),
@@ -223,8 +229,8 @@ pub async fn create(
     let request: CreateSandboxRequest = parse(body)?;
     let spec = CreateSpec {
         template: request.template.unwrap_or_else(|| "minimal".to_owned()),
-        vcpus: request.vcpus.unwrap_or(1),
-        memory_mb: request.memory_mb.unwrap_or(512),
+        vcpus: request.vcpus,
+        memory_mb: request.memory_mb,
         timeout_sec: request.timeout_sec.unwrap_or(300),
         network: request.network.unwrap_or_default().spec()?,
     };
@@ -299,7 +305,7 @@ pub async fn ping(
     Path(id): Path<String>,
 ) -> Result<StatusCode, ApiError> {
     let in_use = state.manager.running(&id).await?;
-    state.manager.keep(in_use).await;
+    state.manager.keep_awake(in_use).await;
     Ok(StatusCode::NO_CONTENT)
 }
 

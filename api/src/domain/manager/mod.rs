@@ -7,14 +7,17 @@
 //! written back, never while the host works. Who takes a sandbox from one state to another has its
 //! [turn](super::turns) for all of that.
 
+mod builds;
 mod directories;
 mod idle;
 mod merge;
 mod network;
+mod oci;
 mod pause;
 mod pool;
 mod recover;
 mod snapshots;
+mod templates;
 mod warm;
 
 use std::net::Ipv4Addr;
@@ -46,6 +49,7 @@ use super::store::{Store, StoreError};
 use super::timings::Start;
 use super::turns::{Turn, Turns};
 use crate::chain;
+use builds::Builds;
 pub use idle::{InUse, WhenIdle};
 use merge::Merges;
 pub use network::SandboxNetwork;
@@ -87,6 +91,7 @@ struct Inner {
     idle: Arc<Idle>,
     pool: Pool,
     merges: Merges,
+    builds: Builds,
     closing: AtomicBool,
 }
 
@@ -104,6 +109,7 @@ impl Manager {
                 idle: Arc::default(),
                 pool: Pool::default(),
                 merges: Merges::default(),
+                builds: Builds::default(),
                 closing: AtomicBool::new(false),
             }),
         }
@@ -170,7 +176,8 @@ impl Manager {
     /// caller has the turn.
     async fn start(&self, sandbox: Sandbox, start: Start) -> Result<Sandbox, CreateError> {
         let id = sandbox.id.clone();
-        match self.inner.host.create(request_for(&sandbox, start)).await {
+        let created = self.inner.host.create(request_for(&sandbox, start)).await;
+        match self.until_usable(&sandbox, start, created).await {
             Ok(created) => {
                 self.started(&id, Transition::Started(created.timings))
                     .await
@@ -279,7 +286,8 @@ impl Manager {
             .describe()
             .await
             .map_err(CreateError::Describe)?;
-        request::check_spec(spec, &host).map_err(CreateError::Invalid)
+        let ground = self.checked_ground(&spec.template, &host).await?;
+        request::check_spec(spec, &ground.settings, &host).map_err(CreateError::Invalid)
     }
 
     fn is_closing(&self) -> bool {
@@ -339,7 +347,7 @@ impl Manager {
     }
 
     /// Keeps a sandbox from being idle.
-    pub async fn keep(&self, in_use: InUse) {
+    pub async fn keep_awake(&self, in_use: InUse) {
         self.used(&in_use.sandbox.id).await;
     }
 
@@ -349,7 +357,8 @@ impl Manager {
     /// There is no result.
     pub async fn exec(&self, in_use: &InUse, command: Command) -> Result<ExecOutput, ExecError> {
         let (id, start) = (&in_use.sandbox.id, Instant::now());
-        let request = request::check_command(command).map_err(ExecError::Invalid)?;
+        let settings = self.settings_of(id).await.map_err(LookupError::from)?;
+        let request = request::check_command(command, &settings).map_err(ExecError::Invalid)?;
         let events = self
             .inner
             .host
@@ -372,7 +381,8 @@ impl Manager {
         command: Command,
     ) -> Result<BoxStream<'static, Result<ExecEvent, HostError>>, ExecError> {
         let id = &in_use.sandbox.id;
-        let request = request::check_command(command).map_err(ExecError::Invalid)?;
+        let settings = self.settings_of(id).await.map_err(LookupError::from)?;
+        let request = request::check_command(command, &settings).map_err(ExecError::Invalid)?;
         let events = self.inner.host.exec(id, request).await;
         self.used(id).await;
         events.map_err(ExecError::Host)
@@ -389,7 +399,7 @@ impl Manager {
         content: BoxStream<'static, std::io::Result<Bytes>>,
     ) -> Result<(), FileError> {
         request::check_path(&path).map_err(FileError::Invalid)?;
-        let (id, request) = (&in_use.sandbox.id, WriteFileRequest { path });
+        let (id, request) = (&in_use.sandbox.id, WriteFileRequest { path, mode: None });
         let result = self.inner.host.write_file(id, request, content).await;
         self.used(id).await;
         result.map_err(FileError::Host)
@@ -533,6 +543,7 @@ fn request_for(sandbox: &Sandbox, start: Start) -> CreateRequest {
             address: sandbox.address,
             connection,
         }),
+        scratch_mb: None,
     }
 }
 

@@ -337,6 +337,7 @@ impl Manager {
                 shape,
                 layers: layers.clone(),
                 nic: self.unconnected_nic().await?,
+                scratch_mb: None,
             };
             self.inner.host.prepare(request).await
         };

@@ -38,6 +38,7 @@ impl Manager {
         for sandbox in self.inner.store.list_live().await? {
             self.open_forwards(&sandbox).await;
         }
+        self.recover_templates().await?;
         for snapshot in self.inner.store.list_snapshots().await? {
             if snapshot.content.is_none() {
                 self.inner.store.remove_snapshot(&snapshot.id).await?;
@@ -46,7 +47,9 @@ impl Manager {
             }
         }
         for (warm, _) in self.inner.store.list_warm().await? {
-            let key = self.inner.host.warm_key(&shape_of_warm(&warm)).await;
+            let ground = self.ground(&warm.template).await?;
+            let disk = &ground.layers.disk;
+            let key = self.inner.host.warm_key(&shape_of_warm(&warm), disk).await;
             // Of a template that is gone, there is none.
             let is_current = key.is_ok_and(|key| key == warm.key);
             if !is_current || !self.has(&warm.layers).await? {
@@ -96,7 +99,7 @@ impl Manager {
     }
 
     /// Whether the host has all of these layers.
-    async fn has(&self, layers: &Layers) -> Result<bool, RecoverError> {
+    pub(super) async fn has(&self, layers: &Layers) -> Result<bool, RecoverError> {
         match self.inner.host.holds(layers).await {
             Ok(holds) => Ok(holds),
             Err(source) => {

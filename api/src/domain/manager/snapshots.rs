@@ -52,7 +52,7 @@ impl Manager {
     }
 
     /// Takes a snapshot. The caller has the turn at the sandbox.
-    async fn take_snapshot(
+    pub(super) async fn take_snapshot(
         &self,
         id: &SandboxId,
         spec: SnapshotSpec,

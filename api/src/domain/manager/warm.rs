@@ -37,6 +37,7 @@ use super::super::snapshot::WarmSnapshot;
 use super::super::store::StoreError;
 use super::super::timings::Start;
 use super::super::turns::Turn;
+use super::templates::Ground;
 use super::{Manager, identity_of, request_for, shape_of};
 use crate::chain;
 
@@ -100,6 +101,8 @@ enum WarmError {
     Store(#[from] StoreError),
     #[error("the new layers are not there")]
     Missing,
+    #[error("its template was deleted in the meantime")]
+    TemplateGone,
     #[error(
         "it has {0} bytes, and warm_disk_bytes has no room for it beside those in use; raise it"
     )]
@@ -113,15 +116,17 @@ impl Manager {
         &self,
         spec: Spec,
         address: Option<Ipv4Addr>,
-    ) -> Result<(Sandbox, Turn, Option<WarmStart>), InsertError> {
-        let key = self.warm_key(&shape_of(&spec)).await;
+    ) -> Result<(Sandbox, Turn, Option<WarmStart>), CreateError> {
+        let ground = self.ground(&spec.template).await?;
+        let key = self.warm_key(&shape_of(&spec), &ground).await;
         let _records = self.inner.records.lock().await;
+        self.check_unchanged(&spec.template, &ground).await?;
         let found = match key {
             Some(key) => self.find_warm(&key).await?,
             None => None,
         };
         let Some(mut warm) = found else {
-            let (sandbox, turn) = self.insert(&spec, &Layers::default(), address).await?;
+            let (sandbox, turn) = self.insert(&spec, &ground.layers, address).await?;
             return Ok((sandbox, turn, None));
         };
         let ready = match self.take_ready(&warm, &spec) {
@@ -160,11 +165,11 @@ impl Manager {
     }
 
     /// The key of a shape; `None` if there are no warm snapshots.
-    async fn warm_key(&self, shape: &Shape) -> Option<String> {
+    async fn warm_key(&self, shape: &Shape, ground: &Ground) -> Option<String> {
         if self.inner.limits.warm_bytes == 0 {
             return None;
         }
-        let key = self.inner.host.warm_key(shape).await;
+        let key = self.inner.host.warm_key(shape, &ground.layers.disk).await;
         key.inspect_err(|source| warn!(error = %chain(source), "no key for a warm snapshot"))
             .ok()
     }
@@ -195,7 +200,7 @@ impl Manager {
         } else {
             None
         };
-        let started = match claimed {
+        let created = match claimed {
             Some(Err(source)) if source != HostError::Destroyed => {
                 warn!(sandbox = %id, error = %chain(&source),
                     "a ready machine did not start; restoring another");
@@ -204,7 +209,7 @@ impl Manager {
             Some(claimed) => claimed,
             None => self.inner.host.create(request).await,
         };
-        match started {
+        match self.until_usable(&sandbox, Start::Warm, created).await {
             Ok(created) => {
                 self.started(&id, Transition::Started(created.timings))
                     .await
@@ -213,7 +218,8 @@ impl Manager {
                 warn!(sandbox = %id, reason, "not started from a warm snapshot; booting it");
                 self.inner.warm.begin(&key);
                 self.drop_warm(&key).await?;
-                let cold = Transition::Based(Layers::default());
+                let ground = self.ground(&sandbox.spec.template).await?;
+                let cold = Transition::Based(ground.layers);
                 match self.record(&id, cold).await? {
                     Some(sandbox) => self.start(sandbox, Start::ColdFallback).await,
                     None => Err(CreateError::Interrupted),
@@ -227,7 +233,7 @@ impl Manager {
         }
     }
 
-    async fn drop_warm(&self, key: &str) -> Result<(), StoreError> {
+    pub(super) async fn drop_warm(&self, key: &str) -> Result<(), StoreError> {
         let released = {
             let _records = self.inner.records.lock().await;
             self.inner.store.remove_warm(key).await?
@@ -244,11 +250,14 @@ impl Manager {
         }
         let manager = self.clone();
         let task = async move {
-            let Some(key) = manager.warm_key(&shape).await else {
+            let Ok(ground) = manager.ground(&shape.template).await else {
+                return;
+            };
+            let Some(key) = manager.warm_key(&shape, &ground).await else {
                 return;
             };
             if matches!(manager.find_warm(&key).await, Ok(None)) && manager.inner.warm.begin(&key) {
-                match manager.make_warm(&key, &shape).await {
+                match manager.make_warm(&key, &shape, &ground).await {
                     Ok(()) => manager.inner.warm.done(&key),
                     Err(_) if manager.is_closing() => {}
                     Err(source) => warn!(template = shape.template, vcpus = shape.vcpus,
@@ -260,7 +269,7 @@ impl Manager {
         tokio::spawn(task.in_current_span());
     }
 
-    async fn make_warm(&self, key: &str, shape: &Shape) -> Result<(), WarmError> {
+    async fn make_warm(&self, key: &str, shape: &Shape, ground: &Ground) -> Result<(), WarmError> {
         let Ok(_one) = self.inner.warm.boots.acquire().await else {
             return Ok(());
         };
@@ -275,13 +284,20 @@ impl Manager {
             id: id.clone(),
             shape: shape.clone(),
             identity: identity_of(&id, Timestamp::now()),
-            layers: Layers::default(),
+            layers: ground.layers.clone(),
             start: Start::Cold,
             nic: self.unconnected_nic().await?,
+            scratch_mb: None,
         };
         host.create(request).await?;
-        let layers = Layers::default().saved(LayerId::random(), LayerId::random());
+        let layers = ground.layers.saved(LayerId::random(), LayerId::random());
+        // Those of the template are not its own.
+        let own = Layers {
+            memory: layers.memory.clone(),
+            disk: layers.disk[ground.layers.disk.len()..].to_vec(),
+        };
         let saved = async {
+            self.wait_until_usable(&id, &ground.settings).await?;
             self.run_first_command(&id).await;
             let request = SaveRequest {
                 id: id.clone(),
@@ -290,7 +306,7 @@ impl Manager {
                 include_memory: true,
             };
             host.pause(request).await?;
-            host.inspect(&layers).await?.ok_or(WarmError::Missing)
+            host.inspect(&own).await?.ok_or(WarmError::Missing)
         };
         let saved = saved.await;
         host.destroy(&id).await?;
@@ -306,12 +322,17 @@ impl Manager {
             used_at: Timestamp::now(),
         };
         if !self.make_room(warm.size_bytes).await? {
-            let layers: Vec<_> = layers.all().cloned().collect();
-            self.discard(&layers).await;
+            let own: Vec<_> = own.all().cloned().collect();
+            self.discard(&own).await;
             return Err(WarmError::NoRoom(warm.size_bytes));
         }
         let released = {
             let _records = self.inner.records.lock().await;
+            if self.check_unchanged(&warm.template, ground).await.is_err() {
+                let own: Vec<_> = own.all().cloned().collect();
+                self.discard(&own).await;
+                return Err(WarmError::TemplateGone);
+            }
             self.inner.store.put_warm(&warm).await?
         };
         self.discard(&released).await;
@@ -339,6 +360,7 @@ impl Manager {
                 layers: layers.clone(),
                 start: Start::Warm,
                 nic: self.unconnected_nic().await?,
+                scratch_mb: None,
             };
             host.create(request).await?;
             self.run_first_command(&id).await;
