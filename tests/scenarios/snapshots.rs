@@ -503,7 +503,11 @@ fn what_became_of(daemon: &Daemon, sandbox: &Sandbox<'_>) -> (&'static str, bool
         let record = sandbox.get();
         outcome = match (status, record["status"].as_str().unwrap()) {
             (200, _) => Some(("paused", true)),
-            (409, "running") => Some(("running", true)),
+            // That its VMM was killed may not be known yet.
+            (409, "running") => {
+                let answers = sandbox.try_exec(&["true"], 60).0 == 200;
+                answers.then_some(("running", true))
+            }
             (409, "error") => {
                 assert!(record["status_reason"].is_string(), "{record}");
                 Some(("lost, for it ran", false))
