@@ -17,7 +17,8 @@ test: ## all tests: native ones, then scenarios with real guests
 
 soak: prepare ## the scenarios that can go on for long, for long
 	MVS_SOAK_SEEDS=$${MVS_SOAK_SEEDS:-50} MVS_SOAK_OPERATIONS=$${MVS_SOAK_OPERATIONS:-1000} \
-		MVS_SOAK_CYCLES=$${MVS_SOAK_CYCLES:-50} tests/run hostile vmm_api snapshots $(ARGS)
+		MVS_SOAK_CYCLES=$${MVS_SOAK_CYCLES:-50} MVS_SOAK_SANDBOXES=$${MVS_SOAK_SANDBOXES:-20} \
+		MVS_SOAK_KILLS=$${MVS_SOAK_KILLS:-4} tests/run hostile vmm_api snapshots $(ARGS)
 
 fuzz: ## fuzz every target for ten minutes; ARGS='--seconds 60 qcow2' for one and less
 	fuzz/run $(ARGS)

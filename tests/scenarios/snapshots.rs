@@ -27,6 +27,24 @@ fn cycles() -> u32 {
     cycles.map_or(3, |cycles| cycles.parse().unwrap())
 }
 
+/// A number for a run that goes on for long, and what it is without.
+fn soak(variable: &str, otherwise: u64) -> u64 {
+    let given = std::env::var(variable);
+    given.map_or(otherwise, |given| given.parse().unwrap())
+}
+
+/// Numbers that are the same in every run with the same seed (MVS_SOAK_SEED): xorshift.
+struct Chance(u64);
+
+impl Chance {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % end
+    }
+}
+
 /// What is at work in a sandbox: a process that counts and appends each number to a file that it
 /// keeps open, a server that numbers its answers, and a tree of files.
 const WORK: &str = r#"
@@ -389,6 +407,135 @@ fn a_snapshot_without_memory_is_a_disk_to_boot_from() {
         assert_eq!(daemon.send(request, std::io::empty(), 0).status, 204);
     }
     assert!(daemon.layers().is_empty(), "{:?}", daemon.layers());
+}
+
+/// A request whose answer nobody waits for: the daemon or the VMM may be killed in the midst of it.
+fn ask(daemon: &Daemon, path: String) -> thread::JoinHandle<()> {
+    let address = daemon.address();
+    thread::spawn(move || {
+        let stream = std::net::TcpStream::connect(address).unwrap();
+        let request = e2e_tests::http::Request::new("POST", &path);
+        let _ = request.send(stream, std::io::empty(), 0);
+    })
+}
+
+/// Sandboxes at work, paused and resumed over and over. Now and then the daemon or the VMM of one of
+/// them is killed, in the midst of a pause, of a resume or of neither. Each is afterwards as before or
+/// as after, checked by content, or is gone and says why, as one that runs is when its VMM dies.
+#[test]
+fn under_kills_each_sandbox_is_as_before_or_as_after() {
+    let sandboxes = soak("MVS_SOAK_SANDBOXES", 2);
+    let cycles = soak("MVS_SOAK_CYCLES", 3);
+    // One cycle of so many has a kill in it.
+    let kills = soak("MVS_SOAK_KILLS", 1).max(1);
+    let seed = soak("MVS_SOAK_SEED", 6);
+    report(&format!("seed {seed}"));
+    // Neighbouring seeds shall have nothing in common; xorshift never leaves 0.
+    let mut chance = Chance(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    let mut daemon = Daemon::start_with(&["--warm-disk-bytes", "1073741824"]);
+    let mut all: Vec<(String, Work)> = Vec::new();
+    let mut outcomes: std::collections::BTreeMap<String, u32> = std::collections::BTreeMap::new();
+    for _ in 0..cycles {
+        while (all.len() as u64) < sandboxes {
+            let sandbox = daemon.create(&small());
+            let mut work = Work::begin(&sandbox);
+            work.assert_goes_on(&sandbox);
+            // Killed while it runs, it would be lost, and nothing of it to check.
+            sandbox.pause();
+            all.push((sandbox.id, work));
+        }
+        for (id, work) in &mut all {
+            let kill = (chance.below(kills) == 0).then(|| (chance.below(4), chance.below(2500)));
+            let what = match kill {
+                None => {
+                    let sandbox = daemon.sandbox(id);
+                    sandbox.resume();
+                    work.assert_goes_on(&sandbox);
+                    sandbox.pause();
+                    "not killed"
+                }
+                Some((what @ 0..2, after_ms)) => {
+                    // In a resume: what was saved stays, whatever becomes of the attempt.
+                    let asking = ask(&daemon, daemon.sandbox(id).path("/resume"));
+                    thread::sleep(Duration::from_millis(after_ms));
+                    daemon = killed(daemon, id, what == 0);
+                    asking.join().unwrap();
+                    "killed in a resume"
+                }
+                Some((what, after_ms)) => {
+                    let sandbox = daemon.sandbox(id);
+                    sandbox.resume();
+                    work.assert_goes_on(&sandbox);
+                    let asking = ask(&daemon, sandbox.path("/pause"));
+                    thread::sleep(Duration::from_millis(after_ms));
+                    daemon = killed(daemon, id, what == 2);
+                    asking.join().unwrap();
+                    "killed in a pause"
+                }
+            };
+            let sandbox = daemon.sandbox(id);
+            let (outcome, lives) = match kill {
+                None => ("paused", true),
+                Some(_) => what_became_of(&daemon, &sandbox),
+            };
+            *outcomes.entry(format!("{what}: {outcome}")).or_default() += 1;
+            if lives && kill.is_some() {
+                work.assert_goes_on(&sandbox);
+                sandbox.pause();
+            }
+        }
+        all.retain(|(id, _)| daemon.sandbox(id).get()["status"] != "error");
+    }
+    for (id, work) in &mut all {
+        let sandbox = daemon.sandbox(id);
+        sandbox.resume();
+        work.assert_goes_on(&sandbox);
+        sandbox.delete();
+    }
+    report(&format!("{outcomes:?}"));
+}
+
+/// Resumes a sandbox that something was killed of, unless it runs or is lost. Returns what it was, and
+/// whether it runs now.
+fn what_became_of(daemon: &Daemon, sandbox: &Sandbox<'_>) -> (&'static str, bool) {
+    let mut outcome = None;
+    until("it has come to rest", || {
+        let (status, answer) = daemon.call("POST", &sandbox.path("/resume"), "");
+        let record = sandbox.get();
+        outcome = match (status, record["status"].as_str().unwrap()) {
+            (200, _) => Some(("paused", true)),
+            // That its VMM was killed may not be known yet.
+            (409, "running") => {
+                let answers = sandbox.try_exec(&["true"], 60).0 == 200;
+                answers.then_some(("running", true))
+            }
+            (409, "error") => {
+                assert!(record["status_reason"].is_string(), "{record}");
+                Some(("lost, for it ran", false))
+            }
+            // The end of its VMM is written down a moment later than it is told.
+            (409, _) => None,
+            _ => panic!("{status} {answer}; {record}"),
+        };
+        outcome.is_some()
+    });
+    outcome.unwrap()
+}
+
+/// Kills the daemon, and starts the next one; or the VMM of a sandbox, if there is one.
+fn killed(daemon: Daemon, id: &str, is_daemon: bool) -> Daemon {
+    if is_daemon {
+        return daemon.crash();
+    }
+    let vmm = children_of(daemon.process.pid()).into_iter().find(|pid| {
+        let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&arguments).contains(id)
+    });
+    // It may have ended since.
+    if let Some(pid) = vmm.and_then(|pid| rustix::process::Pid::from_raw(pid.cast_signed())) {
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+    }
+    daemon
 }
 
 /// A small file system over a directory, until it is dropped.
