@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::thread;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use e2e_tests::daemon::{Daemon, Sandbox};
 use e2e_tests::process::children_of;
@@ -697,24 +697,28 @@ fn a_sandbox_from_the_pool_is_one_of_its_own_whenever_it_is_taken() {
         assert!(bytes > 0 && bytes < 64 << 20);
     }
 
-    // Time passes for them as for a machine that is paused.
-    let waited = Duration::from_secs(3);
-    thread::sleep(waited);
-    let sandboxes = [daemon.create(&small()), daemon.create(&small())];
+    // No time passes for them while they wait, however long that is, and their wall clocks are right.
+    let uptime = |sandbox: &Sandbox<'_>| {
+        let seconds: f64 = sandbox.must("cut -d' ' -f1 /proc/uptime").parse().unwrap();
+        Duration::from_secs_f64(seconds)
+    };
+    let begun = Instant::now();
+    let first = daemon.create(&small());
+    let at_most = uptime(&first);
+    thread::sleep(begun.elapsed() + Duration::from_secs(3));
+    let begun = Instant::now();
+    let second = daemon.create(&small());
+    let now = uptime(&second);
+    let own = begun.elapsed();
+    assert!(now <= at_most + own, "{now:?}, {at_most:?} and {own:?}");
+    assert!(uptime(&second) >= now);
+    let sandboxes = [first, second];
     for sandbox in &sandboxes {
         assert!(ready.contains(&sandbox.id));
         let timings = sandbox.get()["timings_ms"].clone();
         assert_eq!(timings["start"], "pool");
         report(&format!("pool: {timings}"));
         assert_clock(sandbox);
-        let uptime = || {
-            sandbox
-                .must("cut -d. -f1 /proc/uptime")
-                .parse::<u64>()
-                .unwrap()
-        };
-        let first = uptime();
-        assert!(first >= waited.as_secs() && uptime() >= first);
     }
     let [one, other] = [identity(&sandboxes[0]), identity(&sandboxes[1])];
     for what in 0..4 {

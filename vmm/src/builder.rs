@@ -28,7 +28,7 @@ use crate::devices::virtio::worker::SplitError;
 use crate::devices::vmgenid::{self, GenerationIdError};
 use crate::events::EventStream;
 use crate::exit::ExitSignal;
-use crate::kvm::state::StateError;
+use crate::kvm::state::{Clocks, StateError};
 use crate::kvm::vcpu::{Vcpu, VcpuError};
 use crate::kvm::vm::{RestoreVcpusError, Vm, VmError};
 use crate::machine::{self, EventLoop, ExitWatch, Machine};
@@ -319,6 +319,11 @@ fn build_from_snapshot(
     timer.reached(Phase::DevicesBuilt);
     devices.cpu_hotplug.restore(state.cpu_hotplug);
 
+    let restored = Restored {
+        clocks: Clocks::of(&state.vcpus, &state.vm),
+        working_set,
+    };
+
     // The guest finds that it is another one before it does anything else.
     vmgenid::renew(&memory)?;
     devices.platform_events.restore(state.platform_events)?;
@@ -329,9 +334,15 @@ fn build_from_snapshot(
         exit,
         (vm, vcpus),
         devices,
-        (owner, lineage, working_set),
+        (owner, lineage, Some(restored)),
         ground.aids,
     )
+}
+
+/// What a restored machine needs besides when it begins to run.
+struct Restored {
+    clocks: Clocks,
+    working_set: Option<WorkingSet>,
 }
 
 fn event_loop(exit: &ExitSignal) -> Result<EventLoop, BuildError> {
@@ -346,12 +357,16 @@ fn assemble(
     exit: ExitSignal,
     (vm, mut vcpus): (Vm, Vec<Vcpu>),
     devices: Devices,
-    (ram, lineage, working_set): (Ram, Lineage, Option<WorkingSet>),
+    (ram, lineage, restored): (Ram, Lineage, Option<Restored>),
     aids: &DebuggingAids,
 ) -> Result<Machine, BuildError> {
     if let Some(first) = vcpus.first_mut() {
         time_first_entry(first, &aids.boot_timer);
     }
+    let (clocks, working_set) = match restored {
+        Some(restored) => (Some(restored.clocks), restored.working_set),
+        None => (None, None),
+    };
     let debugger = aids.debugger(&mut vcpus)?;
     let buses = Arc::new(devices.buses);
     let vcpus = vcpus
@@ -374,6 +389,7 @@ fn assemble(
             cpu_hotplug: devices.cpu_hotplug,
             serial: devices.serial,
             lineage,
+            clocks,
             working_set,
             ram,
         },

@@ -25,6 +25,7 @@ use crate::devices::legacy::serial::SerialPort;
 use crate::devices::virtio::{ControlError, Counters, DeviceHandle};
 use crate::exit::{ExitReason, ExitSignal};
 use crate::gdb::Debugger;
+use crate::kvm::state::{self, Clocks};
 use crate::kvm::vcpu::{Buses, StoppedError, VcpuHandle};
 use crate::kvm::vm::Vm;
 use crate::memory::working_set::WorkingSet;
@@ -63,6 +64,8 @@ pub(crate) struct Parts {
     pub(crate) serial: Option<SerialPort>,
     /// What the memory is mapped from.
     pub(crate) lineage: Lineage,
+    /// Of a restored machine that has not run yet.
+    pub(crate) clocks: Option<Clocks>,
     /// What is to be mapped before it is touched.
     pub(crate) working_set: Option<WorkingSet>,
     pub(crate) ram: Ram,
@@ -118,7 +121,10 @@ impl RunningMachine {
     ///
     /// # Errors
     /// The machine has ended.
-    pub fn resume(&self) -> Result<(), StoppedError> {
+    pub fn resume(&mut self) -> Result<(), StoppedError> {
+        if let Some(clocks) = self.parts.clocks.take() {
+            self.set_clocks(&clocks)?;
+        }
         for device in &self.parts.devices {
             device.resume().map_err(|_| StoppedError)?;
         }
@@ -129,6 +135,24 @@ impl RunningMachine {
             let _ = vcpu.with_fd(VcpuFd::kvmclock_ctrl)?;
         }
         self.parts.vcpus.iter().try_for_each(VcpuHandle::resume)
+    }
+
+    /// Sets the clocks of a restored machine that has waited to run. Where KVM refuses, they are right
+    /// all the same: time has passed for the guest while it waited.
+    fn set_clocks(&self, clocks: &Clocks) -> Result<(), StoppedError> {
+        for (vcpu, tsc) in self.parts.vcpus.iter().zip(clocks.tsc()) {
+            if let Some(tsc) = *tsc
+                && let Err(error) = vcpu.with_fd(move |fd| state::set_tsc(fd, tsc))?
+            {
+                let error = crate::error_chain(&error);
+                tracing::warn!(error, "the guest's counter was not set anew");
+            }
+        }
+        if let Err(error) = self.parts.vm.set_clock(clocks) {
+            let error = crate::error_chain(&error);
+            tracing::warn!(error, "the guest's clock was not set anew");
+        }
+        Ok(())
     }
 
     /// Stops all vCPUs between two instructions, then the devices: when this returns, nobody

@@ -351,17 +351,82 @@ impl VmState {
     /// KVM refuses.
     pub fn restore(&self, fd: &VmFd) -> Result<(), StateError> {
         fd.set_pit2(&self.pit).map_err(ioctl("KVM_SET_PIT2"))?;
-        // The guest's clock goes on from where it was: without the flag of the host's time, no time
-        // has passed for it meanwhile.
-        let clock = kvm_clock_data {
-            clock: self.clock.clock,
-            ..Default::default()
-        };
-        fd.set_clock(&clock).map_err(ioctl("KVM_SET_CLOCK"))?;
+        set_clock(fd, self.clock.clock)?;
         for chip in [&self.pic_master, &self.pic_slave, &self.ioapic] {
             fd.set_irqchip(chip).map_err(ioctl("KVM_SET_IRQCHIP"))?;
         }
         Ok(())
+    }
+}
+
+/// Lets the guest's clock go on from `ns`: without the flag of the host's time, no time has passed for
+/// it meanwhile.
+fn set_clock(fd: &VmFd, ns: u64) -> Result<(), StateError> {
+    let clock = kvm_clock_data {
+        clock: ns,
+        ..Default::default()
+    };
+    fd.set_clock(&clock).map_err(ioctl("KVM_SET_CLOCK"))
+}
+
+/// The clocks of a machine that has been restored and has not run since. They are set when it is
+/// restored, since other state depends on them, and once more when it begins to run, so that nothing
+/// has passed for it in between: a guest that finds that it was away has much to catch up on.
+///
+/// Its timers may have run out by the real time meanwhile, and their interrupts come early; a kernel
+/// then looks at its clock and sets them anew.
+#[derive(Debug, Clone)]
+pub struct Clocks {
+    ns: u64,
+    /// Of each vCPU that has one.
+    tsc: Vec<Option<u64>>,
+}
+
+impl Clocks {
+    /// Those in the state of a machine.
+    pub fn of(vcpus: &[VcpuState], vm: &VmState) -> Self {
+        let tsc = |vcpu: &VcpuState| {
+            let tsc = vcpu.msrs.iter().find(|msr| msr.index == MSR_TSC);
+            tsc.map(|msr| msr.data)
+        };
+        Self {
+            ns: vm.clock.clock,
+            tsc: vcpus.iter().map(tsc).collect(),
+        }
+    }
+
+    /// What each vCPU's counter shows, in the order of the vCPUs. KVM takes values that are set within
+    /// a second of each other, as time goes, for one and the same: so the counters stay in step.
+    pub fn tsc(&self) -> &[Option<u64>] {
+        &self.tsc
+    }
+
+    /// Sets the machine's clock. Its vCPUs have theirs and do not run.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn set(&self, fd: &VmFd) -> Result<(), StateError> {
+        set_clock(fd, self.ns)
+    }
+}
+
+/// Sets the time stamp counter of a vCPU that does not run, on its own thread.
+///
+/// # Errors
+/// KVM refuses.
+pub fn set_tsc(fd: &VcpuFd, value: u64) -> Result<(), StateError> {
+    let entry = kvm_msr_entry {
+        index: MSR_TSC,
+        data: value,
+        ..Default::default()
+    };
+    let msrs = Msrs::from_entries(&[entry]).map_err(|_| StateError::TooManyEntries)?;
+    match fd.set_msrs(&msrs).map_err(ioctl("KVM_SET_MSRS"))? {
+        1 => Ok(()),
+        _ => Err(StateError::Msr {
+            index: MSR_TSC,
+            value,
+        }),
     }
 }
 

@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::x86_64::cpuid::{self, MissingFeature};
 use crate::arch::x86_64::layout::KVM_TSS_ADDR;
-use crate::kvm::state::{StateError, VcpuState, VmState, XsaveSize};
+use crate::kvm::state::{Clocks, StateError, VcpuState, VmState, XsaveSize};
 use crate::kvm::vcpu::{Vcpu, VcpuError};
 use crate::memory::GuestMemory;
 
@@ -227,6 +227,14 @@ impl Vm {
     /// KVM refuses.
     pub fn restore(&self, state: &VmState) -> Result<(), StateError> {
         state.restore(&self.fd)
+    }
+
+    /// Sets the clock of a machine whose vCPUs do not run.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn set_clock(&self, clocks: &Clocks) -> Result<(), StateError> {
+        clocks.set(&self.fd)
     }
 
     /// Binds `irqfd` to an interrupt line: writing to it raises an edge on the line.

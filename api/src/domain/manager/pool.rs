@@ -246,7 +246,11 @@ impl Pool {
         let mut state = self.state();
         let shelf = state.open(warm, now);
         // That a key has another snapshot than before is the end of its shelf; it just is not yet.
-        let id = (shelf.layers == warm.layers).then(|| shelf.ready.pop())??;
+        if shelf.layers != warm.layers || shelf.ready.is_empty() {
+            return None;
+        }
+        // The oldest.
+        let id = shelf.ready.remove(0);
         shelf.wanting_since = now;
         drop(state);
         self.changed.notify_one();
