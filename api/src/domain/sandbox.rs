@@ -336,6 +336,7 @@ impl Sandbox {
 #[cfg(test)]
 mod tests {
     use super::super::id::LayerId;
+    use super::super::network::RateLimits;
     use super::*;
 
     fn at(second: i64) -> Timestamp {
@@ -375,7 +376,7 @@ mod tests {
         use Status::{Error, Paused, Pausing, Pending, Resuming, Running, Stopped};
         const ALL: [Status; 7] = [Pending, Running, Pausing, Paused, Resuming, Stopped, Error];
         let not_resumed = || Transition::NotResumed { reason: "x".into() };
-        let table: [(Transition, &[(Status, Status)]); 10] = [
+        let table: [(Transition, &[(Status, Status)]); 11] = [
             (
                 Transition::Started(Timings::default()),
                 &[(Pending, Running), (Resuming, Running)],
@@ -384,6 +385,16 @@ mod tests {
             (
                 Transition::Based(layers()),
                 &[(Pending, Pending), (Running, Running)],
+            ),
+            (
+                Transition::Forwards(Vec::new()),
+                &[
+                    (Pending, Pending),
+                    (Running, Running),
+                    (Pausing, Pausing),
+                    (Paused, Paused),
+                    (Resuming, Resuming),
+                ],
             ),
             (Transition::Pausing(layers()), &[(Running, Pausing)]),
             (Transition::Paused, &[(Pausing, Paused)]),
@@ -466,6 +477,25 @@ mod tests {
             (Desired::Running, second)
         );
         assert_eq!(apply(failed()), (Desired::Running, none));
+    }
+
+    #[test]
+    fn only_a_sandbox_with_a_card_has_a_policy_and_only_while_it_lives() {
+        let to_all = || Transition::Egress(Egress::All);
+        let mut without = sandbox_in(Status::Running);
+        assert!(without.apply(to_all(), at(2)).is_err());
+        let mut sandbox = sandbox_in(Status::Paused);
+        sandbox.spec.network = Some(Connection {
+            egress: Egress::None,
+            rate_limits: RateLimits::default(),
+        });
+        sandbox.apply(to_all(), at(2)).unwrap();
+        let egress = |sandbox: &Sandbox| sandbox.spec.network.clone().unwrap().egress;
+        assert_eq!(egress(&sandbox), Egress::All);
+        sandbox.apply(stopped(), at(3)).unwrap();
+        let back = Transition::Egress(Egress::None);
+        assert!(sandbox.apply(back, at(4)).is_err());
+        assert_eq!(egress(&sandbox), Egress::All);
     }
 
     #[test]
