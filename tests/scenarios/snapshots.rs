@@ -532,8 +532,8 @@ fn killed(daemon: Daemon, id: &str, is_daemon: bool) -> Daemon {
         String::from_utf8_lossy(&arguments).contains(id)
     });
     // It may have ended since.
-    if let Some(pid) = vmm.and_then(|pid| rustix::process::Pid::from_raw(pid.cast_signed())) {
-        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+    if let Some(pid) = vmm.and_then(|pid| Pid::from_raw(pid.cast_signed())) {
+        let _ = kill_process(pid, Signal::KILL);
     }
     daemon
 }

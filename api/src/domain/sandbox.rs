@@ -346,6 +346,7 @@ impl Sandbox {
 
 #[cfg(test)]
 mod tests {
+    use super::super::network::RateLimits;
     use super::*;
 
     fn at(second: i64) -> Timestamp {
@@ -389,7 +390,7 @@ mod tests {
             layers: Vec::new(),
             into: LayerId::random(),
         };
-        let table: [(Transition, &[(Status, Status)]); 11] = [
+        let table: [(Transition, &[(Status, Status)]); 12] = [
             (merged, &[(Running, Running), (Paused, Paused)]),
             (
                 Transition::Started(Timings::default()),
@@ -399,6 +400,16 @@ mod tests {
             (
                 Transition::Based(layers()),
                 &[(Pending, Pending), (Running, Running)],
+            ),
+            (
+                Transition::Forwards(Vec::new()),
+                &[
+                    (Pending, Pending),
+                    (Running, Running),
+                    (Pausing, Pausing),
+                    (Paused, Paused),
+                    (Resuming, Resuming),
+                ],
             ),
             (Transition::Pausing(layers()), &[(Running, Pausing)]),
             (Transition::Paused, &[(Pausing, Paused)]),
@@ -481,6 +492,25 @@ mod tests {
             (Desired::Running, second)
         );
         assert_eq!(apply(failed()), (Desired::Running, none));
+    }
+
+    #[test]
+    fn only_a_sandbox_with_a_card_has_a_policy_and_only_while_it_lives() {
+        let to_all = || Transition::Egress(Egress::All);
+        let mut without = sandbox_in(Status::Running);
+        assert!(without.apply(to_all(), at(2)).is_err());
+        let mut sandbox = sandbox_in(Status::Paused);
+        sandbox.spec.network = Some(Connection {
+            egress: Egress::None,
+            rate_limits: RateLimits::default(),
+        });
+        sandbox.apply(to_all(), at(2)).unwrap();
+        let egress = |sandbox: &Sandbox| sandbox.spec.network.clone().unwrap().egress;
+        assert_eq!(egress(&sandbox), Egress::All);
+        sandbox.apply(stopped(), at(3)).unwrap();
+        let back = Transition::Egress(Egress::None);
+        assert!(sandbox.apply(back, at(4)).is_err());
+        assert_eq!(egress(&sandbox), Egress::All);
     }
 
     #[test]
