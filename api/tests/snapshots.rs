@@ -788,11 +788,19 @@ proptest! {
             for (step, fault, merge_fault) in steps {
                 *api.host.merge_fault.lock().unwrap() = merge_fault;
                 let has_crashed = take(&api, &step, fault).await;
-                // A merge comes to its end, or to where the daemon ends.
                 let is_stuck = || api.host.is_stuck.load(Ordering::SeqCst);
-                tokio::select! {
-                    () = api.manager.merges_done() => {}
-                    () = async { while !is_stuck() { tokio::task::yield_now().await } } => {}
+                if has_crashed {
+                    // What the daemon has under way beside that comes to its end too, unless it waits
+                    // for what is cut short: the tasks of this one do not end with it.
+                    for _ in 0..5_000 {
+                        tokio::task::yield_now().await;
+                    }
+                } else {
+                    // A merge comes to its end, or to where the daemon ends.
+                    tokio::select! {
+                        () = api.manager.merges_done() => {}
+                        () = async { while !is_stuck() { tokio::task::yield_now().await } } => {}
+                    }
                 }
                 if has_crashed || is_stuck() {
                     api = api.restart().await;
