@@ -390,3 +390,41 @@ fn ask(port: u16, word: &str) -> String {
     }
     "no answer".to_owned()
 }
+
+#[test]
+fn a_warm_start_is_connected_and_no_faster_than_it_may_be() {
+    const LIMIT: u64 = 512 << 10;
+    let outside = Outside::beside_new_network();
+    who_calls(&outside, FAR[0], 80);
+    let listener = outside.run(|| TcpListener::bind((FAR[0], 9000)).unwrap());
+    let daemon = daemon(&["--warm-disk-bytes", "1073741824"]);
+    let first = daemon.create(&small(json!({})));
+    first.delete();
+    daemon.process.stderr.wait_for("warm snapshot made");
+    let limits = json!({"rate_limits": {"bytes_per_sec": LIMIT}});
+    let sandbox = daemon.create(&small(limits));
+    let record = sandbox.get();
+    assert_eq!(record["timings_ms"]["start"], "warm");
+    report(&format!("warm, with network: {}", record["timings_ms"]));
+    assert!(calls(&sandbox, FAR[0], 80));
+
+    // What it sends takes as long as the limit says, but for what may be sent at once.
+    let sends = thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let started = Instant::now();
+        let count = io::copy(&mut stream, &mut io::sink()).unwrap();
+        (count, started.elapsed())
+    });
+    let size = 4 * LIMIT;
+    sandbox.must(&format!(
+        "head -c {size} /dev/zero | nc -n -N {} 9000",
+        FAR[0]
+    ));
+    let (count, took) = sends.join().unwrap();
+    assert_eq!(count, size);
+    assert!(
+        took > Duration::from_millis(2500),
+        "{took:?} for {size} bytes"
+    );
+}
