@@ -779,50 +779,71 @@ proptest! {
     fn whatever_happens_layers_are_held_and_sandboxes_are_whole(
         steps in prop::collection::vec(step(), 1..32),
     ) {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
-        runtime.block_on(async {
-            let mut api = Api::merging(3).await;
-            for (step, fault, merge_fault) in steps {
-                *api.host.merge_fault.lock().unwrap() = merge_fault;
-                let has_crashed = take(&api, &step, fault).await;
-                let is_stuck = || api.host.is_stuck.load(Ordering::SeqCst);
-                if has_crashed {
-                    // What the daemon has under way beside that comes to its end too, unless it waits
-                    // for what is cut short: the tasks of this one do not end with it.
-                    for _ in 0..5_000 {
-                        tokio::task::yield_now().await;
-                    }
-                } else {
-                    // A merge comes to its end, or to where the daemon ends.
-                    tokio::select! {
-                        () = api.manager.merges_done() => {}
-                        () = async { while !is_stuck() { tokio::task::yield_now().await } } => {}
-                    }
-                }
-                if has_crashed || is_stuck() {
-                    api = api.restart().await;
-                    for sandbox in api.store.list_live().await.unwrap() {
-                        assert_eq!(sandbox.status, Status::Paused);
-                    }
-                }
-                // What ended by itself lets go of its layers a moment later than it is told.
-                let there = || api.host.layers.lock().unwrap().clone();
-                let mut turns = 0;
-                while api.store.held_layers().await.unwrap() != there() {
-                    turns += 1;
-                    assert!(turns < 20_000, "layers are left, or missing");
-                    tokio::task::yield_now().await;
-                }
-                assert_layers_are_settled(&api).await;
-                for sandbox in api.store.list_live().await.unwrap() {
-                    let runs = api.host.sandboxes.lock().unwrap().contains(&sandbox.id);
-                    assert_eq!(runs, sandbox.status == Status::Running, "{sandbox:?}");
-                }
+        let mut steps = steps.into_iter();
+        let mut crashed = None;
+        loop {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap();
+            crashed = runtime.block_on(life_of_a_daemon(crashed, &mut steps));
+            // Here all ends that the daemon has under way.
+            drop(runtime);
+            if crashed.is_none() {
+                break;
             }
-        });
+        }
+    }
+}
+
+type Steps = std::vec::IntoIter<(Step, Option<Fault>, Option<MergeFault>)>;
+
+/// A daemon after one that has crashed, if one has. Takes steps until they are all taken, or returns
+/// what is left when it crashes itself.
+async fn life_of_a_daemon(crashed: Option<Api>, steps: &mut Steps) -> Option<Api> {
+    let api = match crashed {
+        Some(crashed) => {
+            let api = crashed.restart().await;
+            for sandbox in api.store.list_live().await.unwrap() {
+                assert_eq!(sandbox.status, Status::Paused);
+            }
+            api
+        }
+        None => Api::merging(3).await,
+    };
+    assert_all_is_well(&api).await;
+    for (step, fault, merge_fault) in steps.by_ref() {
+        *api.host.merge_fault.lock().unwrap() = merge_fault;
+        if take(&api, &step, fault).await {
+            return Some(api);
+        }
+        // A merge comes to its end, or to where the daemon ends.
+        let is_stuck = || api.host.is_stuck.load(Ordering::SeqCst);
+        tokio::select! {
+            () = api.manager.merges_done() => {}
+            () = async { while !is_stuck() { tokio::task::yield_now().await } } => {}
+        }
+        if is_stuck() {
+            return Some(api);
+        }
+        assert_all_is_well(&api).await;
+    }
+    None
+}
+
+async fn assert_all_is_well(api: &Api) {
+    // What ended by itself lets go of its layers a moment later than it is told.
+    let there = || api.host.layers.lock().unwrap().clone();
+    let mut turns = 0;
+    while api.store.held_layers().await.unwrap() != there() {
+        turns += 1;
+        assert!(turns < 20_000, "layers are left, or missing");
+        tokio::task::yield_now().await;
+    }
+    assert_layers_are_settled(api).await;
+    for sandbox in api.store.list_live().await.unwrap() {
+        let runs = api.host.sandboxes.lock().unwrap().contains(&sandbox.id);
+        assert_eq!(runs, sandbox.status == Status::Running, "{sandbox:?}");
     }
 }
 

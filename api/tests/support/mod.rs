@@ -787,6 +787,7 @@ impl Api {
         // The next daemon ends all processes, whatever they are at.
         self.host.sandboxes.lock().unwrap().clear();
         self.host.ready.lock().unwrap().clear();
+        self.host.listeners.lock().unwrap().clear();
         *self.host.fault.lock().unwrap() = None;
         *self.host.merge_fault.lock().unwrap() = None;
         self.host.is_stuck.store(false, Ordering::SeqCst);
