@@ -104,28 +104,11 @@ pub fn command(
         .args(
             jail.into_iter()
                 .flat_map(|jail| ["--jail".to_owned(), jail_options(jail)]),
-        )
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .current_dir("/")
-        // Nothing that the daemon was told, such as secrets, is the VMM's business.
-        .env_clear()
-        // A signal from the terminal is for the daemon, which then ends its VMMs in order.
-        .process_group(0)
-        .kill_on_drop(true);
-    // SAFETY: between fork and exec only async-signal-safe functions may be called, and fcntl(2)
-    // is one. The descriptors are open: the caller holds them until after the spawn.
-    unsafe {
-        command.pre_exec(move || {
-            for inherited in [Some(events), Some(api), tap].into_iter().flatten() {
-                let inherited = BorrowedFd::borrow_raw(inherited);
-                // In the child alone, so that no other child can inherit it.
-                rustix::io::fcntl_setfd(inherited, rustix::io::FdFlags::empty())?;
-            }
-            Ok(())
-        });
-    }
+        );
+    isolate(
+        &mut command,
+        [Some(events), Some(api), tap].into_iter().flatten(),
+    );
     command
 }
 
@@ -151,27 +134,43 @@ pub fn merge(
     if let Some(jail) = jail {
         command.args(["--jail", &jail_options(jail)]);
     }
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .current_dir("/")
-        .env_clear()
-        .process_group(0)
-        .kill_on_drop(true);
-    // SAFETY: between fork and exec only async-signal-safe functions may be called, and fcntl(2) and
-    // nice(2) are. The descriptors are open: the caller holds them until after the spawn.
+    isolate(&mut command, inherited);
+    // SAFETY: between fork and exec only async-signal-safe functions may be called, and nice(2) is one.
     unsafe {
-        command.pre_exec(move || {
-            for &inherited in &inherited {
-                let inherited = BorrowedFd::borrow_raw(inherited);
-                rustix::io::fcntl_setfd(inherited, rustix::io::FdFlags::empty())?;
-            }
+        command.pre_exec(|| {
             rustix::process::nice(LOWEST)?;
             Ok(())
         });
     }
     command
+}
+
+/// Has the process inherit these descriptors, and nothing else of the daemon's. They stay open here
+/// until it is spawned.
+fn isolate(command: &mut Command, inherited: impl IntoIterator<Item = i32>) {
+    let inherited: Vec<_> = inherited.into_iter().collect();
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .current_dir("/")
+        // Nothing that the daemon was told, such as secrets, is the VMM's business.
+        .env_clear()
+        // A signal from the terminal is for the daemon, which then ends its VMMs in order.
+        .process_group(0)
+        .kill_on_drop(true);
+    // SAFETY: between fork and exec only async-signal-safe functions may be called, and fcntl(2)
+    // is one. The descriptors are open: the caller holds them until after the spawn.
+    unsafe {
+        command.pre_exec(move || {
+            for &inherited in &inherited {
+                let inherited = BorrowedFd::borrow_raw(inherited);
+                // In the child alone, so that no other child can inherit it.
+                rustix::io::fcntl_setfd(inherited, rustix::io::FdFlags::empty())?;
+            }
+            Ok(())
+        });
+    }
 }
 
 /// The value of the flag that restores a machine; `None` if it is to be booted.
