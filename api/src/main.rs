@@ -52,7 +52,9 @@ fn serve(flags: Flags) -> Result<(), String> {
     let logs = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(io::stderr().is_terminal())
-        .with_writer(io::stderr);
+        .with_writer(io::stderr)
+        // It tells of them on standard error, and panics if that is what failed.
+        .log_internal_errors(false);
     match config.log.format {
         LogFormat::Text => logs.init(),
         LogFormat::Json => logs.json().init(),

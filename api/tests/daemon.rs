@@ -138,8 +138,8 @@ fn runs(pid: &str) -> bool {
 struct Daemon {
     process: Child,
     address: String,
-    /// Open for as long as the daemon may want to log.
-    _stderr: BufReader<ChildStderr>,
+    /// Open for as long as somebody is to read its log.
+    stderr: Option<BufReader<ChildStderr>>,
 }
 
 impl Daemon {
@@ -168,7 +168,7 @@ impl Daemon {
         Self {
             process,
             address: address.unwrap(),
-            _stderr: stderr,
+            stderr: Some(stderr),
         }
     }
 
@@ -361,6 +361,16 @@ fn asked_to_end_it_ends_its_sandboxes_first() {
         "{row}"
     );
     daemon.signal(Signal::TERM);
+}
+
+#[test]
+fn it_outlives_who_reads_its_log() {
+    let place = Place::new();
+    let mut daemon = Daemon::start(&place);
+    drop(daemon.stderr.take());
+    assert_eq!(daemon.get("/health")["status"], "healthy");
+    daemon.signal(Signal::TERM);
+    assert_eq!(daemon.process.wait().unwrap().code(), Some(0));
 }
 
 #[test]
