@@ -21,8 +21,8 @@ use std::time::Duration;
 
 use api::domain::{
     ClaimRequest, CreateRequest, Created, End, ExecEvent, ExecRequest, Host, HostError, HostEvent,
-    Identity, LayerId, Layers, MergeRequest, PrepareRequest, SandboxId, SaveRequest, Saved, Shape,
-    Start,
+    Identity, LayerId, Layers, MergeRequest, PowerOffRequest, PrepareRequest, SandboxId,
+    SaveRequest, Saved, Shape, Start,
 };
 use api::hypervisor::{HostConfig, LocalHost, Paths};
 use api::images::Images;
@@ -778,4 +778,50 @@ async fn a_working_set_is_added_to_the_layer_whole_or_not_at_all() {
     let all: Vec<_> = layers.all().cloned().collect();
     bench.host.discard(&all).await.unwrap();
     bench.assert_only(&Layers::default());
+}
+
+#[tokio::test]
+async fn a_disk_is_kept_however_its_machine_ends() {
+    let bench = Bench::new().await;
+    let (host, id) = (&bench.host, &bench.id);
+    let none = Layers::default();
+    let kept = none.saved_disk(LayerId::random());
+    assert!(matches!(
+        host.keep(id, &kept.disk[0]).await,
+        Err(HostError::NotRunning { .. })
+    ));
+    bench.start(id, &none).await.unwrap();
+    host.keep(id, &kept.disk[0]).await.unwrap();
+    let mut events = host.events().await;
+    // The agent on this machine takes nothing down, so that the power is cut.
+    let request = PowerOffRequest {
+        id: id.clone(),
+        timeout_ms: 60_000,
+        layer: Some(kept.disk[0].clone()),
+    };
+    assert!(!host.power_off(request.clone()).await.unwrap());
+    assert!(matches!(
+        host.power_off(request).await,
+        Err(HostError::NotRunning { .. })
+    ));
+    assert!(host.holds(&kept).await.unwrap());
+
+    // It starts from that disk, and a disk is kept on it although the VMM is lost.
+    bench.start(id, &kept).await.unwrap();
+    let next = kept.saved_disk(LayerId::random());
+    host.keep(id, &next.disk[1]).await.unwrap();
+    let pids = fs::read_to_string(bench.dir.path().join("pid")).unwrap();
+    let status = Command::new("/bin/kill")
+        .args(["-KILL", pids.lines().last().unwrap()])
+        .status();
+    assert!(status.unwrap().success());
+    let told = events.next().await.unwrap();
+    assert!(
+        matches!(&told, HostEvent::Ended { id: ended, end: End::Failed { .. } } if ended == id),
+        "the first end was not told, and the second is: {told:?}"
+    );
+    assert!(host.holds(&next).await.unwrap());
+    bench.start(id, &next).await.unwrap();
+    host.destroy(id).await.unwrap();
+    assert!(host.holds(&next).await.unwrap());
 }

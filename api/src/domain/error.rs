@@ -49,6 +49,9 @@ pub enum CreateError {
         /// Why.
         reason: String,
     },
+    /// Another sandbox has the name.
+    #[error("a sandbox named {0:?} exists already; delete it, or choose another name")]
+    NameTaken(String),
     /// It cannot be written down.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -63,6 +66,9 @@ pub enum InsertError {
     /// It cannot have an address.
     #[error(transparent)]
     Address(#[from] AddressError),
+    /// Another sandbox has the name.
+    #[error("a sandbox named {0:?} exists already; delete it, or choose another name")]
+    NameTaken(String),
     /// The host cannot be asked.
     #[error("the host cannot say what it offers")]
     Describe(#[source] HostError),
@@ -75,6 +81,7 @@ impl From<InsertError> for CreateError {
     fn from(source: InsertError) -> Self {
         match source {
             InsertError::Address(source) => Self::Address(source),
+            InsertError::NameTaken(name) => Self::NameTaken(name),
             InsertError::Describe(source) => Self::Describe(source),
             InsertError::Store(source) => Self::Store(source),
         }
@@ -203,6 +210,54 @@ pub enum ResumeError {
     Interrupted,
 }
 
+/// Why a sandbox was not started, stopped or rolled back.
+#[derive(Debug, thiserror::Error)]
+pub enum PowerError {
+    /// There is none of that id or name, or the store failed.
+    #[error(transparent)]
+    Lookup(#[from] LookupError),
+    /// There is no such snapshot, or it is not of this sandbox.
+    #[error("snapshot not found")]
+    NoSnapshot,
+    /// Its state does not allow it.
+    #[error("sandbox is {status} and cannot be {verb}: it must be {needed}")]
+    WrongState {
+        /// What was asked for, as in `started`.
+        verb: &'static str,
+        /// What it is.
+        status: Status,
+        /// What it had to be.
+        needed: &'static str,
+    },
+    /// Its disk has too many layers.
+    #[error("the sandbox's disk has {0} layers until they are merged; try again in a while")]
+    TooManyLayers(usize),
+    /// The daemon is ending.
+    #[error("the daemon is shutting down and starts no more sandboxes")]
+    ShuttingDown,
+    /// It did not start, and is off as before.
+    #[error(transparent)]
+    NotStarted(#[from] CreateError),
+    /// The host did not do it.
+    #[error("the sandbox was not {verb}")]
+    Host {
+        /// What was asked for.
+        verb: &'static str,
+        /// Why.
+        #[source]
+        source: HostError,
+    },
+    /// The task that was at it is gone.
+    #[error("the change was interrupted")]
+    Interrupted,
+}
+
+impl From<StoreError> for PowerError {
+    fn from(source: StoreError) -> Self {
+        Self::Lookup(source.into())
+    }
+}
+
 /// Why there is no snapshot.
 #[derive(Debug, thiserror::Error)]
 pub enum SnapshotError {
@@ -254,6 +309,8 @@ impl From<InsertError> for SnapshotError {
     fn from(source: InsertError) -> Self {
         match source {
             InsertError::Address(source) => Self::Address(source),
+            // A clone has none.
+            InsertError::NameTaken(name) => Self::NameTaken(name),
             InsertError::Describe(source) => Self::Host(source),
             InsertError::Store(source) => source.into(),
         }

@@ -127,6 +127,20 @@ pub trait Host: Send + Sync {
     /// The new layer is not there. The sandbox may still run.
     async fn keep_disk(&self, request: KeepDiskRequest) -> Result<KeptDisk, HostError>;
 
+    /// Makes the disk that a running sandbox writes to a layer too, which holds what the sandbox has
+    /// written when it ends, however that comes about. Nobody else may be based on the layer before.
+    ///
+    /// # Errors
+    /// The layer is not there.
+    async fn keep(&self, id: &SandboxId, layer: &LayerId) -> Result<(), HostError>;
+
+    /// Shuts a sandbox down in order, and cuts its power if it takes too long. Its end is not told by
+    /// an event. It goes on if the caller goes away. Returns whether it shut down in order.
+    ///
+    /// # Errors
+    /// Something of it is left.
+    async fn power_off(&self, request: PowerOffRequest) -> Result<bool, HostError>;
+
     /// Ends a sandbox and removes all that the host holds for it; also one that is still
     /// starting. Unknown ids are fine: the end is reached.
     ///
@@ -338,6 +352,17 @@ pub struct KeepDiskRequest {
     pub layer: LayerId,
     /// Frozen layers of which the digests are wanted too.
     pub others: Vec<LayerId>,
+}
+
+/// Power this sandbox off.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PowerOffRequest {
+    /// Which.
+    pub id: SandboxId,
+    /// How long it has to shut down, in milliseconds; with 0, its power is cut at once.
+    pub timeout_ms: u64,
+    /// The layer that its disk is kept as, which is on the host's disk when this is done.
+    pub layer: Option<LayerId>,
 }
 
 /// What was kept of a disk.

@@ -1,6 +1,7 @@
 //! What a machine that was saved is made of: layers of memory and of disk.
 //!
-//! A layer is written once and never changed. A memory layer holds what differs from the layers
+//! A layer is written once and never changed, but for one: the disk that a running machine writes to
+//! is a layer already if it is to be kept, and nobody else is based on that before the machine ends. A memory layer holds what differs from the layers
 //! beneath it; the bottom one holds all of a machine's memory that is not zero, and its top one the
 //! state of the processors and devices. A disk layer is an overlay on the one beneath it, or on the
 //! template's image.

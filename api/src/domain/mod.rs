@@ -21,19 +21,19 @@ mod turns;
 pub use build::{BuildFrom, BuildSpec, OutputLines, Progress, Recipe, Step};
 pub use error::{
     CreateError, DestroyError, ExecError, FileError, ForkError, InsertError, LookupError,
-    NetworkChangeError, PauseError, ResumeError, SnapshotError, TemplateError,
+    NetworkChangeError, PauseError, PowerError, ResumeError, SnapshotError, TemplateError,
 };
 pub use exec::{CollectError, ExecEnd, ExecLimits, ExecOutput};
 pub use host::{
     ClaimRequest, CreateRequest, Created, End, ExecEvent, ExecRequest, ExitInfo, FileContent,
     FileInfo, FileKind, Host, HostError, HostEvent, HostInfo, Identity, ImageInfo, KeepDiskRequest,
-    KeptDisk, MergeRequest, Nic, PrepareRequest, ReadFileRequest, SaveRequest, Saved, Shape,
-    WriteFileRequest,
+    KeptDisk, MergeRequest, Nic, PowerOffRequest, PrepareRequest, ReadFileRequest, SaveRequest,
+    Saved, Shape, WriteFileRequest,
 };
 pub use id::{Id, Kind, LayerId, ParseIdError, SandboxId, SnapshotId, TemplateId};
 pub use layer::{Layers, MAX_DISK};
 pub use manager::{
-    Forked, InUse, Limits, Manager, PoolLimits, RecoverError, SandboxNetwork, WhenIdle,
+    Forked, InUse, Limits, Manager, PoolLimits, RecoverError, SandboxNetwork, StopSpec, WhenIdle,
 };
 pub use network::{
     AddressError, AllowRule, Cidr, Connection, Counter, Denied, DeniedWhat, Destination,
@@ -45,7 +45,7 @@ pub use request::{Command, CreateSpec, MAX_EXEC_TIMEOUT_SEC, SettingsSpec, Snaps
 pub use sandbox::{Desired, IllegalTransition, Sandbox, Spec, Status, Transition};
 pub use snapshot::{LayersInfo, Snapshot, WarmSnapshot};
 pub use spool::{Spool, Spooled};
-pub use store::{Store, StoreError, TakenAddresses};
+pub use store::{Page, SortBy, Store, StoreError, TakenAddresses};
 pub use template::{
     DEFAULT_MEMORY_MB, DEFAULT_VCPUS, Readiness, Settings, Source, Template, TemplateContent,
     TemplateInfo, TemplateStatus,

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use super::build::{BuildFrom, BuildSpec, Recipe};
 use super::host::{ExecRequest, HostInfo};
+use super::id::SandboxId;
 use super::network::{AddressError, Connection, Egress, NetworkSpec, RateLimits};
 use super::sandbox::Spec;
 use super::template::{DEFAULT_MEMORY_MB, DEFAULT_VCPUS, Readiness, Settings};
@@ -48,6 +49,12 @@ pub struct CreateSpec {
     pub timeout_sec: i64,
     /// How it shall be connected.
     pub network: NetworkSpec,
+    /// A name for it.
+    pub name: Option<String>,
+    /// Size of its disk in MiB; `None` for that of its template.
+    pub disk_mb: Option<i64>,
+    /// Whether its disk is kept when it ends otherwise than by being deleted.
+    pub is_kept: bool,
 }
 
 /// A snapshot as it is asked for, unchecked.
@@ -82,6 +89,18 @@ pub struct Command {
     pub cwd: Option<String>,
     /// Seconds that it may take.
     pub timeout_sec: i64,
+}
+
+/// Checks the name of a sandbox.
+pub fn check_name(name: &str) -> Result<(), String> {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"_-".contains(&byte);
+    if name.is_empty() || name.len() > 64 || !name.bytes().all(allowed) {
+        Err("name must be 1 to 64 letters, digits, `_` or `-`".to_owned())
+    } else if name.parse::<SandboxId>().is_ok() {
+        Err("name must not look like the id of a sandbox".to_owned())
+    } else {
+        Ok(())
+    }
 }
 
 /// Checks the name of a template.
@@ -119,6 +138,7 @@ pub fn check_spec(spec: CreateSpec, settings: &Settings, host: &HostInfo) -> Res
             " (seconds, 0 is never)",
         )?,
         network: check_network(spec.network, host)?,
+        disk_mb: spec.disk_mb.map(check_disk).transpose()?,
     })
 }
 

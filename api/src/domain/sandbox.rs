@@ -20,10 +20,25 @@
 //!           ┌─────────┐  from each state: deleted. From pending, running and pausing also:
 //!           │ stopped │  powered off or rebooted by the guest, daemon ended
 //!           └─────────┘
+//!
+//! A sandbox whose disk is kept comes to rest where another ends:
+//!
+//!           create                    not started
+//!             │                  ┌──────────────────┐
+//!             ▼                  ▼                  │
+//!          ┌─────┐  start    ┌───┴─┐ answered  ┌────┴────┐
+//!          │     │──────────►│ pending │────────►│ running │──┐ powered off, rebooted or lost by
+//!          │ off │           └─────────┘         └────┬────┘  │ the guest, its vmm or the daemon
+//!          │     │◄────────────┐            stop      ▼       │
+//!          │     │   ended     │                ┌──────────┐  │
+//!          │     │◄────────────┴────────────────┤ stopping │  │
+//!          └─────┘◄─────────────────────────────┴──────────┴──┘
+//!             ▲ rolled back to a snapshot: from off and paused
 //! ```
 //!
 //! `stopped` is final. A sandbox that is `running` or on the way there has processes on the host;
-//! one that is `paused` has files only. The [`Manager`](super::Manager) alone makes transitions,
+//! one that is `paused` or `off` has files only. One is kept that was made to be, or was stopped by
+//! its user once. The [`Manager`](super::Manager) alone makes transitions,
 //! each by [`Sandbox::apply`], which refuses one that is not drawn here.
 
 use std::fmt;
@@ -51,6 +66,10 @@ pub enum Status {
     Paused,
     /// It is being started from what was saved; its agent has not answered yet.
     Resuming,
+    /// It is being powered off; its disk is kept.
+    Stopping,
+    /// It is powered off, or was never on, and its disk is kept.
+    Off,
     /// It ended as it was meant to, and will not run again.
     Stopped,
     /// It did not start, or ended as it was not meant to.
@@ -66,6 +85,8 @@ impl Status {
             Self::Pausing => "pausing",
             Self::Paused => "paused",
             Self::Resuming => "resuming",
+            Self::Stopping => "stopping",
+            Self::Off => "off",
             Self::Stopped => "stopped",
             Self::Error => "error",
         }
@@ -79,6 +100,8 @@ impl Status {
             Self::Pausing,
             Self::Paused,
             Self::Resuming,
+            Self::Stopping,
+            Self::Off,
             Self::Stopped,
             Self::Error,
         ]
@@ -102,6 +125,8 @@ pub enum Desired {
     Running,
     /// It shall be saved, and have no processes.
     Paused,
+    /// It shall be powered off, and its disk be kept.
+    Off,
     /// It shall be gone.
     Stopped,
 }
@@ -112,13 +137,14 @@ impl Desired {
         match self {
             Self::Running => "running",
             Self::Paused => "paused",
+            Self::Off => "off",
             Self::Stopped => "stopped",
         }
     }
 
     /// The wish of that name.
     pub fn from_word(word: &str) -> Option<Self> {
-        [Self::Running, Self::Paused, Self::Stopped]
+        [Self::Running, Self::Paused, Self::Off, Self::Stopped]
             .into_iter()
             .find(|desired| desired.as_str() == word)
     }
@@ -137,13 +163,17 @@ pub struct Spec {
     pub timeout_sec: u32,
     /// How it is connected; `None` if it has no network card.
     pub network: Option<Connection>,
+    /// Size of its disk in MiB; `None` for that of its template.
+    pub disk_mb: Option<u32>,
 }
 
 /// A sandbox.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sandbox {
-    /// Its name.
+    /// What it is called by the daemon.
     pub id: SandboxId,
+    /// The user's name for it, which no other has that is not deleted.
+    pub name: Option<String>,
     /// What it is made of.
     pub spec: Spec,
     /// What the user wants it to be.
@@ -155,8 +185,10 @@ pub struct Sandbox {
     pub status_reason: Option<String>,
     /// When it was asked for.
     pub created_at: Timestamp,
-    /// When its agent first answered.
+    /// When its agent first answered; of one that was off since, when it did after that.
     pub started_at: Option<Timestamp>,
+    /// When it was last powered off.
+    pub stopped_at: Option<Timestamp>,
     /// When it was last used.
     pub last_active_at: Option<Timestamp>,
     /// When this record last changed.
@@ -167,6 +199,11 @@ pub struct Sandbox {
     pub layers: Layers,
     /// What it will be based on once it is paused, while it is `pausing`.
     pub saving: Option<Layers>,
+    /// Whether it comes to rest as `off`, with its disk, where another ends.
+    pub is_kept: bool,
+    /// What it will be based on once it is off: the topmost of the disk is what it writes to now.
+    /// `None` while that is on its own disk alone.
+    pub kept: Option<Layers>,
     /// Its address in the network, if it has a network card. It is nobody else's before it ends.
     pub address: Option<Ipv4Addr>,
     /// Ports of the host that lead into it.
@@ -211,6 +248,14 @@ pub enum Transition {
         /// Why, as a sentence.
         reason: String,
     },
+    /// It is to be started from these layers; it is off.
+    PoweringOn(Layers),
+    /// It is kept, and based on these layers when it is off.
+    Kept(Layers),
+    /// It is to be powered off.
+    PoweringOff,
+    /// It is to go on from these layers, which are those of a snapshot.
+    RolledBack(Layers),
     /// The user wants it gone.
     Unwanted,
     /// It ended as it was meant to.
@@ -236,19 +281,33 @@ impl Sandbox {
     pub fn new(id: SandboxId, spec: Spec, layers: Layers, now: Timestamp) -> Self {
         Self {
             id,
+            name: None,
             spec,
             desired: Desired::Running,
             status: Status::Pending,
             status_reason: None,
             created_at: now,
             started_at: None,
+            stopped_at: None,
             last_active_at: None,
             updated_at: now,
             timings: None,
             layers,
             saving: None,
+            is_kept: false,
+            kept: None,
             address: None,
             forwards: Vec::new(),
+        }
+    }
+
+    /// One that is off, and whose disk is kept.
+    pub fn new_off(id: SandboxId, spec: Spec, layers: Layers, now: Timestamp) -> Self {
+        Self {
+            desired: Desired::Off,
+            status: Status::Off,
+            is_kept: true,
+            ..Self::new(id, spec, layers, now)
         }
     }
 
@@ -261,7 +320,9 @@ impl Sandbox {
         transition: Transition,
         now: Timestamp,
     ) -> Result<(), IllegalTransition> {
-        use Status::{Error, Paused, Pausing, Pending, Resuming, Running};
+        use Status::{Error, Off, Paused, Pausing, Pending, Resuming, Running, Stopping};
+        // Deleted, it ends; otherwise, where another ends, one that is kept is off.
+        let rests = self.is_kept && self.desired != Desired::Stopped;
         match (self.status, transition) {
             (Pending | Resuming, Transition::Started(timings)) => {
                 self.status = Running;
@@ -271,19 +332,51 @@ impl Sandbox {
             }
             (Running, Transition::Used) => self.last_active_at = Some(now),
             (Pending | Running, Transition::Based(layers)) => self.layers = layers,
-            (Pending | Running | Pausing | Paused | Resuming, Transition::Egress(egress))
+            (Off, Transition::PoweringOn(layers)) => {
+                self.status = Pending;
+                self.want(Desired::Running);
+                self.status_reason = None;
+                self.started_at = None;
+                self.layers = layers;
+            }
+            (Pending | Running, Transition::Kept(layers)) => {
+                self.is_kept = true;
+                self.kept = Some(layers);
+            }
+            (Running, Transition::PoweringOff) if self.kept.is_some() => {
+                self.status = Stopping;
+                self.want(Desired::Off);
+            }
+            (Off | Paused, Transition::RolledBack(layers)) => {
+                self.status = Off;
+                self.want(Desired::Off);
+                self.is_kept = true;
+                self.layers = layers;
+            }
+            (Pending | Running | Pausing | Stopping, Transition::Failed { reason }) if rests => {
+                self.rest(Some(reason), now);
+            }
+            (Pending | Running | Pausing | Stopping, Transition::Stopped { reason }) if rests => {
+                self.rest(reason, now);
+            }
+            (Off | Pending | Running | Pausing | Paused | Resuming, Transition::Egress(egress))
                 if self.spec.network.is_some() =>
             {
                 if let Some(connection) = &mut self.spec.network {
                     connection.egress = egress;
                 }
             }
-            (Pending | Running | Pausing | Paused | Resuming, Transition::Forwards(forwards)) => {
-                self.forwards = forwards
-            }
-            (Running | Paused, Transition::Merged { layers, into }) => {
-                if let Some(merged) = self.layers.merged(&layers, &into) {
+            (
+                Off | Pending | Running | Pausing | Paused | Resuming,
+                Transition::Forwards(forwards),
+            ) => self.forwards = forwards,
+            (Off | Running | Paused, Transition::Merged { layers, into }) => {
+                let merged = |before: &Layers| before.merged(&layers, &into);
+                if let Some(merged) = merged(&self.layers) {
                     self.layers = merged;
+                }
+                if let Some(merged) = self.kept.as_ref().and_then(merged) {
+                    self.kept = Some(merged);
                 }
             }
             (Running, Transition::Pausing(next)) => {
@@ -293,6 +386,7 @@ impl Sandbox {
             }
             (Pausing, Transition::Paused) => {
                 self.status = Paused;
+                self.kept = None;
                 self.layers = self.saving.take().unwrap_or_default();
             }
             (Pausing, Transition::NotPaused(layers)) => {
@@ -311,12 +405,20 @@ impl Sandbox {
                 self.want(Desired::Paused);
                 self.status_reason = Some(reason);
             }
-            (Pending | Running | Pausing | Paused, Transition::Failed { reason }) => {
-                self.end(Error, Some(reason));
-            }
-            (_, Transition::Unwanted) => self.desired = Desired::Stopped,
             (
-                Pending | Running | Pausing | Paused | Resuming | Error,
+                Pending | Running | Pausing | Paused | Off | Stopping,
+                Transition::Failed { reason },
+            ) => self.end(Error, Some(reason)),
+            (_, Transition::Unwanted) => self.desired = Desired::Stopped,
+            // Of one that is off and stays so, it is told twice.
+            (Off, Transition::Stopped { reason }) if rests => {
+                return Err(IllegalTransition {
+                    from: Off,
+                    transition: Transition::Stopped { reason },
+                });
+            }
+            (
+                Pending | Running | Pausing | Paused | Resuming | Stopping | Off | Error,
                 Transition::Stopped { reason },
             ) => {
                 self.desired = Desired::Stopped;
@@ -335,11 +437,30 @@ impl Sandbox {
         }
     }
 
+    /// It is off. What it was based on, it is based on still, if it has no disk of its own yet.
+    fn rest(&mut self, reason: Option<String>, now: Timestamp) {
+        if self.status == Status::Stopping {
+            self.status_reason = None;
+        } else {
+            self.status_reason = reason;
+        }
+        if self.status != Status::Pending {
+            self.stopped_at = Some(now);
+        }
+        self.status = Status::Off;
+        self.want(Desired::Off);
+        self.saving = None;
+        if let Some(kept) = self.kept.take() {
+            self.layers = kept;
+        }
+    }
+
     fn end(&mut self, status: Status, reason: Option<String>) {
         self.status = status;
         self.status_reason = reason.or_else(|| self.status_reason.take());
         self.layers = Layers::default();
         self.saving = None;
+        self.kept = None;
         self.forwards = Vec::new();
     }
 }
@@ -360,6 +481,7 @@ mod tests {
             memory_mb: 512,
             timeout_sec: 300,
             network: None,
+            disk_mb: None,
         }
     }
 
@@ -383,15 +505,17 @@ mod tests {
 
     #[test]
     fn the_state_machine_has_just_these_transitions() {
-        use Status::{Error, Paused, Pausing, Pending, Resuming, Running, Stopped};
-        const ALL: [Status; 7] = [Pending, Running, Pausing, Paused, Resuming, Stopped, Error];
+        use Status::{Error, Off, Paused, Pausing, Pending, Resuming, Running, Stopped, Stopping};
+        const ALL: [Status; 9] = [
+            Pending, Running, Pausing, Paused, Resuming, Stopping, Off, Stopped, Error,
+        ];
         let not_resumed = || Transition::NotResumed { reason: "x".into() };
         let merged = Transition::Merged {
             layers: Vec::new(),
             into: LayerId::random(),
         };
-        let table: [(Transition, &[(Status, Status)]); 12] = [
-            (merged, &[(Running, Running), (Paused, Paused)]),
+        let table: [(Transition, &[(Status, Status)]); 16] = [
+            (merged, &[(Running, Running), (Paused, Paused), (Off, Off)]),
             (
                 Transition::Started(Timings::default()),
                 &[(Pending, Running), (Resuming, Running)],
@@ -402,6 +526,17 @@ mod tests {
                 &[(Pending, Pending), (Running, Running)],
             ),
             (
+                Transition::Kept(layers()),
+                &[(Pending, Pending), (Running, Running)],
+            ),
+            (Transition::PoweringOn(layers()), &[(Off, Pending)]),
+            // That of one whose disk is kept is tested below.
+            (Transition::PoweringOff, &[]),
+            (
+                Transition::RolledBack(layers()),
+                &[(Off, Off), (Paused, Off)],
+            ),
+            (
                 Transition::Forwards(Vec::new()),
                 &[
                     (Pending, Pending),
@@ -409,6 +544,7 @@ mod tests {
                     (Pausing, Pausing),
                     (Paused, Paused),
                     (Resuming, Resuming),
+                    (Off, Off),
                 ],
             ),
             (Transition::Pausing(layers()), &[(Running, Pausing)]),
@@ -423,6 +559,8 @@ mod tests {
                     (Running, Error),
                     (Pausing, Error),
                     (Paused, Error),
+                    (Stopping, Error),
+                    (Off, Error),
                 ],
             ),
             (
@@ -433,6 +571,8 @@ mod tests {
                     (Pausing, Stopped),
                     (Paused, Stopped),
                     (Resuming, Stopped),
+                    (Stopping, Stopped),
+                    (Off, Stopped),
                     (Error, Stopped),
                 ],
             ),
@@ -456,6 +596,69 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn one_that_is_kept_is_off_where_another_ends() {
+        use Status::{Off, Pausing, Pending, Running, Stopping};
+        let (base, own) = (layers(), layers());
+        for (status, transition) in [
+            (Pending, failed()),
+            (Running, failed()),
+            (Pausing, failed()),
+            (Stopping, failed()),
+            (Pending, stopped()),
+            (Running, stopped()),
+            (Pausing, stopped()),
+            (Stopping, stopped()),
+        ] {
+            let mut sandbox = sandbox_in(status);
+            sandbox.layers = base.clone();
+            sandbox.is_kept = true;
+            sandbox.kept = (status != Pending).then(|| own.clone());
+            let mut deleted = sandbox.clone();
+            sandbox.apply(transition.clone(), at(5)).unwrap();
+            assert_eq!((sandbox.status, sandbox.desired), (Off, Desired::Off));
+            let (expected, stopped_at) = match status {
+                Pending => (&base, None),
+                _ => (&own, Some(at(5))),
+            };
+            assert_eq!(&sandbox.layers, expected, "{status} {transition:?}");
+            assert_eq!(sandbox.stopped_at, stopped_at);
+            assert_eq!((&sandbox.kept, &sandbox.saving), (&None, &None));
+            // What is told twice, or too late, changes nothing.
+            assert!(sandbox.apply(stopped(), at(6)).is_err());
+            // Deleted, it ends as others do.
+            deleted.apply(Transition::Unwanted, at(5)).unwrap();
+            deleted.apply(stopped(), at(5)).unwrap();
+            assert_eq!(deleted.status, Status::Stopped);
+            assert!(deleted.layers.is_empty() && deleted.kept.is_none());
+        }
+    }
+
+    #[test]
+    fn one_that_is_kept_is_powered_on_and_off_and_deleted() {
+        let first = layers();
+        let now = Timestamp::now();
+        let mut sandbox = Sandbox::new_off(SandboxId::random(), spec(), first.clone(), now);
+        assert!(sandbox.apply(Transition::PoweringOff, at(1)).is_err());
+        let on = Transition::PoweringOn(first.clone());
+        sandbox.apply(on, at(2)).unwrap();
+        let kept = first.saved_disk(LayerId::random());
+        sandbox
+            .apply(Transition::Kept(kept.clone()), at(3))
+            .unwrap();
+        let started = Transition::Started(Timings::default());
+        sandbox.apply(started, at(3)).unwrap();
+        assert_eq!((sandbox.started_at, &sandbox.layers), (Some(at(3)), &first));
+        sandbox.apply(Transition::PoweringOff, at(4)).unwrap();
+        assert_eq!(sandbox.status, Status::Stopping);
+        assert_eq!(sandbox.desired, Desired::Off);
+        sandbox.apply(stopped(), at(5)).unwrap();
+        assert_eq!((sandbox.status, &sandbox.layers), (Status::Off, &kept));
+        sandbox.apply(Transition::Unwanted, at(6)).unwrap();
+        sandbox.apply(stopped(), at(6)).unwrap();
+        assert_eq!(sandbox.status, Status::Stopped);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::id::{SandboxId, SnapshotId};
 use super::layer::Layers;
-use super::sandbox::Spec;
+use super::sandbox::{Spec, Status};
 
 /// A snapshot that the user asked for. It does not change; sandboxes are made from it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,6 +20,8 @@ pub struct Snapshot {
     pub sandbox: SandboxId,
     /// What that is made of.
     pub spec: Spec,
+    /// What that was when it was taken.
+    pub status: Status,
     /// What it consists of.
     pub layers: Layers,
     /// What the host says of its layers; `None` while it is being taken.

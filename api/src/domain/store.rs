@@ -7,7 +7,7 @@ use std::net::Ipv4Addr;
 use async_trait::async_trait;
 
 use super::id::{LayerId, SandboxId, SnapshotId, TemplateId};
-use super::sandbox::Sandbox;
+use super::sandbox::{Sandbox, Status};
 use super::snapshot::{Snapshot, WarmSnapshot};
 use super::template::Template;
 
@@ -29,6 +29,19 @@ pub trait Store: Send + Sync {
     /// # Errors
     /// The store failed.
     async fn get(&self, id: &SandboxId) -> Result<Option<Sandbox>, StoreError>;
+
+    /// The sandbox of that name that is not deleted.
+    ///
+    /// # Errors
+    /// The store failed.
+    async fn find(&self, name: &str) -> Result<Option<Sandbox>, StoreError>;
+
+    /// The sandboxes of a page of the list of those that are not deleted, and how many there are on all
+    /// pages of it.
+    ///
+    /// # Errors
+    /// The store failed.
+    async fn page(&self, page: &Page) -> Result<(Vec<Sandbox>, u64), StoreError>;
 
     /// Replaces the record of a sandbox that is there. Returns the layers that it was the last to
     /// hold.
@@ -145,6 +158,38 @@ pub trait Store: Send + Sync {
     /// # Errors
     /// The store failed.
     async fn held_layers(&self) -> Result<BTreeSet<LayerId>, StoreError>;
+}
+
+/// Which sandboxes of a list.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Page {
+    /// Only those in one of these states; `None` for all that are not deleted.
+    pub statuses: Option<Vec<Status>>,
+    /// Only those that were started, or were not, ever.
+    pub was_started: Option<bool>,
+    /// What they are sorted by.
+    pub sort: SortBy,
+    /// Whether the greatest comes first.
+    pub is_descending: bool,
+    /// How many, at most.
+    pub limit: u32,
+    /// How many come before.
+    pub offset: u64,
+}
+
+/// What a list is sorted by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SortBy {
+    /// When they were asked for.
+    CreatedAt,
+    /// Their names, or ids where they have none.
+    Name,
+    /// Their states' words.
+    Status,
+    /// Virtual CPUs.
+    Vcpus,
+    /// RAM.
+    MemoryMb,
 }
 
 /// Addresses that sandboxes have.

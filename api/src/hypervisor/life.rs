@@ -42,12 +42,14 @@ use crate::domain::{
     Created, End, HostError, HostEvent, Identity, Nic as NicRequest, PrepareRequest, SaveRequest,
     Saved, Start,
 };
-use crate::images::Chain;
+use crate::images::{Base, Chain};
 
 /// A sandbox that this host holds something for.
 pub struct Entry {
     /// Its agent.
     pub agent: AgentClient,
+    /// What is at the bottom of its disk.
+    pub base: Base,
     /// Asks its task to save it. One at a time; who asks waits.
     pub orders: mpsc::Sender<Order>,
     /// Claims it, while it is held.
@@ -56,6 +58,10 @@ pub struct Entry {
     running: AtomicBool,
     /// It was paused.
     paused: CancellationToken,
+    /// It is being powered off, so that its end is no news.
+    powering_off: AtomicBool,
+    /// How it ended by itself.
+    ended: OnceLock<End>,
     /// Asks its task to end it.
     end: CancellationToken,
     /// Its task is done.
@@ -106,14 +112,17 @@ pub enum Then {
 
 impl Entry {
     /// A sandbox whose vsock is there, and where its task gets its orders.
-    pub fn new(vsock: PathBuf) -> (Arc<Self>, mpsc::Receiver<Order>) {
+    pub fn new(vsock: PathBuf, base: Base) -> (Arc<Self>, mpsc::Receiver<Order>) {
         let (orders, received) = mpsc::channel(1);
         let entry = Self {
             agent: AgentClient::new(vsock),
+            base,
             orders,
             claims: Mutex::default(),
             running: AtomicBool::new(false),
             paused: CancellationToken::new(),
+            powering_off: AtomicBool::new(false),
+            ended: OnceLock::new(),
             end: CancellationToken::new(),
             gone: CancellationToken::new(),
             leftover: OnceLock::new(),
@@ -146,6 +155,17 @@ impl Entry {
 
     fn set_running(&self, is_running: bool) {
         self.running.store(is_running, Ordering::Release);
+    }
+
+    /// From now on its end is told by [`Entry::ended`] alone.
+    pub fn set_powering_off(&self) {
+        self.powering_off.store(true, Ordering::Release);
+    }
+
+    /// How it ended by itself, when nothing of it is left; `None` if it was ended.
+    pub async fn ended(&self) -> Option<End> {
+        self.gone.cancelled().await;
+        self.ended.get().cloned()
     }
 
     /// Ends it, and waits until nothing of it is left.
@@ -273,6 +293,9 @@ impl Inner {
             state.listeners.retain(|listener| !listener.is_closed());
             state.listeners.clone()
         };
+        if let Outcome::Ended(end) = &outcome {
+            let _ = entry.ended.set(end.clone());
+        }
         entry.gone.cancel();
         let tell = |event: HostEvent| {
             for listener in listeners {
@@ -283,6 +306,7 @@ impl Inner {
         let failure = match outcome {
             Outcome::NotStarted(error) => error,
             Outcome::Destroyed => HostError::Destroyed,
+            Outcome::Ended(_) if entry.powering_off.load(Ordering::Acquire) => return,
             Outcome::Ended(end) => return tell(HostEvent::Ended { id, end }),
             Outcome::Lost => return tell(HostEvent::Lost { id }),
             Outcome::Paused(saved, reply) => return drop(reply.send(Ok(saved))),

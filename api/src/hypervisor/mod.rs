@@ -8,6 +8,7 @@ mod command;
 mod control;
 mod disk_limits;
 mod jail;
+mod keep;
 mod kept;
 mod layers;
 mod leftovers;
@@ -39,7 +40,8 @@ use crate::domain::{
     AddressError, ClaimRequest, CreateRequest, Created, Egress, ExecEvent, ExecRequest,
     FileContent, FileInfo, Forward, ForwardSpec, Host, HostError, HostEvent, HostInfo, ImageInfo,
     KeepDiskRequest, KeptDisk, LayerId, Layers, LayersInfo, MergeRequest, NetworkActivity,
-    PrepareRequest, ReadFileRequest, SandboxId, SaveRequest, Saved, Shape, WriteFileRequest,
+    PowerOffRequest, PrepareRequest, ReadFileRequest, SandboxId, SaveRequest, Saved, Shape,
+    WriteFileRequest,
 };
 use crate::images::{Base, Chain, Images};
 use crate::network::{ForwardError, NetworkError};
@@ -162,7 +164,10 @@ impl LocalHost {
         let chain = self
             .inner
             .chain(&request.shape, &request.layers, request.scratch_mb)?;
-        let (entry, orders) = Entry::new(self.inner.config.paths.vsock(&request.id));
+        let (entry, orders) = Entry::new(
+            self.inner.config.paths.vsock(&request.id),
+            chain.base.clone(),
+        );
         {
             let mut state = self.inner.state();
             if state.closing {
@@ -448,6 +453,19 @@ impl Host for LocalHost {
         };
         warm_key::key(&self.inner.config, machine, &template, disk, shape)
             .map_err(|error| internal(format!("a part of the machine is missing: {error}")))
+    }
+
+    async fn keep(&self, id: &SandboxId, layer: &LayerId) -> Result<(), HostError> {
+        let entry = self.running(id)?;
+        self.inner.keep(id, &entry, layer).await
+    }
+
+    async fn power_off(&self, request: PowerOffRequest) -> Result<bool, HostError> {
+        let entry = self.running(&request.id)?;
+        let inner = Arc::clone(&self.inner);
+        tokio::spawn(async move { inner.power_off(&entry, &request).await })
+            .await
+            .unwrap_or_else(|_| Err(ended_early()))
     }
 
     async fn destroy(&self, id: &SandboxId) -> Result<(), HostError> {

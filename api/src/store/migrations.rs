@@ -106,6 +106,50 @@ const STEPS: &[&str] = &[
         created_at     INTEGER NOT NULL
     ) STRICT;
 ",
+    "
+    -- The states are the program's to check: a CHECK cannot be changed in place.
+    CREATE TABLE new_sandboxes (
+        id             TEXT PRIMARY KEY,
+        template       TEXT NOT NULL,
+        vcpus          INTEGER NOT NULL,
+        memory_mb      INTEGER NOT NULL,
+        timeout_sec    INTEGER NOT NULL,
+        desired        TEXT NOT NULL,
+        status         TEXT NOT NULL,
+        status_reason  TEXT,
+        created_at     INTEGER NOT NULL,
+        started_at     INTEGER,
+        last_active_at INTEGER,
+        updated_at     INTEGER NOT NULL,
+        timings        TEXT,
+        layers         TEXT NOT NULL,
+        saving         TEXT,
+        network        TEXT,
+        address        TEXT,
+        forwards       TEXT NOT NULL DEFAULT '[]',
+        name           TEXT,
+        stopped_at     INTEGER,
+        is_kept        INTEGER NOT NULL DEFAULT 0,
+        kept           TEXT,             -- JSON: ids of the layers that it is based on once it is off
+        disk_mb        INTEGER
+    ) STRICT;
+    INSERT INTO new_sandboxes (id, template, vcpus, memory_mb, timeout_sec, desired, status,
+                               status_reason, created_at, started_at, last_active_at, updated_at,
+                               timings, layers, saving, network, address, forwards)
+        SELECT id, template, vcpus, memory_mb, timeout_sec, desired, status, status_reason,
+               created_at, started_at, last_active_at, updated_at, timings, layers, saving, network,
+               address, forwards
+        FROM sandboxes ORDER BY rowid;
+    DROP TABLE sandboxes;
+    ALTER TABLE new_sandboxes RENAME TO sandboxes;
+    CREATE INDEX live_sandboxes ON sandboxes (created_at)
+        WHERE status NOT IN ('stopped', 'error');
+    CREATE UNIQUE INDEX addresses ON sandboxes (address)
+        WHERE address IS NOT NULL AND status NOT IN ('stopped', 'error');
+    CREATE UNIQUE INDEX names ON sandboxes (name) WHERE name IS NOT NULL AND status <> 'stopped';
+    ALTER TABLE snapshots ADD COLUMN disk_mb INTEGER;
+    ALTER TABLE snapshots ADD COLUMN status TEXT NOT NULL DEFAULT 'running'; -- its sandbox's
+",
 ];
 
 /// Why the tables are not what this version needs.

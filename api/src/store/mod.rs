@@ -7,6 +7,7 @@
 
 mod layers;
 mod migrations;
+mod pages;
 mod snapshots;
 mod templates;
 
@@ -20,14 +21,15 @@ use jiff::Timestamp;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use crate::domain::{
-    Desired, LayerId, Layers, Sandbox, SandboxId, Snapshot, SnapshotId, Spec, Status, Store,
+    Desired, LayerId, Layers, Page, Sandbox, SandboxId, Snapshot, SnapshotId, Spec, Status, Store,
     StoreError, TakenAddresses, Template, TemplateId, WarmSnapshot,
 };
 pub use migrations::MigrateError;
 
 const COLUMNS: &str = "id, template, vcpus, memory_mb, timeout_sec, desired, status, \
                        status_reason, created_at, started_at, last_active_at, updated_at, timings, \
-                       layers, saving, network, address, forwards";
+                       layers, saving, network, address, forwards, name, stopped_at, is_kept, kept, \
+                       disk_mb";
 
 /// Sandboxes in a file.
 #[derive(Clone)]
@@ -104,7 +106,7 @@ impl Store for SqliteStore {
         self.with(move |connection| {
             let sql = format!(
                 "INSERT INTO sandboxes ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, \
-                 ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18) ON CONFLICT (id) DO NOTHING"
+                 ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21, ?22, ?23) ON CONFLICT (id) DO NOTHING"
             );
             let holder = sandbox.id.as_str();
             layers::change(connection, holder, held(&sandbox), |transaction| {
@@ -126,6 +128,25 @@ impl Store for SqliteStore {
         .await
     }
 
+    async fn find(&self, name: &str) -> Result<Option<Sandbox>, StoreError> {
+        let name = name.to_owned();
+        self.with(move |connection| {
+            connection
+                .prepare_cached(&format!(
+                    "SELECT {COLUMNS} FROM sandboxes WHERE name = ?1 AND status <> 'stopped'"
+                ))?
+                .query_row([name], read)
+                .optional()
+        })
+        .await
+    }
+
+    async fn page(&self, page: &Page) -> Result<(Vec<Sandbox>, u64), StoreError> {
+        let page = page.clone();
+        self.with(move |connection| pages::read(connection, &page))
+            .await
+    }
+
     async fn update(&self, sandbox: &Sandbox) -> Result<Vec<LayerId>, StoreError> {
         let sandbox = sandbox.clone();
         self.with(move |connection| {
@@ -133,7 +154,8 @@ impl Store for SqliteStore {
                        timeout_sec = ?5, desired = ?6, status = ?7, status_reason = ?8, \
                        created_at = ?9, started_at = ?10, last_active_at = ?11, updated_at = ?12, \
                        timings = ?13, layers = ?14, saving = ?15, network = ?16, \
-                       address = ?17, forwards = ?18 WHERE id = ?1";
+                       address = ?17, forwards = ?18, name = ?19, stopped_at = ?20, is_kept = ?21, \
+                       kept = ?22, disk_mb = ?23 WHERE id = ?1";
             let holder = sandbox.id.as_str();
             layers::change(
                 connection,
@@ -273,8 +295,9 @@ impl Store for SqliteStore {
 
 /// The layers that a sandbox holds.
 fn held(sandbox: &Sandbox) -> BTreeSet<LayerId> {
-    let saving = sandbox.saving.iter().flat_map(Layers::all);
-    sandbox.layers.all().chain(saving).cloned().collect()
+    let others = sandbox.saving.iter().chain(&sandbox.kept);
+    let others = others.flat_map(Layers::all);
+    sandbox.layers.all().chain(others).cloned().collect()
 }
 
 /// A value for a column that holds JSON.
@@ -311,6 +334,7 @@ fn write(connection: &Connection, sql: &str, sandbox: &Sandbox) -> rusqlite::Res
     let timings = sandbox.timings.as_ref().map(to_json).transpose()?;
     let saving = sandbox.saving.as_ref().map(to_json).transpose()?;
     let network = sandbox.spec.network.as_ref().map(to_json).transpose()?;
+    let kept = sandbox.kept.as_ref().map(to_json).transpose()?;
     connection.prepare_cached(sql)?.execute(params![
         sandbox.id.as_str(),
         sandbox.spec.template,
@@ -330,6 +354,11 @@ fn write(connection: &Connection, sql: &str, sandbox: &Sandbox) -> rusqlite::Res
         network,
         sandbox.address.map(|address| address.to_string()),
         to_json(&sandbox.forwards)?,
+        sandbox.name,
+        sandbox.stopped_at.map(Timestamp::as_microsecond),
+        sandbox.is_kept,
+        kept,
+        sandbox.spec.disk_mb,
     ])
 }
 
@@ -346,14 +375,17 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Sandbox> {
     let saving: Option<String> = row.get(14)?;
     let network: Option<String> = row.get(15)?;
     let address: Option<String> = row.get(16)?;
+    let kept: Option<String> = row.get(21)?;
     Ok(Sandbox {
         id: id.parse().map_err(|error| bad(0, Box::new(error)))?,
+        name: row.get(18)?,
         spec: Spec {
             template: row.get(1)?,
             vcpus: row.get(2)?,
             memory_mb: row.get(3)?,
             timeout_sec: row.get(4)?,
             network: network.map(|_| from_json(row, 15)).transpose()?,
+            disk_mb: row.get(22)?,
         },
         desired: Desired::from_word(&desired)
             .ok_or_else(|| bad(5, format!("unknown wish {desired:?}").into()))?,
@@ -363,10 +395,13 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Sandbox> {
         created_at: time(8, row.get(8)?)?,
         started_at: optional_time(9)?,
         last_active_at: optional_time(10)?,
+        stopped_at: optional_time(19)?,
         updated_at: time(11, row.get(11)?)?,
         timings: timings.map(|_| from_json(row, 12)).transpose()?,
         layers: from_json(row, 13)?,
         saving: saving.map(|_| from_json(row, 14)).transpose()?,
+        is_kept: row.get(20)?,
+        kept: kept.map(|_| from_json(row, 21)).transpose()?,
         address: address
             .map(|address| address.parse())
             .transpose()
@@ -387,6 +422,7 @@ mod tests {
             memory_mb: 512,
             timeout_sec: 300,
             network: None,
+            disk_mb: None,
         };
         Sandbox::new(
             SandboxId::random(),

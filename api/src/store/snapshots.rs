@@ -5,10 +5,11 @@ use std::collections::BTreeSet;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::{bad, from_json, layers, time, to_json};
-use crate::domain::{LayerId, Snapshot, SnapshotId, Spec, WarmSnapshot};
+use crate::domain::{LayerId, Snapshot, SnapshotId, Spec, Status, WarmSnapshot};
 
 const COLUMNS: &str = "id, name, description, sandbox, template, vcpus, memory_mb, timeout_sec, \
-                       layers, content, created_at, network";
+                       layers, content, created_at, network, disk_mb, \
+                       status";
 const WARM_COLUMNS: &str = "key, template, vcpus, memory_mb, layers, size_bytes, used_at";
 
 pub fn insert(connection: &mut Connection, snapshot: &Snapshot) -> rusqlite::Result<bool> {
@@ -19,7 +20,7 @@ pub fn insert(connection: &mut Connection, snapshot: &Snapshot) -> rusqlite::Res
     layers::change(connection, snapshot.id.as_str(), held, |transaction| {
         let sql = format!(
             "INSERT INTO snapshots ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, \
-             ?11, ?12) ON CONFLICT DO NOTHING"
+             ?11, ?12, ?13, ?14) ON CONFLICT DO NOTHING"
         );
         let inserted = transaction.execute(
             &sql,
@@ -36,6 +37,8 @@ pub fn insert(connection: &mut Connection, snapshot: &Snapshot) -> rusqlite::Res
                 content,
                 snapshot.created_at.as_microsecond(),
                 network,
+                snapshot.spec.disk_mb,
+                snapshot.status.as_str(),
             ],
         )?;
         Ok(inserted == 1)
@@ -97,6 +100,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Snapshot> {
     let (id, sandbox): (String, String) = (row.get(0)?, row.get(3)?);
     let content: Option<String> = row.get(9)?;
     let network: Option<String> = row.get(11)?;
+    let status: String = row.get(13)?;
     Ok(Snapshot {
         id: id.parse().map_err(|error| bad(0, Box::new(error)))?,
         name: row.get(1)?,
@@ -108,7 +112,10 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Snapshot> {
             memory_mb: row.get(6)?,
             timeout_sec: row.get(7)?,
             network: network.map(|_| from_json(row, 11)).transpose()?,
+            disk_mb: row.get(12)?,
         },
+        status: Status::from_word(&status)
+            .ok_or_else(|| bad(13, format!("unknown status {status:?}").into()))?,
         layers: from_json(row, 8)?,
         content: content.map(|_| from_json(row, 9)).transpose()?,
         created_at: time(10, row.get(10)?)?,
@@ -201,6 +208,7 @@ mod tests {
             memory_mb: 512,
             timeout_sec: 300,
             network: None,
+            disk_mb: None,
         }
     }
 
@@ -219,6 +227,7 @@ mod tests {
             description: None,
             sandbox: SandboxId::random(),
             spec: spec(),
+            status: Status::Paused,
             layers: layers.clone(),
             content: None,
             created_at: at(1),

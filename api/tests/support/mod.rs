@@ -14,8 +14,8 @@ use api::domain::{
     ExecLimits, ExecRequest, ExitInfo, FileContent, FileInfo, FileKind, Forward, ForwardSpec, Host,
     HostError, HostEvent, HostInfo, ImageInfo, KeepDiskRequest, KeptDisk, LayerId, Layers,
     LayersInfo, Limits, Manager, MergeRequest, NetworkActivity, NetworkInfo, PoolLimits,
-    PrepareRequest, ReadFileRequest, SandboxId, SaveRequest, SaveTimings, Saved, Shape, Start,
-    Timings, Traffic, WhenIdle, WriteFileRequest,
+    PowerOffRequest, PrepareRequest, ReadFileRequest, SandboxId, SaveRequest, SaveTimings, Saved,
+    Shape, Start, Timings, Traffic, WhenIdle, WriteFileRequest,
 };
 use api::http::{AppState, router};
 use api::store::SqliteStore;
@@ -89,6 +89,8 @@ pub struct FakeHost {
     pub kept: Mutex<Vec<KeepDiskRequest>>,
     /// Commands that were run, in order, each with what it read.
     pub commands: Mutex<Vec<(ExecRequest, Vec<u8>)>>,
+    /// How sandboxes were powered off, in order.
+    pub power_offs: Mutex<Vec<PowerOffRequest>>,
     pub fault: Mutex<Option<Fault>>,
     /// Notified when a command that talks has ended.
     pub dropped: Arc<Notify>,
@@ -413,6 +415,26 @@ impl Host for FakeHost {
         };
         self.kept.lock().unwrap().push(request);
         Ok(kept)
+    }
+
+    async fn keep(&self, id: &SandboxId, layer: &LayerId) -> Result<(), HostError> {
+        if !self.sandboxes.lock().unwrap().contains(id) {
+            return Err(HostError::NotRunning { id: id.clone() });
+        }
+        assert!(self.layers.lock().unwrap().insert(layer.clone()));
+        Ok(())
+    }
+
+    async fn power_off(&self, request: PowerOffRequest) -> Result<bool, HostError> {
+        if !self.sandboxes.lock().unwrap().contains(&request.id) {
+            return Err(HostError::NotRunning { id: request.id });
+        }
+        self.may_crash(Fault::CrashBeforeSave).await;
+        self.destroy(&request.id).await?;
+        self.may_crash(Fault::CrashAfterSave).await;
+        let in_order = request.timeout_ms > 0;
+        self.power_offs.lock().unwrap().push(request);
+        Ok(in_order)
     }
 
     async fn destroy(&self, id: &SandboxId) -> Result<(), HostError> {

@@ -132,6 +132,7 @@ impl From<CreateError> for ApiError {
             CreateError::TemplateNotReady { .. } => Self::state(source.to_string()),
             CreateError::ShuttingDown => Self::unavailable(source.to_string()),
             CreateError::Address(source) => source.into(),
+            CreateError::NameTaken(_) => Self::conflict(source.to_string()),
             CreateError::Store(source) => source.into(),
             CreateError::Interrupted => Self::internal(source.to_string()),
             CreateError::Host { .. }

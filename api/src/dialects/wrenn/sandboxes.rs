@@ -45,6 +45,10 @@ pub struct SandboxBody {
     /// Its name.
     #[schema(example = "sb-0a1b2c3d")]
     pub id: String,
+    /// The user's name for it, if it has one: it was made by `/api/v1`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub name: Option<String>,
     /// Where it stands.
     #[schema(inline)]
     pub status: StatusBody,
@@ -92,7 +96,8 @@ pub enum StatusBody {
     Running,
     /// It is saved to disk and has no processes; or it is on the way there or back.
     Paused,
-    /// It ended as it was meant to, and will not run again.
+    /// It ended as it was meant to, and will not run again; or, if it is listed, it is powered off
+    /// and its disk is kept: `/api/v1` starts it.
     Stopped,
     /// It did not start, or ended as it was not meant to.
     Error,
@@ -104,7 +109,7 @@ impl From<Status> for StatusBody {
             Status::Pending => Self::Pending,
             Status::Running => Self::Running,
             Status::Pausing | Status::Paused | Status::Resuming => Self::Paused,
-            Status::Stopped => Self::Stopped,
+            Status::Stopping | Status::Off | Status::Stopped => Self::Stopped,
             Status::Error => Self::Error,
         }
     }
@@ -188,6 +193,7 @@ impl From<Sandbox> for SandboxBody {
     fn from(sandbox: Sandbox) -> Self {
         Self {
             id: sandbox.id.into(),
+            name: sandbox.name,
             status: sandbox.status.into(),
             status_reason: sandbox.status_reason,
             template: sandbox.spec.template,
@@ -233,6 +239,9 @@ pub async fn create(
         memory_mb: request.memory_mb,
         timeout_sec: request.timeout_sec.unwrap_or(300),
         network: request.network.unwrap_or_default().spec()?,
+        name: None,
+        disk_mb: None,
+        is_kept: false,
     };
     let sandbox = state.manager.create(spec).await?;
     Ok((StatusCode::CREATED, Json(sandbox.into())))

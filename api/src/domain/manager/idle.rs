@@ -7,8 +7,7 @@ use tokio::task::JoinSet;
 use tokio::time::sleep_until;
 use tracing::{Instrument, info, info_span, warn};
 
-use super::super::error::{ExecError, LookupError};
-use super::super::id::SandboxId;
+use super::super::error::ExecError;
 use super::super::idle::{Begun, SettingAside, Using};
 use super::super::sandbox::{Sandbox, Status};
 use super::Manager;
@@ -43,7 +42,10 @@ impl Manager {
     /// # Errors
     /// It does not run.
     pub async fn running(&self, id: &str) -> Result<InUse, ExecError> {
-        let id: SandboxId = id.parse().map_err(|_| LookupError::NotFound)?;
+        let id = match id.parse() {
+            Ok(id) => id,
+            Err(_) => self.get(id).await?.id,
+        };
         loop {
             match self.inner.idle.begin(&id) {
                 Begun::Using(using) => {
@@ -110,10 +112,14 @@ impl Manager {
                 let timeout = Duration::from_secs(sandbox.spec.timeout_sec.into());
                 self.inner.idle.watch(&sandbox.id, timeout);
             }
-            Status::Paused | Status::Stopped | Status::Error => {
+            Status::Paused | Status::Off | Status::Stopped | Status::Error => {
                 self.inner.idle.forget(&sandbox.id);
             }
-            Status::Pending | Status::Running | Status::Pausing | Status::Resuming => {}
+            Status::Pending
+            | Status::Running
+            | Status::Pausing
+            | Status::Resuming
+            | Status::Stopping => {}
         }
     }
 }

@@ -15,6 +15,7 @@ mod network;
 mod oci;
 mod pause;
 mod pool;
+mod power;
 mod recover;
 mod snapshots;
 mod templates;
@@ -45,7 +46,7 @@ use super::layer::Layers;
 use super::network::AddressError;
 use super::request::{self, Command, CreateSpec};
 use super::sandbox::{Sandbox, Spec, Status, Transition};
-use super::store::{Store, StoreError};
+use super::store::{Page, Store, StoreError};
 use super::timings::Start;
 use super::turns::{Turn, Turns};
 use crate::chain;
@@ -55,6 +56,7 @@ use merge::Merges;
 pub use network::SandboxNetwork;
 use pool::Pool;
 pub use pool::PoolLimits;
+pub use power::StopSpec;
 pub use recover::RecoverError;
 pub use snapshots::Forked;
 use warm::Warm;
@@ -143,22 +145,18 @@ impl Manager {
     /// # Errors
     /// Nothing of it is left but, if it was tried, a record with the reason.
     pub async fn create(&self, spec: CreateSpec) -> Result<Sandbox, CreateError> {
-        let address = spec.network.address;
+        let wishes = Wishes::of(&spec);
         let spec = self.check(spec).await?;
         let manager = self.clone();
-        tokio::spawn(async move { manager.create_checked(spec, address).await }.in_current_span())
+        tokio::spawn(async move { manager.create_checked(spec, wishes).await }.in_current_span())
             .await
             .unwrap_or(Err(CreateError::Interrupted))
     }
 
-    async fn create_checked(
-        &self,
-        spec: Spec,
-        address: Option<Ipv4Addr>,
-    ) -> Result<Sandbox, CreateError> {
+    async fn create_checked(&self, spec: Spec, wishes: Wishes) -> Result<Sandbox, CreateError> {
         let _starting = self.inner.pool.starting();
         let shape = shape_of(&spec);
-        let (sandbox, turn, warm) = self.insert_warm(spec, address).await?;
+        let (sandbox, turn, warm) = self.insert_warm(spec, &wishes).await?;
         info!(sandbox = %sandbox.id, template = shape.template, vcpus = shape.vcpus,
             memory_mb = shape.memory_mb, is_warm = warm.is_some(), "creating sandbox");
         let started = match warm {
@@ -196,6 +194,15 @@ impl Manager {
         id: &SandboxId,
         transition: Transition,
     ) -> Result<Sandbox, CreateError> {
+        if let Err(source) = self.keep_if_kept(id).await {
+            error!(sandbox = %id, error = %chain(&source), "the disk of the sandbox is not kept");
+            if let Err(source) = self.inner.host.destroy(id).await {
+                error!(sandbox = %id, error = chain(&source), "sandbox is left");
+            }
+            let reason = chain(&source);
+            self.record(id, Transition::Failed { reason }).await?;
+            return Err(source);
+        }
         let recorded = self.record(id, transition).await;
         let gone = match recorded {
             Ok(Some(sandbox)) if sandbox.status == Status::Running => {
@@ -219,46 +226,57 @@ impl Manager {
         Err(gone)
     }
 
-    /// Writes down a new sandbox, with this address or one that is free, and takes the turn at it.
-    /// The caller holds the lock of the records.
+    /// Writes down a new sandbox, with the address that is wished for or one that is free, and takes
+    /// the turn at it. The caller holds the lock of the records.
     async fn insert(
         &self,
         spec: &Spec,
         layers: &Layers,
-        address: Option<Ipv4Addr>,
+        wishes: &Wishes,
     ) -> Result<(Sandbox, Turn), InsertError> {
-        let address = self.address_for(spec, address).await?;
+        let address = self.claim_for(spec, wishes).await?;
         loop {
-            let inserted = self.insert_as(SandboxId::random(), spec, layers, address);
+            let new = Sandbox::new(
+                SandboxId::random(),
+                spec.clone(),
+                layers.clone(),
+                Timestamp::now(),
+            );
+            let inserted = self.insert_as(new, wishes, address);
             if let Some(inserted) = inserted.await? {
                 return Ok(inserted);
             }
         }
     }
 
-    /// The same under this name; `None` if one had it before.
+    /// Writes this one down; `None` if another had its id before.
     async fn insert_as(
         &self,
-        id: SandboxId,
-        spec: &Spec,
-        layers: &Layers,
+        mut sandbox: Sandbox,
+        wishes: &Wishes,
         address: Option<Ipv4Addr>,
     ) -> Result<Option<(Sandbox, Turn)>, StoreError> {
-        let mut sandbox = Sandbox::new(id, spec.clone(), layers.clone(), Timestamp::now());
         sandbox.address = address;
+        sandbox.name = wishes.name.clone();
+        sandbox.is_kept |= wishes.is_kept;
         let turn = self.inner.turns.take(&sandbox.id).await;
         let is_new = self.inner.store.insert(&sandbox).await?;
         Ok(is_new.then_some((sandbox, turn)))
     }
 
-    /// The address of a new sandbox, if it has a network card.
-    async fn address_for(
+    /// The address of a new sandbox, if it has a network card, and whether its name is free.
+    async fn claim_for(
         &self,
         spec: &Spec,
-        wanted: Option<Ipv4Addr>,
+        wishes: &Wishes,
     ) -> Result<Option<Ipv4Addr>, InsertError> {
+        if let Some(name) = &wishes.name
+            && self.inner.store.find(name).await?.is_some()
+        {
+            return Err(InsertError::NameTaken(name.clone()));
+        }
         Ok(match &spec.network {
-            Some(_) => Some(self.allocate(wanted).await?),
+            Some(_) => Some(self.allocate(wishes.address).await?),
             None => None,
         })
     }
@@ -280,6 +298,9 @@ impl Manager {
         if self.is_closing() {
             return Err(CreateError::ShuttingDown);
         }
+        if let Some(name) = &spec.name {
+            request::check_name(name).map_err(CreateError::Invalid)?;
+        }
         let host = self
             .inner
             .host
@@ -294,7 +315,7 @@ impl Manager {
         self.inner.closing.load(Ordering::Acquire)
     }
 
-    /// The sandboxes that run, are on the way there, or are paused; newest first.
+    /// The sandboxes that run, are on the way there, are paused, or are off; newest first.
     ///
     /// # Errors
     /// The store failed.
@@ -302,17 +323,25 @@ impl Manager {
         self.inner.store.list_live().await
     }
 
-    /// One sandbox, gone ones included.
+    /// The sandboxes of a page of the list of those that are not deleted, and how many there are on all
+    /// pages of it.
     ///
     /// # Errors
-    /// There is none of that id, or the store failed.
+    /// The store failed.
+    pub async fn page(&self, page: &Page) -> Result<(Vec<Sandbox>, u64), StoreError> {
+        self.inner.store.page(page).await
+    }
+
+    /// One sandbox, by its id, gone ones included, or by its name, if it is not deleted.
+    ///
+    /// # Errors
+    /// There is none, or the store failed.
     pub async fn get(&self, id: &str) -> Result<Sandbox, LookupError> {
-        let id = id.parse().map_err(|_| LookupError::NotFound)?;
-        self.inner
-            .store
-            .get(&id)
-            .await?
-            .ok_or(LookupError::NotFound)
+        let found = match id.parse() {
+            Ok(id) => self.inner.store.get(&id).await?,
+            Err(_) => self.inner.store.find(id).await?,
+        };
+        found.ok_or(LookupError::NotFound)
     }
 
     /// Ends a sandbox. Its record stays. It goes on if the caller goes away.
@@ -462,10 +491,14 @@ impl Manager {
         let reason = "daemon shut down".to_owned();
         let transition = match status {
             Some(Status::Resuming) => Transition::NotResumed { reason },
-            Some(Status::Pending | Status::Running | Status::Pausing) => Transition::Stopped {
-                reason: Some(reason),
-            },
-            Some(Status::Paused | Status::Stopped | Status::Error) | None => return Ok(()),
+            Some(Status::Pending | Status::Running | Status::Pausing | Status::Stopping) => {
+                Transition::Stopped {
+                    reason: Some(reason),
+                }
+            }
+            Some(Status::Paused | Status::Off | Status::Stopped | Status::Error) | None => {
+                return Ok(());
+            }
         };
         self.record(id, transition).await.map(drop)
     }
@@ -520,6 +553,24 @@ impl Manager {
         }
         if let Err(source) = self.inner.host.discard(layers).await {
             error!(error = %chain(&source), "layers are left");
+        }
+    }
+}
+
+/// What is wished for a new sandbox beside what it is made of.
+#[derive(Debug, Default)]
+struct Wishes {
+    address: Option<Ipv4Addr>,
+    name: Option<String>,
+    is_kept: bool,
+}
+
+impl Wishes {
+    fn of(spec: &CreateSpec) -> Self {
+        Self {
+            address: spec.network.address,
+            name: spec.name.clone(),
+            is_kept: spec.is_kept,
         }
     }
 }

@@ -13,6 +13,11 @@ use super::super::sandbox::{Sandbox, Status, Transition};
 use super::Manager;
 use crate::chain;
 
+/// Whether a sandbox that is neither gone nor on the way somewhere.
+fn can_change(status: Status) -> bool {
+    matches!(status, Status::Running | Status::Paused | Status::Off)
+}
+
 /// What there is to say of the network of a sandbox.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SandboxNetwork {
@@ -70,7 +75,7 @@ impl Manager {
             let Some(before) = sandbox.spec.network else {
                 return Err(NetworkChangeError::NoNetwork);
             };
-            if !matches!(sandbox.status, Status::Running | Status::Paused) {
+            if !can_change(sandbox.status) {
                 return Err(NetworkChangeError::WrongState(sandbox.status));
             }
             // Before the act, so that after a crash the sandbox is never resumed with what it was
@@ -110,7 +115,7 @@ impl Manager {
             if sandbox.address.is_none() {
                 return Err(NetworkChangeError::NoNetwork);
             }
-            if !matches!(sandbox.status, Status::Running | Status::Paused) {
+            if !can_change(sandbox.status) {
                 return Err(NetworkChangeError::WrongState(sandbox.status));
             }
             if sandbox.forwards.len() >= MAX_FORWARDS {

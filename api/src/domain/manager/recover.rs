@@ -88,6 +88,10 @@ impl Manager {
                 failed("what was saved when it was paused is no longer on the host")
             }
             Status::Paused => None,
+            Status::Off if !self.has(&sandbox.layers).await? => {
+                failed("the disk that was kept of it is no longer on the host")
+            }
+            Status::Off => None,
             Status::Resuming => Some(Transition::NotResumed {
                 reason: "the daemon ended without notice while the sandbox was being resumed"
                     .to_owned(),

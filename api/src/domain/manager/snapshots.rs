@@ -15,7 +15,7 @@ use super::super::snapshot::Snapshot;
 use super::super::store::StoreError;
 use super::super::timings::{SaveTimings, Start};
 use super::super::turns::Turn;
-use super::Manager;
+use super::{Manager, Wishes};
 use crate::chain;
 
 /// How many sandboxes of one fork are started at a time.
@@ -98,6 +98,7 @@ impl Manager {
                 })
             }
             Status::Paused => None,
+            Status::Off if !sandbox.layers.disk.is_empty() => None,
             status => return Err(SnapshotError::NotSaveable(status)),
         };
         if let Some(name) = &spec.name
@@ -116,6 +117,7 @@ impl Manager {
             description: spec.description,
             sandbox: id.clone(),
             spec: sandbox.spec,
+            status: sandbox.status,
             layers,
             content: None,
             created_at: Timestamp::now(),
@@ -164,7 +166,11 @@ impl Manager {
             Err(_) => None,
         };
         if let Some(layers) = based_on {
-            self.record(id, Transition::Based(layers.clone())).await?;
+            let based = self.record(id, Transition::Based(layers.clone())).await?;
+            // What it writes to now is another than before.
+            if based.is_some_and(|sandbox| sandbox.is_kept && sandbox.status == Status::Running) {
+                self.keep_root(id).await.map_err(SnapshotError::Host)?;
+            }
             self.merge_in_background(&layers);
         }
         match result {
@@ -275,7 +281,10 @@ impl Manager {
             let _records = self.inner.records.lock().await;
             let snapshot = self.get_snapshot(snapshot).await?;
             for _ in 0..count {
-                pending.push(self.insert(&snapshot.spec, &snapshot.layers, None).await?);
+                pending.push(
+                    self.insert(&snapshot.spec, &snapshot.layers, &Wishes::default())
+                        .await?,
+                );
             }
             Ok(())
         };

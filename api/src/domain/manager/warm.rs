@@ -18,7 +18,6 @@
 //! does not start, is not tried again by this daemon, so that no machine is booted over and over.
 
 use std::collections::HashSet;
-use std::net::Ipv4Addr;
 use std::sync::{Mutex, PoisonError};
 
 use jiff::Timestamp;
@@ -38,7 +37,7 @@ use super::super::store::StoreError;
 use super::super::timings::Start;
 use super::super::turns::Turn;
 use super::templates::Ground;
-use super::{Manager, identity_of, request_for, shape_of};
+use super::{Manager, Wishes, identity_of, request_for, shape_of};
 use crate::chain;
 
 /// How long the first command in a machine that is made warm may take, in seconds.
@@ -115,10 +114,14 @@ impl Manager {
     pub(super) async fn insert_warm(
         &self,
         spec: Spec,
-        address: Option<Ipv4Addr>,
+        wishes: &Wishes,
     ) -> Result<(Sandbox, Turn, Option<WarmStart>), CreateError> {
         let ground = self.ground(&spec.template).await?;
-        let key = self.warm_key(&shape_of(&spec), &ground).await;
+        // The disk of a warm snapshot has its template's size.
+        let key = match spec.disk_mb {
+            None => self.warm_key(&shape_of(&spec), &ground).await,
+            Some(_) => None,
+        };
         let _records = self.inner.records.lock().await;
         self.check_unchanged(&spec.template, &ground).await?;
         let found = match key {
@@ -126,17 +129,17 @@ impl Manager {
             None => None,
         };
         let Some(mut warm) = found else {
-            let (sandbox, turn) = self.insert(&spec, &ground.layers, address).await?;
+            let (sandbox, turn) = self.insert(&spec, &ground.layers, wishes).await?;
             return Ok((sandbox, turn, None));
         };
         let ready = match self.take_ready(&warm, &spec) {
-            Some(id) => self.insert_ready(id, &spec, &warm.layers, address).await?,
+            Some(id) => self.insert_ready(id, &spec, &warm.layers, wishes).await?,
             None => None,
         };
         let is_ready = ready.is_some();
         let (sandbox, turn) = match ready {
             Some(ready) => ready,
-            None => self.insert(&spec, &warm.layers, address).await?,
+            None => self.insert(&spec, &warm.layers, wishes).await?,
         };
         warm.used_at = Timestamp::now();
         self.inner.store.put_warm(&warm).await?;
@@ -151,11 +154,13 @@ impl Manager {
         id: SandboxId,
         spec: &Spec,
         layers: &Layers,
-        address: Option<Ipv4Addr>,
+        wishes: &Wishes,
     ) -> Result<Option<(Sandbox, Turn)>, InsertError> {
         let inserted = async {
-            let address = self.address_for(spec, address).await?;
-            Ok(self.insert_as(id.clone(), spec, layers, address).await?)
+            let address = self.claim_for(spec, wishes).await?;
+            let (spec, layers) = (spec.clone(), layers.clone());
+            let new = Sandbox::new(id.clone(), spec, layers, Timestamp::now());
+            Ok(self.insert_as(new, wishes, address).await?)
         };
         let inserted = inserted.await;
         if !matches!(inserted, Ok(Some(_))) {

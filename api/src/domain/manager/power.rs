@@ -1,0 +1,304 @@
+//! Sandboxes whose disk is kept: made without being started, started, stopped, restarted, and rolled
+//! back to a snapshot.
+//!
+//! The disk that such a sandbox writes to is a layer from the moment that its agent has answered. So
+//! whatever ends it, the guest, its VMM, this daemon or the machine, the layer holds what it has
+//! written, and the sandbox is `off` with its disk. Whoever snapshots it gives it another disk to write
+//! to, which is a layer again.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use tracing::{Instrument, info, warn};
+
+use super::super::error::{CreateError, LookupError, PowerError};
+use super::super::host::{HostError, PowerOffRequest};
+use super::super::id::{LayerId, SandboxId};
+use super::super::layer::MAX_DISK;
+use super::super::request::CreateSpec;
+use super::super::sandbox::{Sandbox, Status, Transition};
+use super::super::timings::Start;
+use super::super::turns::Turn;
+use super::{Manager, Wishes};
+use crate::chain;
+
+/// The longest time that a guest has to shut down.
+const MAX_STOP: Duration = Duration::from_secs(3600);
+
+/// How a sandbox is to be stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StopSpec {
+    /// Whether its power is cut at once.
+    pub force: bool,
+    /// How long it has to shut down before that is done.
+    pub timeout: Duration,
+}
+
+impl Manager {
+    /// Writes down a sandbox that is off, and whose disk is kept.
+    ///
+    /// # Errors
+    /// There is none.
+    pub async fn create_off(&self, spec: CreateSpec) -> Result<Sandbox, CreateError> {
+        let wishes = Wishes::of(&spec);
+        let spec = self.check(spec).await?;
+        let ground = self.ground(&spec.template).await?;
+        let _records = self.inner.records.lock().await;
+        self.check_unchanged(&spec.template, &ground).await?;
+        let address = self.claim_for(&spec, &wishes).await?;
+        loop {
+            let (spec, layers) = (spec.clone(), ground.layers.clone());
+            let new = Sandbox::new_off(SandboxId::random(), spec, layers, Timestamp::now());
+            if let Some((sandbox, _)) = self.insert_as(new, &wishes, address).await? {
+                info!(sandbox = %sandbox.id, name = sandbox.name, "sandbox created, and off");
+                return Ok(sandbox);
+            }
+        }
+    }
+
+    /// Starts a sandbox that is off, and waits until its agent has answered. It goes on if the caller
+    /// goes away.
+    ///
+    /// # Errors
+    /// It is in another state, or off as before.
+    pub async fn power_on(&self, id: &str) -> Result<Sandbox, PowerError> {
+        self.with_turn(id, async |manager, id, _turn| manager.turn_on(&id).await)
+            .await
+    }
+
+    /// Stops a sandbox that runs, and keeps its disk. It goes on if the caller goes away.
+    ///
+    /// # Errors
+    /// It is in another state, or something of it is left.
+    pub async fn power_off(&self, id: &str, stop: StopSpec) -> Result<Sandbox, PowerError> {
+        self.with_turn(id, async move |manager, id, _turn| {
+            manager.turn_off(&id, stop, "stopped").await
+        })
+        .await
+    }
+
+    /// Stops a sandbox that runs, and starts it again. It goes on if the caller goes away.
+    ///
+    /// # Errors
+    /// As of [`Manager::power_off`] and [`Manager::power_on`].
+    pub async fn restart(&self, id: &str, stop: StopSpec) -> Result<Sandbox, PowerError> {
+        self.with_turn(id, async move |manager, id, _turn| {
+            if manager.is_closing() {
+                return Err(PowerError::ShuttingDown);
+            }
+            manager.turn_off(&id, stop, "restarted").await?;
+            manager.turn_on(&id).await
+        })
+        .await
+    }
+
+    /// Takes a sandbox back to what it was when one of its snapshots was taken, by id or name. It keeps
+    /// its id, name and address. One that runs, and one whose memory the snapshot has, runs then; it
+    /// goes on if the caller goes away.
+    ///
+    /// # Errors
+    /// It is in another state, or there is no such snapshot of it; otherwise it may be off.
+    pub async fn roll_back(&self, id: &str, snapshot: &str) -> Result<Sandbox, PowerError> {
+        let snapshot = snapshot.to_owned();
+        self.with_turn(id, async move |manager, id, _turn| {
+            manager.roll_back_known(&id, &snapshot).await
+        })
+        .await
+    }
+
+    /// Does `work` at a sandbox with the turn at it, in a task of its own.
+    async fn with_turn<F>(
+        &self,
+        id: &str,
+        work: impl FnOnce(Self, SandboxId, Turn) -> F + Send + 'static,
+    ) -> Result<Sandbox, PowerError>
+    where
+        F: Future<Output = Result<Sandbox, PowerError>> + Send + 'static,
+    {
+        let id = self.get(id).await?.id;
+        let turn = self.inner.turns.take(&id).await;
+        let task = work(self.clone(), id, turn);
+        tokio::spawn(task.in_current_span())
+            .await
+            .unwrap_or(Err(PowerError::Interrupted))
+    }
+
+    /// The caller has the turn.
+    async fn turn_on(&self, id: &SandboxId) -> Result<Sandbox, PowerError> {
+        let _starting = self.inner.pool.starting();
+        let sandbox = self.get(id.as_str()).await?;
+        let wrong = |status| PowerError::WrongState {
+            verb: "started",
+            status,
+            needed: "off",
+        };
+        if sandbox.status != Status::Off {
+            return Err(wrong(sandbox.status));
+        }
+        if self.is_closing() {
+            return Err(PowerError::ShuttingDown);
+        }
+        if sandbox.layers.disk.len() >= MAX_DISK {
+            self.merge_in_background(&sandbox.layers);
+            return Err(PowerError::TooManyLayers(sandbox.layers.disk.len()));
+        }
+        let transition = Transition::PoweringOn(sandbox.layers);
+        let sandbox = match self.record(id, transition).await? {
+            Some(sandbox) if sandbox.status == Status::Pending => sandbox,
+            Some(sandbox) => return Err(wrong(sandbox.status)),
+            None => return Err(LookupError::NotFound.into()),
+        };
+        self.open_forwards(&sandbox).await;
+        let start = match sandbox.layers.memory.is_empty() {
+            true => Start::Cold,
+            false => Start::Resume,
+        };
+        Ok(self.start(sandbox, start).await?)
+    }
+
+    /// The caller has the turn.
+    async fn turn_off(
+        &self,
+        id: &SandboxId,
+        stop: StopSpec,
+        verb: &'static str,
+    ) -> Result<Sandbox, PowerError> {
+        let sandbox = self.get(id.as_str()).await?;
+        let failed = |source| PowerError::Host { verb, source };
+        let wrong = |status| PowerError::WrongState {
+            verb,
+            status,
+            needed: "running",
+        };
+        if sandbox.status != Status::Running {
+            return Err(wrong(sandbox.status));
+        }
+        if sandbox.kept.is_none() {
+            self.keep_root(id).await.map_err(failed)?;
+        }
+        let sandbox = match self.record(id, Transition::PoweringOff).await? {
+            Some(sandbox) if sandbox.status == Status::Stopping => sandbox,
+            // It ended in the meantime.
+            Some(sandbox) => return Err(wrong(sandbox.status)),
+            None => return Err(LookupError::NotFound.into()),
+        };
+        let timeout = match stop.force {
+            true => Duration::ZERO,
+            false => stop.timeout.min(MAX_STOP),
+        };
+        let kept = sandbox.kept.as_ref();
+        let request = PowerOffRequest {
+            id: id.clone(),
+            timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
+            layer: kept.and_then(|kept| kept.disk.last().cloned()),
+        };
+        match self.inner.host.power_off(request).await {
+            Ok(in_order) => info!(sandbox = %id, in_order, "sandbox powered off"),
+            // It ended by itself.
+            Err(HostError::NotRunning { .. }) => {}
+            Err(source) => return Err(failed(source)),
+        }
+        let stopped = Transition::Stopped { reason: None };
+        match self.record(id, stopped).await? {
+            Some(sandbox) if sandbox.status == Status::Off => {
+                self.merge_in_background(&sandbox.layers);
+                Ok(sandbox)
+            }
+            Some(sandbox) => Err(wrong(sandbox.status)),
+            None => Err(LookupError::NotFound.into()),
+        }
+    }
+
+    /// The caller has the turn.
+    async fn roll_back_known(&self, id: &SandboxId, name: &str) -> Result<Sandbox, PowerError> {
+        let find = async || match self.get_snapshot(name).await {
+            Ok(snapshot) if snapshot.sandbox == *id => Ok(snapshot),
+            _ => Err(PowerError::NoSnapshot),
+        };
+        let snapshot = find().await?;
+        let before = self.get(id.as_str()).await?.status;
+        match before {
+            Status::Running => {
+                let cut = StopSpec {
+                    force: true,
+                    timeout: Duration::ZERO,
+                };
+                self.turn_off(id, cut, "rolled back").await?;
+            }
+            Status::Off | Status::Paused => {}
+            status => {
+                return Err(PowerError::WrongState {
+                    verb: "rolled back",
+                    status,
+                    needed: "running, paused or off",
+                });
+            }
+        }
+        {
+            // Nobody can delete it before its layers are the sandbox's.
+            let _records = self.inner.records.lock().await;
+            let snapshot = find().await?;
+            let mut sandbox = self.get(id.as_str()).await?;
+            let rolled = Transition::RolledBack(snapshot.layers);
+            if let Err(late) = sandbox.apply(rolled, Timestamp::now()) {
+                return Err(PowerError::WrongState {
+                    verb: "rolled back",
+                    status: late.from,
+                    needed: "running, paused or off",
+                });
+            }
+            let released = self.inner.store.update(&sandbox).await?;
+            self.discard(&released).await;
+        }
+        info!(sandbox = %id, snapshot = %snapshot.id, "sandbox rolled back");
+        let runs = before == Status::Running || !snapshot.layers.memory.is_empty();
+        match runs {
+            true => self.turn_on(id).await,
+            false => Ok(self.get(id.as_str()).await?),
+        }
+    }
+
+    /// Makes the disk that a running sandbox writes to a layer, if it is one whose disk is kept.
+    pub(super) async fn keep_if_kept(&self, id: &SandboxId) -> Result<(), CreateError> {
+        match self.inner.store.get(id).await? {
+            Some(sandbox) if sandbox.is_kept && sandbox.kept.is_none() => {
+                let kept = self.keep_root(id).await;
+                kept.map_err(|source| CreateError::Host {
+                    id: id.clone(),
+                    source,
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes the disk that a running sandbox writes to a layer, which it is based on once it is off.
+    pub(super) async fn keep_root(&self, id: &SandboxId) -> Result<(), HostError> {
+        let internal = |error: &dyn std::error::Error| HostError::Internal {
+            reason: chain(error),
+        };
+        let found = self.inner.store.get(id).await;
+        let found = found.map_err(|error| internal(&error))?;
+        let gone = || HostError::NotRunning { id: id.clone() };
+        let sandbox = found.ok_or_else(gone)?;
+        let layer = LayerId::random();
+        self.inner.host.keep(id, &layer).await?;
+        let kept = sandbox.layers.without_memory().saved_disk(layer.clone());
+        let recorded = self.record(id, Transition::Kept(kept)).await;
+        let is_held = |sandbox: &Sandbox| {
+            let kept = sandbox.kept.as_ref();
+            kept.is_some_and(|kept| kept.disk.contains(&layer))
+        };
+        match recorded {
+            Ok(Some(sandbox)) if is_held(&sandbox) => Ok(()),
+            other => {
+                warn!(sandbox = %id, "a sandbox has ended before its disk was kept");
+                self.discard(&[layer]).await;
+                match other {
+                    Ok(_) => Err(gone()),
+                    Err(error) => Err(internal(&error)),
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,45 @@
+//! Pages of the list of sandboxes.
+
+use rusqlite::{Connection, params};
+
+use super::{COLUMNS, read as read_row};
+use crate::domain::{Page, Sandbox, SortBy};
+
+/// The sandboxes of a page, and how many there are on all pages.
+pub fn read(connection: &Connection, page: &Page) -> rusqlite::Result<(Vec<Sandbox>, u64)> {
+    let filter = "FROM sandboxes WHERE status <> 'stopped' \
+                  AND (?1 = '' OR instr(?1, ',' || status || ',') > 0) \
+                  AND (?2 IS NULL OR (last_start IS NOT NULL) = ?2)";
+    let filter = filter.replace("last_start", "coalesce(started_at, stopped_at)");
+    let words = match &page.statuses {
+        Some(statuses) => {
+            let words: Vec<_> = statuses.iter().map(|status| status.as_str()).collect();
+            format!(",{},", words.join(","))
+        }
+        None => String::new(),
+    };
+    let column = match page.sort {
+        SortBy::CreatedAt => "created_at",
+        SortBy::Name => "coalesce(name, id)",
+        SortBy::Status => "status",
+        SortBy::Vcpus => "vcpus",
+        SortBy::MemoryMb => "memory_mb",
+    };
+    let order = if page.is_descending { "DESC" } else { "ASC" };
+    let filters = params![words, page.was_started];
+    let total: i64 = connection
+        .prepare_cached(&format!("SELECT count(*) {filter}"))?
+        .query_row(filters, |row| row.get(0))?;
+    let sql = format!(
+        "SELECT {COLUMNS} {filter} ORDER BY {column} {order}, rowid {order} LIMIT ?3 OFFSET ?4"
+    );
+    let offset = i64::try_from(page.offset).unwrap_or(i64::MAX);
+    let sandboxes = connection
+        .prepare_cached(&sql)?
+        .query_map(
+            params![words, page.was_started, page.limit, offset],
+            read_row,
+        )?
+        .collect::<rusqlite::Result<_>>()?;
+    Ok((sandboxes, total.cast_unsigned()))
+}
