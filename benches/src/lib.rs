@@ -16,6 +16,7 @@ pub mod peer;
 pub mod process;
 pub mod random;
 pub mod report;
+pub mod restore;
 pub mod rounds;
 pub mod running;
 pub mod sandboxes;
