@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::chain;
 use crate::domain::{Egress, Subnet, WhenIdle};
 use crate::hypervisor::{CgroupParent, DiskLimits};
+use crate::identity::Registration;
 use crate::network::MAX_BRIDGE_NAME;
 
 /// The file that is read when none is named, if it is there.
@@ -20,7 +21,8 @@ const DEFAULT_FILE: &str = "/etc/microvm-sandbox/sandboxd.toml";
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// Addresses to serve on, loopback only.
+    /// Addresses to serve on. If one is not a loopback address, every caller needs a token or an
+    /// API key.
     pub listen: Vec<SocketAddr>,
     /// Database, disks and spool files.
     pub data_dir: PathBuf,
@@ -34,6 +36,8 @@ pub struct Config {
     pub shutdown_timeout_sec: u64,
     /// What becomes of a sandbox that was idle for its `timeout_sec`.
     pub when_idle: WhenIdle,
+    /// Accounts.
+    pub auth: AuthConfig,
     /// What guests are made from.
     pub images: ImagesConfig,
     /// How VMMs are jailed.
@@ -44,6 +48,14 @@ pub struct Config {
     pub limits: LimitsConfig,
     /// Logs.
     pub log: LogConfig,
+}
+
+/// Accounts.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AuthConfig {
+    /// Who may register.
+    pub registration: Registration,
 }
 
 /// What guests are made from.
@@ -273,6 +285,7 @@ impl Default for Config {
             boot_timeout_sec: 60,
             shutdown_timeout_sec: 10,
             when_idle: WhenIdle::default(),
+            auth: AuthConfig::default(),
             images: ImagesConfig::default(),
             jail: JailConfig::default(),
             network: NetworkConfig::default(),
@@ -314,7 +327,8 @@ pub struct Flags {
     /// Settings file (TOML); /etc/microvm-sandbox/sandboxd.toml is read if it is there
     #[arg(long, env = "SANDBOXD_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Addresses to serve on, loopback only [default: 127.0.0.1:8000,127.0.0.1:8080]
+    /// Addresses to serve on; if one is not on loopback, every caller needs a token or an API key
+    /// [default: 127.0.0.1:8000,127.0.0.1:8080]
     #[arg(
         long,
         env = "SANDBOXD_LISTEN",
@@ -331,6 +345,9 @@ pub struct Flags {
     /// VMM binary [default: `vmm` beside this program]
     #[arg(long, env = "SANDBOXD_VMM", value_name = "FILE")]
     vmm: Option<PathBuf>,
+    /// Who may register at `/api/v1/auth/register` [default: open]
+    #[arg(long, env = "SANDBOXD_REGISTRATION", value_name = "WHO")]
+    registration: Option<Registration>,
     /// Directory with vmlinux, initramfs.cpio and NAME.ext4 for each template
     /// [default: ../images from this program's directory, or target/images]
     #[arg(long, env = "SANDBOXD_IMAGES_DIR", value_name = "DIR")]
@@ -530,6 +547,7 @@ impl Config {
         set(&mut self.data_dir, flags.data_dir);
         set(&mut self.runtime_dir, flags.runtime_dir);
         set(&mut self.vmm, flags.vmm.map(Some));
+        set(&mut self.auth.registration, flags.registration);
         set(&mut self.images.dir, flags.images_dir.map(Some));
         set(&mut self.images.kernel, flags.kernel.map(Some));
         set(&mut self.images.initramfs, flags.initramfs.map(Some));
@@ -583,17 +601,6 @@ impl Config {
         let invalid = |text: String| Err(ConfigError::Invalid(text));
         if self.listen.is_empty() {
             return invalid("listen names no address; expected one at least".to_owned());
-        }
-        if let Some(address) = self
-            .listen
-            .iter()
-            .find(|address| !address.ip().is_loopback())
-        {
-            return invalid(format!(
-                "listen names {address}, which others can reach, and this version asks callers for \
-                 no credentials; use a loopback address such as 127.0.0.1:8000, and a reverse proxy \
-                 that asks for them"
-            ));
         }
         for (name, seconds) in [
             ("boot_timeout_sec", self.boot_timeout_sec),
@@ -771,7 +778,6 @@ mod tests {
     #[test]
     fn settings_that_make_no_sense_are_refused() {
         for arguments in [
-            ["--listen=0.0.0.0:8000"],
             ["--boot-timeout-sec=0"],
             ["--pool-idle-sec=0"],
             ["--exec-memory-bytes=99999999999"],

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::fs::{Access, FlockOperation};
+use rustix::fs::FlockOperation;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
@@ -23,8 +23,9 @@ use tracing::{info, warn};
 use crate::chain;
 use crate::config::{Config, NetworkMode};
 use crate::domain::{ExecLimits, Host, Limits, Manager, PoolLimits, RecoverError};
-use crate::http::{self, AppState, OpenApiError};
+use crate::http::{self, Access, AppState, OpenApiError};
 use crate::hypervisor::{HostConfig, HostNetwork, LeftoverError, LocalHost, Paths, PathsError};
+use crate::identity::{HashError, Identity, KeyFileError, Tokens};
 use crate::images::{ImageError, Images};
 use crate::network::{Network, NetworkError};
 use crate::store::{OpenError, SqliteStore};
@@ -101,6 +102,12 @@ pub enum DaemonError {
     /// There is no network, and `network.mode` is `on`.
     #[error("the network of sandboxes cannot be set up, and network.mode is on")]
     Network(#[source] NetworkError),
+    /// The key of tokens is not usable.
+    #[error(transparent)]
+    Tokens(#[from] KeyFileError),
+    /// Passwords cannot be hashed.
+    #[error(transparent)]
+    Passwords(#[from] HashError),
     /// The API's description cannot be written.
     #[error(transparent)]
     OpenApi(#[from] OpenApiError),
@@ -117,7 +124,7 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
     let images_dir = config.images_dir().map_err(DaemonError::OwnDirectory)?;
     let images = images(&config, &images_dir)?;
     let vmm = config.vmm_path().map_err(DaemonError::OwnDirectory)?;
-    rustix::fs::access(&vmm, Access::EXEC_OK).map_err(|source| DaemonError::Vmm {
+    rustix::fs::access(&vmm, rustix::fs::Access::EXEC_OK).map_err(|source| DaemonError::Vmm {
         path: vmm.clone(),
         source: source.into(),
     })?;
@@ -171,7 +178,10 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
         merge_from: MERGE_FROM,
     };
     let events = host.events().await;
-    let manager = Manager::new(Arc::new(host), Arc::new(store), limits);
+    let store = Arc::new(store);
+    let tokens = Tokens::open(&data_dir.join("token.key"))?;
+    let identity = Identity::new(store.clone(), tokens, config.auth.registration)?;
+    let manager = Manager::new(Arc::new(host), store, limits);
     manager.recover().await?;
     let follower = manager.clone();
     tokio::spawn(async move { follower.follow(events).await });
@@ -182,6 +192,8 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
 
     let state = AppState {
         manager: manager.clone(),
+        identity,
+        access: Access::of(&config.listen),
         max_upload: config.limits.upload_bytes,
         max_archive: config.limits.template_archive_bytes,
     };
@@ -193,8 +205,11 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
             info!(%address, "listening");
         }
         let closing = closing.clone();
+        let service = router
+            .clone()
+            .into_make_service_with_connect_info::<SocketAddr>();
         let server =
-            axum::serve(listener, router.clone()).with_graceful_shutdown(closing.cancelled_owned());
+            axum::serve(listener, service).with_graceful_shutdown(closing.cancelled_owned());
         servers.spawn(async move { server.await });
     }
     info!(version = env!("CARGO_PKG_VERSION"), "sandboxd is ready");

@@ -14,6 +14,7 @@ pub mod dialects;
 pub mod domain;
 pub mod http;
 pub mod hypervisor;
+pub mod identity;
 pub mod images;
 pub mod network;
 pub mod oci;

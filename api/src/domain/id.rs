@@ -30,6 +30,31 @@ pub enum OfLayer {}
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum OfTemplate {}
 
+/// Users, as in `us-0123456789abcdef`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum OfUser {}
+
+/// API keys, as in `ak-0a1b2c3d`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum OfKey {}
+
+/// Name of a user, for programs.
+pub type UserId = Id<OfUser>;
+/// Name of an API key, which is no secret.
+pub type KeyId = Id<OfKey>;
+
+impl Kind for OfUser {
+    const WHAT: &'static str = "a user";
+    const PREFIX: &'static str = "us";
+    const DIGITS: usize = 16;
+}
+
+impl Kind for OfKey {
+    const WHAT: &'static str = "an API key";
+    const PREFIX: &'static str = "ak";
+    const DIGITS: usize = 8;
+}
+
 /// Name of a sandbox.
 pub type SandboxId = Id<OfSandbox>;
 /// Name of a snapshot.

@@ -9,6 +9,7 @@ mod idle;
 mod layer;
 mod manager;
 mod network;
+mod principal;
 mod request;
 mod sandbox;
 mod snapshot;
@@ -30,7 +31,7 @@ pub use host::{
     KeptDisk, MergeRequest, Nic, PowerOffRequest, PrepareRequest, ReadFileRequest, SaveRequest,
     Saved, Shape, WriteFileRequest,
 };
-pub use id::{Id, Kind, LayerId, ParseIdError, SandboxId, SnapshotId, TemplateId};
+pub use id::{Id, KeyId, Kind, LayerId, ParseIdError, SandboxId, SnapshotId, TemplateId, UserId};
 pub use layer::{Layers, MAX_DISK};
 pub use manager::{
     Forked, InUse, Limits, Manager, PoolLimits, RecoverError, SandboxNetwork, StopSpec, WhenIdle,
@@ -41,6 +42,7 @@ pub use network::{
     MAX_FORWARDS, MAX_RULES, MacAddress, NetworkActivity, NetworkInfo, NetworkSpec, PortRange,
     RateLimits, Subnet, SubnetError, Traffic, Transport,
 };
+pub use principal::{Account, Principal, Role, User};
 pub use request::{Command, CreateSpec, MAX_EXEC_TIMEOUT_SEC, SettingsSpec, SnapshotSpec};
 pub use sandbox::{Desired, IllegalTransition, Sandbox, Spec, Status, Transition};
 pub use snapshot::{LayersInfo, Snapshot, WarmSnapshot};

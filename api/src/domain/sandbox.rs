@@ -47,7 +47,7 @@ use std::net::Ipv4Addr;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::id::{LayerId, SandboxId};
+use super::id::{LayerId, SandboxId, UserId};
 use super::layer::Layers;
 use super::network::{Connection, Egress, Forward};
 use super::timings::Timings;
@@ -174,6 +174,8 @@ pub struct Sandbox {
     pub id: SandboxId,
     /// The user's name for it, which no other has that is not deleted.
     pub name: Option<String>,
+    /// Whose it is; `None` is the local principal.
+    pub owner: Option<UserId>,
     /// What it is made of.
     pub spec: Spec,
     /// What the user wants it to be.
@@ -282,6 +284,7 @@ impl Sandbox {
         Self {
             id,
             name: None,
+            owner: None,
             spec,
             desired: Desired::Running,
             status: Status::Pending,

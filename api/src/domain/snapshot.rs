@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::id::{SandboxId, SnapshotId};
+use super::id::{SandboxId, SnapshotId, UserId};
 use super::layer::Layers;
 use super::sandbox::{Spec, Status};
 
@@ -12,6 +12,8 @@ use super::sandbox::{Spec, Status};
 pub struct Snapshot {
     /// Its id.
     pub id: SnapshotId,
+    /// Whose it is; `None` is the local principal.
+    pub owner: Option<UserId>,
     /// The user's name for it, which is no other's.
     pub name: Option<String>,
     /// What the user says of it.

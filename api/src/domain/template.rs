@@ -18,7 +18,7 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::id::{SandboxId, TemplateId};
+use super::id::{SandboxId, TemplateId, UserId};
 use super::layer::Layers;
 
 /// vCPUs of a sandbox whose template and creator say nothing.
@@ -31,6 +31,8 @@ pub const DEFAULT_MEMORY_MB: u32 = 512;
 pub struct Template {
     /// Its id.
     pub id: TemplateId,
+    /// Whose it is; `None` is the local principal, whose templates are everybody's to use.
+    pub owner: Option<UserId>,
     /// Its name, which no other has.
     pub name: String,
     /// What it is made from.

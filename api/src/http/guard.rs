@@ -1,24 +1,27 @@
-//! Who may call: anyone on this machine, but no web page.
+//! Who may call a daemon on loopback addresses: anyone on this machine, but no web page.
 //!
-//! The daemon listens on loopback only and asks for no credentials, so every local program is
-//! trusted. A browser on this machine is local too, and runs the programs of strangers. Two of
+//! Such a daemon asks for no credentials, so every local program is trusted. A browser on this machine is local too, and runs the programs of strangers. Two of
 //! its ways in are closed here: a page's own requests carry the page's `Origin`, and a page whose
 //! name was rebound to a loopback address carries that name as `Host`.
 
 use std::net::IpAddr;
 
-use axum::extract::Request;
+use axum::extract::{Request, State};
 use axum::http::{StatusCode, Uri, header};
 use axum::middleware::Next;
 use axum::response::Response;
 
-use super::error_response;
+use super::{Access, refuse};
 
-/// Refuses requests whose `Host` or `Origin` is not a loopback one.
-pub async fn loopback_only(request: Request, next: Next) -> Response {
+/// Refuses requests whose `Host` or `Origin` is not a loopback one, unless everybody has to show
+/// credentials, which a page does not have.
+pub async fn loopback_only(State(access): State<Access>, request: Request, next: Next) -> Response {
     match check(&request) {
-        Ok(()) => next.run(request).await,
-        Err(problem) => error_response(StatusCode::FORBIDDEN, "forbidden", problem.to_owned()),
+        Err(problem) if access == Access::Local => {
+            let path = request.uri().path();
+            refuse(path, StatusCode::FORBIDDEN, "forbidden", problem)
+        }
+        _ => next.run(request).await,
     }
 }
 

@@ -1,23 +1,29 @@
 //! What all dialects share: the router, request ids and logs, the check of who may call, errors
 //! of requests that no dialect answers, and the service's own description.
 
+mod auth;
 mod error;
 mod guard;
 mod openapi;
 mod trace;
 
 use axum::extract::DefaultBodyLimit;
-use axum::response::IntoResponse;
+use axum::http::{StatusCode, Uri};
+use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router, middleware};
 use serde::Serialize;
 use utoipa::ToSchema;
 
+pub use auth::{API_KEY, Access, Caller, Identified, OPEN};
 pub use error::{ErrorBody, ErrorDetail, error_response};
 pub use openapi::{OpenApiError, document, json, yaml};
 
-use crate::dialects::wrenn;
+pub use trace::RequestId;
+
+use crate::dialects::{microvm, wrenn};
 use crate::domain::Manager;
+use crate::identity::Identity;
 
 /// The largest JSON request body in bytes.
 const MAX_JSON_BODY: usize = 1 << 20;
@@ -27,6 +33,10 @@ const MAX_JSON_BODY: usize = 1 << 20;
 pub struct AppState {
     /// The owner of all sandboxes.
     pub manager: Manager,
+    /// Users and API keys.
+    pub identity: Identity,
+    /// Who may come in without credentials.
+    pub access: Access,
     /// The largest file that may be uploaded, in bytes.
     pub max_upload: u64,
     /// The largest archive that a template may be built from, in bytes.
@@ -79,25 +89,43 @@ pub fn router(state: AppState) -> Result<Router, OpenApiError> {
             get(move || async move { ([("content-type", "application/json")], json) }),
         )
         .merge(wrenn::router())
+        .merge(microvm::router())
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(DefaultBodyLimit::max(MAX_JSON_BODY))
-        .layer(middleware::from_fn(guard::loopback_only))
+        .layer(middleware::from_fn_with_state(
+            state.clone(),
+            auth::authenticate,
+        ))
+        .layer(middleware::from_fn_with_state(
+            state.access,
+            guard::loopback_only,
+        ))
         .layer(middleware::from_fn(trace::trace))
         .with_state(state))
 }
 
-async fn not_found() -> impl IntoResponse {
-    error_response(
-        axum::http::StatusCode::NOT_FOUND,
+/// The answer to a request that no handler sees, in the shape of the dialect of its path.
+pub fn refuse(path: &str, status: StatusCode, code: &'static str, message: &str) -> Response {
+    if auth::is_microvm(path) {
+        microvm::ApiError::new(status, code, message).into_response()
+    } else {
+        error_response(status, code, message.to_owned())
+    }
+}
+
+async fn not_found(uri: Uri) -> Response {
+    refuse(
+        uri.path(),
+        StatusCode::NOT_FOUND,
         "not_found",
-        "nothing is served at this path; /openapi.yaml lists what is".to_owned(),
+        "nothing is served at this path; /openapi.yaml lists what is",
     )
 }
 
 async fn method_not_allowed() -> impl IntoResponse {
     error_response(
-        axum::http::StatusCode::METHOD_NOT_ALLOWED,
+        StatusCode::METHOD_NOT_ALLOWED,
         "method_not_allowed",
         "this path does not take this method; /openapi.yaml lists what it takes".to_owned(),
     )

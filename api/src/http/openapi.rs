@@ -3,7 +3,7 @@
 use utoipa::OpenApi;
 
 use super::HealthBody;
-use crate::dialects::wrenn;
+use crate::dialects::{microvm, wrenn};
 
 /// The description cannot be written.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +29,7 @@ struct Service;
 pub fn document() -> utoipa::openapi::OpenApi {
     let mut document = Service::openapi();
     document.merge(wrenn::document());
+    document.merge(microvm::document());
     document
 }
 

@@ -13,14 +13,19 @@ pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// The longest name that a caller may give, in bytes.
 const MAX_LEN: usize = 64;
 
+/// The name of a request, as an extension of it.
+#[derive(Debug, Clone)]
+pub struct RequestId(pub String);
+
 /// Names the request, unless its caller did, and logs it when its answer begins.
-pub async fn trace(request: Request, next: Next) -> Response {
+pub async fn trace(mut request: Request, next: Next) -> Response {
     let id = request
         .headers()
         .get(REQUEST_ID)
         .and_then(|id| id.to_str().ok())
         .filter(|id| is_name(id))
         .map_or_else(|| format!("{:016x}", rand::random::<u64>()), str::to_owned);
+    request.extensions_mut().insert(RequestId(id.clone()));
     let span = info_span!("request", request_id = id, method = %request.method(),
         path = request.uri().path());
     async {

@@ -150,6 +150,28 @@ const STEPS: &[&str] = &[
     ALTER TABLE snapshots ADD COLUMN disk_mb INTEGER;
     ALTER TABLE snapshots ADD COLUMN status TEXT NOT NULL DEFAULT 'running'; -- its sandbox's
 ",
+    "
+    CREATE TABLE users (
+        id             TEXT PRIMARY KEY,
+        name           TEXT NOT NULL UNIQUE COLLATE NOCASE,
+        role           TEXT NOT NULL CHECK (role IN ('user', 'admin')),
+        password       TEXT NOT NULL,    -- hash, with its algorithm and salt (PHC string)
+        created_at     INTEGER NOT NULL
+    ) STRICT;
+    CREATE TABLE api_keys (
+        id             TEXT PRIMARY KEY,
+        hash           BLOB NOT NULL UNIQUE, -- SHA-256 of the key
+        name           TEXT NOT NULL,
+        prefix         TEXT NOT NULL,
+        account        TEXT REFERENCES users (id), -- whom it acts for; NULL: the local principal
+        created_at     INTEGER NOT NULL,
+        last_used_at   INTEGER
+    ) STRICT;
+    -- Id of the user whose it is; NULL: the local principal's.
+    ALTER TABLE sandboxes ADD COLUMN owner TEXT;
+    ALTER TABLE snapshots ADD COLUMN owner TEXT;
+    ALTER TABLE templates ADD COLUMN owner TEXT;
+",
 ];
 
 /// Why the tables are not what this version needs.

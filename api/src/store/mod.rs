@@ -5,6 +5,7 @@
 //! the sandboxes they told of; but one that changes who holds a layer is on the disk when it is
 //! told.
 
+mod accounts;
 mod layers;
 mod migrations;
 mod pages;
@@ -21,15 +22,15 @@ use jiff::Timestamp;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use crate::domain::{
-    Desired, LayerId, Layers, Page, Sandbox, SandboxId, Snapshot, SnapshotId, Spec, Status, Store,
-    StoreError, TakenAddresses, Template, TemplateId, WarmSnapshot,
+    Desired, Id, LayerId, Layers, Page, Sandbox, SandboxId, Snapshot, SnapshotId, Spec, Status,
+    Store, StoreError, TakenAddresses, Template, TemplateId, UserId, WarmSnapshot,
 };
 pub use migrations::MigrateError;
 
 const COLUMNS: &str = "id, template, vcpus, memory_mb, timeout_sec, desired, status, \
                        status_reason, created_at, started_at, last_active_at, updated_at, timings, \
                        layers, saving, network, address, forwards, name, stopped_at, is_kept, kept, \
-                       disk_mb";
+                       disk_mb, owner";
 
 /// Sandboxes in a file.
 #[derive(Clone)]
@@ -106,7 +107,7 @@ impl Store for SqliteStore {
         self.with(move |connection| {
             let sql = format!(
                 "INSERT INTO sandboxes ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, \
-                 ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21, ?22, ?23) ON CONFLICT (id) DO NOTHING"
+                 ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21, ?22, ?23, ?24) ON CONFLICT (id) DO NOTHING"
             );
             let holder = sandbox.id.as_str();
             layers::change(connection, holder, held(&sandbox), |transaction| {
@@ -155,7 +156,7 @@ impl Store for SqliteStore {
                        created_at = ?9, started_at = ?10, last_active_at = ?11, updated_at = ?12, \
                        timings = ?13, layers = ?14, saving = ?15, network = ?16, \
                        address = ?17, forwards = ?18, name = ?19, stopped_at = ?20, is_kept = ?21, \
-                       kept = ?22, disk_mb = ?23 WHERE id = ?1";
+                       kept = ?22, disk_mb = ?23, owner = ?24 WHERE id = ?1";
             let holder = sandbox.id.as_str();
             layers::change(
                 connection,
@@ -312,6 +313,13 @@ fn from_json<T: serde::de::DeserializeOwned>(row: &Row<'_>, column: usize) -> ru
         .map_err(|error| bad(column, Box::new(error)))
 }
 
+/// Whose something is.
+fn owner(row: &Row<'_>, column: usize) -> rusqlite::Result<Option<UserId>> {
+    let text: Option<String> = row.get(column)?;
+    text.map(|text| text.parse().map_err(|error| bad(column, Box::new(error))))
+        .transpose()
+}
+
 /// The address in the first column.
 fn address(row: &Row<'_>) -> rusqlite::Result<Ipv4Addr> {
     let text: String = row.get(0)?;
@@ -359,6 +367,7 @@ fn write(connection: &Connection, sql: &str, sandbox: &Sandbox) -> rusqlite::Res
         sandbox.is_kept,
         kept,
         sandbox.spec.disk_mb,
+        sandbox.owner.as_ref().map(Id::as_str),
     ])
 }
 
@@ -407,6 +416,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Sandbox> {
             .transpose()
             .map_err(|error| bad(16, Box::new(error)))?,
         forwards: from_json(row, 17)?,
+        owner: owner(row, 23)?,
     })
 }
 

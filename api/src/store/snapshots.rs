@@ -4,12 +4,12 @@ use std::collections::BTreeSet;
 
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use super::{bad, from_json, layers, time, to_json};
-use crate::domain::{LayerId, Snapshot, SnapshotId, Spec, Status, WarmSnapshot};
+use super::{bad, from_json, layers, owner, time, to_json};
+use crate::domain::{Id, LayerId, Snapshot, SnapshotId, Spec, Status, WarmSnapshot};
 
 const COLUMNS: &str = "id, name, description, sandbox, template, vcpus, memory_mb, timeout_sec, \
                        layers, content, created_at, network, disk_mb, \
-                       status";
+                       status, owner";
 const WARM_COLUMNS: &str = "key, template, vcpus, memory_mb, layers, size_bytes, used_at";
 
 pub fn insert(connection: &mut Connection, snapshot: &Snapshot) -> rusqlite::Result<bool> {
@@ -20,7 +20,7 @@ pub fn insert(connection: &mut Connection, snapshot: &Snapshot) -> rusqlite::Res
     layers::change(connection, snapshot.id.as_str(), held, |transaction| {
         let sql = format!(
             "INSERT INTO snapshots ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, \
-             ?11, ?12, ?13, ?14) ON CONFLICT DO NOTHING"
+             ?11, ?12, ?13, ?14, ?15) ON CONFLICT DO NOTHING"
         );
         let inserted = transaction.execute(
             &sql,
@@ -39,6 +39,7 @@ pub fn insert(connection: &mut Connection, snapshot: &Snapshot) -> rusqlite::Res
                 network,
                 snapshot.spec.disk_mb,
                 snapshot.status.as_str(),
+                snapshot.owner.as_ref().map(Id::as_str),
             ],
         )?;
         Ok(inserted == 1)
@@ -119,6 +120,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Snapshot> {
         layers: from_json(row, 8)?,
         content: content.map(|_| from_json(row, 9)).transpose()?,
         created_at: time(10, row.get(10)?)?,
+        owner: owner(row, 14)?,
     })
 }
 
@@ -199,7 +201,7 @@ mod tests {
 
     use super::super::SqliteStore;
     use super::*;
-    use crate::domain::{Layers, LayersInfo, Sandbox, SandboxId, Store, Transition};
+    use crate::domain::{Layers, LayersInfo, Sandbox, SandboxId, Store, Transition, UserId};
 
     fn spec() -> Spec {
         Spec {
@@ -223,6 +225,7 @@ mod tests {
     fn snapshot(name: Option<&str>, layers: &Layers) -> Snapshot {
         Snapshot {
             id: SnapshotId::random(),
+            owner: Some(UserId::random()),
             name: name.map(str::to_owned),
             description: None,
             sandbox: SandboxId::random(),

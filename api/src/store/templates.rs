@@ -4,14 +4,14 @@ use std::collections::BTreeSet;
 
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use super::{bad, from_json, layers, time, to_json};
-use crate::domain::{LayerId, Template, TemplateId};
+use super::{bad, from_json, layers, owner, time, to_json};
+use crate::domain::{Id, LayerId, Template, TemplateId};
 
-const COLUMNS: &str = "id, name, source, status, settings, layers, content, created_at";
+const COLUMNS: &str = "id, name, source, status, settings, layers, content, created_at, owner";
 
 pub fn insert(connection: &mut Connection, template: &Template) -> rusqlite::Result<bool> {
     let sql = format!(
-        "INSERT INTO templates ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8) \
+        "INSERT INTO templates ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9) \
          ON CONFLICT DO NOTHING"
     );
     write(connection, &sql, template).map(|(inserted, _)| inserted)
@@ -23,7 +23,7 @@ pub fn update(
     template: &Template,
 ) -> rusqlite::Result<Option<Vec<LayerId>>> {
     let sql = "UPDATE templates SET name = ?2, source = ?3, status = ?4, settings = ?5, \
-               layers = ?6, content = ?7, created_at = ?8 WHERE id = ?1";
+               layers = ?6, content = ?7, created_at = ?8, owner = ?9 WHERE id = ?1";
     let (updated, released) = write(connection, sql, template)?;
     Ok(updated.then_some(released))
 }
@@ -48,6 +48,7 @@ fn write(
                 to_json(&template.layers)?,
                 content,
                 template.created_at.as_microsecond(),
+                template.owner.as_ref().map(Id::as_str),
             ],
         )?;
         Ok(changed == 1)
@@ -89,6 +90,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Template> {
         layers: from_json(row, 5)?,
         content: content.map(|_| from_json(row, 6)).transpose()?,
         created_at: time(7, row.get(7)?)?,
+        owner: owner(row, 8)?,
     })
 }
 
@@ -99,7 +101,7 @@ mod tests {
     use super::super::SqliteStore;
     use super::*;
     use crate::domain::{
-        Layers, Readiness, Settings, Source, Store, TemplateContent, TemplateStatus,
+        Layers, Readiness, Settings, Source, Store, TemplateContent, TemplateStatus, UserId,
     };
 
     fn template(name: &str) -> Template {
@@ -109,6 +111,7 @@ mod tests {
         };
         Template {
             id: TemplateId::random(),
+            owner: Some(UserId::random()),
             name: name.into(),
             source: Source::Recipe {
                 base: "minimal".into(),

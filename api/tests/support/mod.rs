@@ -17,7 +17,8 @@ use api::domain::{
     PowerOffRequest, PrepareRequest, ReadFileRequest, SandboxId, SaveRequest, SaveTimings, Saved,
     Shape, Start, Timings, Traffic, WhenIdle, WriteFileRequest,
 };
-use api::http::{AppState, router};
+use api::http::{Access, AppState, router};
+use api::identity::{Identity, Registration, Tokens};
 use api::store::SqliteStore;
 use async_trait::async_trait;
 use axum::Router;
@@ -803,6 +804,12 @@ impl Api {
         Self::start(dir, Arc::default(), 1 << 20, limits).await
     }
 
+    /// An API that these may use.
+    pub async fn open(access: Access) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        Self::start_for(access, dir, Arc::default(), 1 << 20, limits()).await
+    }
+
     /// What the next daemon makes of what this one leaves.
     pub async fn restart(self) -> Self {
         let limits = self.manager.limits().clone();
@@ -821,6 +828,16 @@ impl Api {
         dir: tempfile::TempDir,
         host: Arc<FakeHost>,
         max_upload: u64,
+        limits: Limits,
+    ) -> Self {
+        Self::start_for(Access::Local, dir, host, max_upload, limits).await
+    }
+
+    async fn start_for(
+        access: Access,
+        dir: tempfile::TempDir,
+        host: Arc<FakeHost>,
+        max_upload: u64,
         mut limits: Limits,
     ) -> Self {
         let store = Arc::new(SqliteStore::open(&dir.path().join("db")).unwrap());
@@ -834,8 +851,12 @@ impl Api {
         tokio::spawn(async move { reaper.set_aside_idle().await });
         let keeper = manager.clone();
         tokio::spawn(async move { keeper.keep_pool().await });
+        let tokens = Tokens::open(&dir.path().join("token.key")).unwrap();
+        let identity = Identity::new(store.clone(), tokens, Registration::Open).unwrap();
         let state = AppState {
             manager: manager.clone(),
+            identity,
+            access,
             max_upload,
             max_archive: 1 << 20,
         };
@@ -862,6 +883,33 @@ impl Api {
     /// The status and JSON of the answer to a request; null if it has no body.
     pub async fn call(&self, method: &str, path: &str, body: &str) -> (StatusCode, Value) {
         read_json(self.send(method, path, body.to_owned()).await).await
+    }
+
+    /// The same with these headers.
+    pub async fn call_as(
+        &self,
+        method: &str,
+        path: &str,
+        body: &str,
+        headers: &[(&str, &str)],
+    ) -> (StatusCode, Value) {
+        let mut request = Request::builder().method(method).uri(path);
+        if headers.iter().all(|(name, _)| *name != "host") {
+            request = request.header("host", "localhost:8000");
+        }
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let request = request.body(Body::from(body.to_owned())).unwrap();
+        read_json(self.router.clone().oneshot(request).await.unwrap()).await
+    }
+
+    /// The `Authorization` of a user, who logs in.
+    pub async fn token(&self, name: &str, password: &str) -> String {
+        let body = serde_json::json!({"username": name, "password": password}).to_string();
+        let (status, token) = self.call("POST", "/api/v1/auth/login", &body).await;
+        assert_eq!(status, StatusCode::OK, "{token}");
+        format!("Bearer {}", token["access_token"].as_str().unwrap())
     }
 
     /// The answer to an upload of this form, whose boundary is `X`.

@@ -220,6 +220,7 @@ impl Manager {
         let layer = LayerId::random();
         let mut template = Template {
             id: TemplateId::random(),
+            owner: self.principal.owner().cloned(),
             name: spec.name,
             source,
             status: TemplateStatus::Building,

@@ -44,6 +44,7 @@ use super::id::{LayerId, SandboxId};
 use super::idle::Idle;
 use super::layer::Layers;
 use super::network::AddressError;
+use super::principal::Principal;
 use super::request::{self, Command, CreateSpec};
 use super::sandbox::{Sandbox, Spec, Status, Transition};
 use super::store::{Page, Store, StoreError};
@@ -76,10 +77,12 @@ pub struct Limits {
     pub merge_from: usize,
 }
 
-/// The owner of all sandboxes; clones share it.
+/// The owner of all sandboxes, acting for one principal; clones share it.
 #[derive(Clone)]
 pub struct Manager {
     inner: Arc<Inner>,
+    /// For whom it acts.
+    principal: Arc<Principal>,
 }
 
 struct Inner {
@@ -98,7 +101,7 @@ struct Inner {
 }
 
 impl Manager {
-    /// A manager of what is in `store`, on `host`.
+    /// A manager of what is in `store`, on `host`, which acts for the local principal.
     pub fn new(host: Arc<dyn Host>, store: Arc<dyn Store>, limits: Limits) -> Self {
         Self {
             inner: Arc::new(Inner {
@@ -114,6 +117,16 @@ impl Manager {
                 builds: Builds::default(),
                 closing: AtomicBool::new(false),
             }),
+            principal: Arc::new(Principal::Local),
+        }
+    }
+
+    /// The same, acting for `principal`: what that makes is its own, and what it may not see is not
+    /// there.
+    pub fn acting_for(&self, principal: Principal) -> Self {
+        Self {
+            inner: Arc::clone(&self.inner),
+            principal: Arc::new(principal),
         }
     }
 
@@ -259,6 +272,7 @@ impl Manager {
         sandbox.address = address;
         sandbox.name = wishes.name.clone();
         sandbox.is_kept |= wishes.is_kept;
+        sandbox.owner = self.principal.owner().cloned();
         let turn = self.inner.turns.take(&sandbox.id).await;
         let is_new = self.inner.store.insert(&sandbox).await?;
         Ok(is_new.then_some((sandbox, turn)))

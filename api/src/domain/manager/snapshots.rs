@@ -113,6 +113,7 @@ impl Manager {
         };
         let mut snapshot = Snapshot {
             id: SnapshotId::random(),
+            owner: self.principal.owner().cloned(),
             name: spec.name,
             description: spec.description,
             sandbox: id.clone(),

@@ -1,0 +1,200 @@
+//! Who calls: by a token, an API key, or from this machine.
+//!
+//! | path | without credentials |
+//! |---|---|
+//! | [`OPEN`] | anybody |
+//! | others of `/api/v1` | nobody |
+//! | everything else | the local principal, while all listeners are on loopback addresses; else nobody |
+//!
+//! With credentials that are not good nobody comes in anywhere, lest a caller acts as somebody else
+//! than it thinks.
+
+use std::net::{IpAddr, SocketAddr};
+
+use axum::extract::{ConnectInfo, FromRequestParts, Request, State};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, HeaderName, StatusCode, header};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+
+use super::{AppState, refuse};
+use crate::dialects::microvm;
+use crate::domain::{Manager, Principal};
+use crate::identity::Credential;
+
+/// The header of API keys.
+pub const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
+
+/// Paths that need no credentials.
+pub const OPEN: [&str; 6] = [
+    "/health",
+    "/openapi.yaml",
+    "/openapi.json",
+    "/api/v1/health",
+    "/api/v1/auth/register",
+    "/api/v1/auth/login",
+];
+
+/// Who may come in without credentials.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Whoever is on this machine: all listeners are on loopback addresses.
+    Local,
+    /// Nobody.
+    Credentials,
+}
+
+impl Access {
+    /// What these listeners allow.
+    pub fn of(listeners: &[SocketAddr]) -> Self {
+        match listeners.iter().all(|address| address.ip().is_loopback()) {
+            true => Self::Local,
+            false => Self::Credentials,
+        }
+    }
+}
+
+/// Who a request is from, as an extension of it.
+#[derive(Debug, Clone)]
+pub struct Identified {
+    /// Who; `None` is somebody without credentials at a path that needs none.
+    pub principal: Option<Principal>,
+    /// Address of the other end of the connection.
+    pub source: Option<IpAddr>,
+}
+
+/// Who calls a handler, and what acts for them.
+#[derive(Clone)]
+pub struct Caller {
+    /// Who.
+    pub principal: Principal,
+    /// Address of the other end of the connection.
+    pub source: Option<IpAddr>,
+    /// Sandboxes, as far as this caller may see and touch them.
+    pub manager: Manager,
+}
+
+impl FromRequestParts<AppState> for Caller {
+    type Rejection = Response;
+
+    async fn from_request_parts(
+        parts: &mut Parts,
+        state: &AppState,
+    ) -> Result<Self, Self::Rejection> {
+        let identified = parts.extensions.get::<Identified>().cloned();
+        match identified {
+            Some(Identified {
+                principal: Some(principal),
+                source,
+            }) => Ok(Self {
+                manager: state.manager.acting_for(principal.clone()),
+                principal,
+                source,
+            }),
+            _ => Err(unauthorized(parts.uri.path(), NO_CREDENTIALS)),
+        }
+    }
+}
+
+const NO_CREDENTIALS: &str = "Authentication required";
+
+/// Finds out who calls, and lets nobody else in.
+pub async fn authenticate(
+    State(state): State<AppState>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    let path = request.uri().path();
+    let principal = match credential(request.headers()) {
+        Err(problem) => return unauthorized(path, problem),
+        Ok(Some(credential)) => match state.identity.authenticate(credential).await {
+            Ok(Some(principal)) => Some(principal),
+            Ok(None) => {
+                return unauthorized(path, "the token or API key is not good, or not any more");
+            }
+            Err(source) if is_microvm(path) => {
+                return microvm::ApiError::from(source).into_response();
+            }
+            Err(source) => return crate::dialects::wrenn::ApiError::from(source).into_response(),
+        },
+        Ok(None) if OPEN.contains(&path) => None,
+        Ok(None) if is_microvm(path) => return unauthorized(path, NO_CREDENTIALS),
+        Ok(None) => match state.access {
+            Access::Local => Some(Principal::Local),
+            Access::Credentials => return unauthorized(path, NO_CREDENTIALS),
+        },
+    };
+    let connection = request.extensions().get::<ConnectInfo<SocketAddr>>();
+    let source = connection.map(|info| info.0.ip().to_canonical());
+    request
+        .extensions_mut()
+        .insert(Identified { principal, source });
+    next.run(request).await
+}
+
+/// Whether this path belongs to the dialect `/api/v1`.
+pub fn is_microvm(path: &str) -> bool {
+    path.strip_prefix(microvm::BASE)
+        .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
+fn unauthorized(path: &str, message: &str) -> Response {
+    let mut response = refuse(path, StatusCode::UNAUTHORIZED, "unauthorized", message);
+    let scheme = header::HeaderValue::from_static("Bearer");
+    response
+        .headers_mut()
+        .insert(header::WWW_AUTHENTICATE, scheme);
+    response
+}
+
+/// What a caller shows.
+fn credential(headers: &HeaderMap) -> Result<Option<Credential<'_>>, &'static str> {
+    let tokens = headers.get_all(header::AUTHORIZATION).iter();
+    let keys = headers.get_all(API_KEY).iter();
+    let mut shown = tokens
+        .map(|value| (true, value))
+        .chain(keys.map(|value| (false, value)));
+    let Some((is_token, value)) = shown.next() else {
+        return Ok(None);
+    };
+    if shown.next().is_some() {
+        return Err("show a token or an API key, and only one");
+    }
+    let value = value
+        .to_str()
+        .map_err(|_| "the token or API key has characters that none has")?;
+    if !is_token {
+        return Ok(Some(Credential::Key(value)));
+    }
+    match value.split_once(' ') {
+        Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => {
+            Ok(Some(Credential::Token(token.trim())))
+        }
+        _ => Err("the header Authorization must be Bearer and a token"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_address_that_others_reach_is_enough() {
+        let of = |addresses: &[&str]| {
+            let addresses: Vec<_> = addresses.iter().map(|text| text.parse().unwrap()).collect();
+            Access::of(&addresses)
+        };
+        assert_eq!(of(&["127.0.0.1:1", "[::1]:1"]), Access::Local);
+        for other in ["0.0.0.0:1", "[::]:1", "192.0.2.1:1", "[::ffff:192.0.2.1]:1"] {
+            assert_eq!(of(&["127.0.0.1:1", other]), Access::Credentials, "{other}");
+        }
+    }
+
+    #[test]
+    fn paths_of_the_dialect() {
+        assert!(is_microvm("/api/v1"));
+        assert!(is_microvm("/api/v1/vms"));
+        assert!(!is_microvm("/api/v10/vms"));
+        assert!(!is_microvm("/v1/sandboxes"));
+    }
+}
