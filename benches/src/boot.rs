@@ -343,6 +343,7 @@ mod tests {
                 initramfs: "/initramfs".into(),
                 rootfs: None,
                 data: None,
+                tap: None,
                 api: false,
                 cmdline: String::new(),
                 memory_mib: 256,

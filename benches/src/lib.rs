@@ -12,6 +12,7 @@ pub mod clock;
 pub mod interrupt;
 pub mod machine;
 pub mod memory;
+pub mod network;
 pub mod peer;
 pub mod process;
 pub mod random;

@@ -11,6 +11,7 @@ use std::{
 use benches::{
     boot, error_chain, interrupt,
     machine::{Machine, Virtualization},
+    network::Tap,
     peer::{Guest, Peer, QEMU_MICROVM, VMM},
     report::{FORMAT, Measure, PeerRecord, PeerState, Results},
     rounds::{Outcome, Rounds, Sample},
@@ -237,7 +238,15 @@ fn work_plan(cli: &Cli, boots: &boot::Plan, busybox: &Path) -> running::Plan {
         busybox: busybox.to_owned(),
         mib,
         small_requests,
+        network: can_network(),
     }
+}
+
+/// Whether guests can have network cards here; if not, that is told.
+fn can_network() -> bool {
+    Tap::new()
+        .inspect_err(|error| eprintln!("bench: guests have no network card: {error}"))
+        .is_ok()
 }
 
 /// What the copies in `guest` were made from: they are gone when the results are read.
@@ -266,6 +275,7 @@ fn stage_guest(cli: &Cli, stage: &Stage) -> Result<Guest, Box<dyn Error>> {
         initramfs: stage.copy(&cli.initramfs, "initramfs")?,
         rootfs,
         data: None,
+        tap: None,
         api: false,
         cmdline,
         memory_mib: cli.memory,

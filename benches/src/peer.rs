@@ -27,6 +27,8 @@ pub struct Guest {
     pub rootfs: Option<PathBuf>,
     /// A raw image that the guest may write.
     pub data: Option<PathBuf>,
+    /// Name of the host's tap that its network card is on.
+    pub tap: Option<String>,
     /// Whether the VMM serves its API.
     pub api: bool,
     /// Kernel command line.
@@ -87,6 +89,7 @@ pub const VMM: &str = "vmm";
 pub const QEMU_MICROVM: &str = "qemu-microvm";
 const QEMU: &str = "qemu-system-x86_64";
 const VHOST_VSOCK: &str = "/dev/vhost-vsock";
+const VHOST_NET: &str = "/dev/vhost-net";
 /// Where libraries and firmware lie below the directory that a QEMU was unpacked to.
 const LIBRARIES: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
 const FIRMWARE: [&str; 2] = ["usr/share/qemu", "usr/share/seabios"];
@@ -274,6 +277,20 @@ impl Peer {
                 .option("-drive", drive)
                 .option("-device", "virtio-blk-device,drive=data");
         }
+        if let Some(tap) = &guest.tap {
+            // In the host's kernel, as its vsock device is, if there is one.
+            let vhost = if fs::File::open(VHOST_NET).is_ok() {
+                "on"
+            } else {
+                "off"
+            };
+            arguments
+                .option(
+                    "-netdev",
+                    format!("tap,id=net,ifname={tap},script=no,downscript=no,vhost={vhost}"),
+                )
+                .option("-device", "virtio-net-device,netdev=net");
+        }
         if guest.api {
             let mut socket = prefixed("unix:", &api_socket(directory));
             socket.push(",server=on,wait=off");
@@ -307,6 +324,9 @@ fn vmm_arguments(guest: &Guest, directory: &Path, cid: u32) -> Vec<OsString> {
         let mut disk = prefixed("path=", data);
         disk.push(",image_type=raw");
         arguments.option("--disk", disk);
+    }
+    if let Some(tap) = &guest.tap {
+        arguments.option("--net", format!("tap={tap}"));
     }
     if guest.api {
         arguments.option("--api-socket", prefixed("path=", &api_socket(directory)));
@@ -381,6 +401,7 @@ mod tests {
             initramfs: "/k/initramfs".into(),
             rootfs: rootfs.map(PathBuf::from),
             data: Some("/d/disk".into()),
+            tap: Some("tap7".to_owned()),
             api: true,
             cmdline: "quiet panic=1".to_owned(),
             memory_mib: 256,
@@ -422,6 +443,8 @@ mod tests {
         assert_eq!(value_of(&ours, "--disk")[1], "path=/d/disk,image_type=raw");
         assert!(value_of(&theirs, "-drive")[1].ends_with("file=/d/disk"));
         assert_eq!(value_of(&ours, "--api-socket"), ["path=/d/api"]);
+        assert_eq!(value_of(&ours, "--net"), ["tap=tap7"]);
+        assert!(value_of(&theirs, "-netdev")[0].starts_with("tap,id=net,ifname=tap7,"));
         assert!(value_of(&theirs, "-qmp")[0].starts_with("unix:/d/api,"));
     }
 
@@ -437,6 +460,7 @@ mod tests {
             };
             assert_eq!(config.memory.size, 256 << 20);
             assert_eq!(config.disks.len(), 1 + usize::from(rootfs.is_some()));
+            assert_eq!(config.net.len(), 1);
             assert!(cli.boot.api_socket.is_some());
             assert!(config.vsock.is_some() && cli.boot.event_monitor.is_some());
         }

@@ -383,6 +383,7 @@ mod tests {
                 initramfs: "/i".into(),
                 rootfs: None,
                 data: None,
+                tap: None,
                 api: false,
                 cmdline: "quiet".to_owned(),
                 memory_mib: 256,

@@ -5,7 +5,8 @@
 //! sent to it. Its disk is a new raw file on the host, cached by the host. What is read and written
 //! passes by the guest's own cache (`O_DIRECT`), and is timed by the guest's clock, from the start of
 //! `dd` to its exit.
-//! Streams are those of an exec, through the agent, and timed by the host's clock.
+//! Streams are those of an exec, through the agent, and timed by the host's clock. Its network card
+//! is on a tap, if one can be made.
 
 use std::{
     fs::File,
@@ -26,6 +27,7 @@ use crate::{
     channel::Channel,
     clock::{self, Moment},
     interrupt,
+    network::{self, Seen, Tap},
     peer::{Guest, Peer},
     process::Process,
     rounds::{self, Metric, Rounds, Sample},
@@ -34,7 +36,7 @@ use crate::{
 };
 
 /// Where busybox is in the guest.
-const BUSYBOX: &str = "/busybox";
+pub(crate) const BUSYBOX: &str = "/busybox";
 const DISK: &str = "/dev/vda";
 const MIB: u64 = 1 << 20;
 /// Guests of this measure have other context ids than those of the measure before.
@@ -61,6 +63,8 @@ pub struct Plan {
     pub mib: u64,
     /// How many pieces of 4 KiB are written, and read.
     pub small_requests: u64,
+    /// Whether the guest has a network card.
+    pub network: bool,
 }
 
 /// What was seen of a guest and its VMM.
@@ -83,6 +87,9 @@ pub struct Run {
     pub to_guest: f64,
     /// From a program of the guest to the host, in MiB/s.
     pub from_guest: f64,
+    /// What its network card does; `None` if it has none.
+    #[serde(flatten)]
+    pub network: Option<Seen>,
 }
 
 const fn metric(
@@ -100,7 +107,7 @@ const fn metric(
 }
 
 /// All that a run says.
-pub const METRICS: [Metric<Run>; 10] = [
+pub const METRICS: [Metric<Run>; 13] = [
     metric(
         "api_booting_p50",
         "API during the boot, median",
@@ -155,6 +162,24 @@ pub const METRICS: [Metric<Run>; 10] = [
         "MiB/s",
         |run| Some(run.from_guest),
     ),
+    metric(
+        "net_to_guest",
+        "TCP: host → program in the guest",
+        "MiB/s",
+        |run| Some(run.network?.to_guest),
+    ),
+    metric(
+        "net_from_guest",
+        "TCP: program in the guest → host",
+        "MiB/s",
+        |run| Some(run.network?.from_guest),
+    ),
+    metric(
+        "net_round_trip",
+        "ping: guest → host → guest",
+        "µs",
+        |run| Some(run.network?.round_trip_us),
+    ),
 ];
 
 /// The quantile `q` (0 to 1) of `samples`; `None` if there are none.
@@ -173,6 +198,9 @@ pub enum RunError {
     /// No file for its disk.
     #[error("cannot make its disk")]
     Disk(#[source] io::Error),
+    /// No tap for its network card.
+    #[error("cannot make a tap")]
+    Tap(#[source] io::Error),
     /// busybox cannot be read, or sent.
     #[error("cannot send busybox")]
     Busybox(#[source] io::Error),
@@ -210,8 +238,15 @@ fn run(peer: &Peer, plan: &Plan, cid: u32, stage: &Stage) -> Result<Run, RunErro
     File::create_new(&disk)
         .and_then(|file| file.set_len(plan.mib * MIB))
         .map_err(RunError::Disk)?;
+    let made = if plan.network {
+        Tap::new().map(Some)
+    } else {
+        Ok(None)
+    };
+    let tap = made.map_err(RunError::Tap)?;
     let guest = Guest {
         data: Some(disk),
+        tap: tap.as_ref().map(|tap| tap.name().to_owned()),
         api: true,
         ..plan.guest.clone()
     };
@@ -330,6 +365,18 @@ impl Work<'_> {
             disk_read_small: small as f64 / read("bs=4k", small)?,
             to_guest: self.send()?,
             from_guest: self.receive()?,
+            network: self.network()?,
+        })
+    }
+
+    fn network(&self) -> Result<Option<Seen>, RunError> {
+        let plan = self.plan;
+        let used = plan.network.then(|| {
+            network::measure(self.channel, plan.mib, plan.small_requests / 10, self.limit)
+        });
+        used.transpose().map_err(|source| RunError::Work {
+            what: "using the network card",
+            source,
         })
     }
 
