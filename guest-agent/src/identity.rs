@@ -16,7 +16,7 @@ use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 
 use crate::boot_id::BootId;
 use crate::log::{info, warning};
-use crate::network;
+use crate::{connections, network};
 
 /// `RNDADDENTROPY` and `RNDRESEEDCRNG` of `linux/random.h`.
 const RNDADDENTROPY: libc::Ioctl = 0x4008_5203;
@@ -58,13 +58,23 @@ pub fn assume(request: &ResumedRequest, boot_id: &mut BootId) -> Resumed {
         "another boot id cannot be shown",
         boot_id.belongs_to(&request.machine_id),
     );
+    let mut before = None;
     let network = match &request.network {
         Some(network) => try_to(
             "the network card cannot be set up",
-            network::set_up(network).map(|()| true),
+            network::set_up(network).map(|address| {
+                before = address;
+                true
+            }),
         ),
         None => false,
     };
+    if let Some(before) = before {
+        try_to(
+            "connections of the address from before cannot be ended",
+            connections::end_those_of(before).map(|_| true),
+        );
+    }
     info!("this is {}", request.hostname);
     Resumed {
         realtime_ns: realtime_ns(),

@@ -9,6 +9,7 @@
 
 mod body;
 mod boot_id;
+mod connections;
 mod exec;
 mod files;
 mod freeze;

@@ -9,14 +9,15 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use agent_protocol::GuestNetwork;
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
 /// Ethernet, of `linux/if_arp.h`.
 const ARPHRD_ETHER: libc::sa_family_t = 1;
 
 /// Gives the first network card its address and brings it up, and leads everything else to the
-/// gateway.
-pub fn set_up(network: &GuestNetwork) -> io::Result<()> {
+/// gateway. Returns the address that it has had before, if that is another.
+pub fn set_up(network: &GuestNetwork) -> io::Result<Option<Ipv4Addr>> {
     let name = first_card(Path::new("/sys/class/net"))?;
     let control = Control::open()?;
     let (mac, mtu) = (current_mac(&name)?, current_mtu(&name)?);
@@ -31,13 +32,14 @@ pub fn set_up(network: &GuestNetwork) -> io::Result<()> {
     }
     control.set_flags(&name, flags | libc::IFF_UP)?;
     let mask = Ipv4Addr::from_bits(u32::MAX << (32 - u32::from(network.prefix.clamp(1, 31))));
+    let before = control.address(&name)?;
     control.set_address(&name, libc::SIOCSIFADDR, network.address)?;
     control.set_address(&name, libc::SIOCSIFNETMASK, mask)?;
     control.add_default_route(network.gateway)?;
     if !network.resolvers.is_empty() {
         write_resolvers(Path::new("/etc"), &network.resolvers)?;
     }
-    Ok(())
+    Ok(before.filter(|before| *before != network.address))
 }
 
 /// The name of the network card that comes first by its number, in a directory as `/sys/class/net`.
@@ -125,6 +127,23 @@ impl Control {
         let mut request = request(name);
         request.ifr_ifru.ifru_mtu = mtu.into();
         self.send(libc::SIOCSIFMTU, &raw mut request)
+    }
+
+    /// The card's address, if it has one.
+    fn address(&self, name: &str) -> io::Result<Option<Ipv4Addr>> {
+        let mut request = request(name);
+        match self.send(libc::SIOCGIFADDR, &raw mut request) {
+            Ok(()) => {}
+            Err(error) if error.raw_os_error() == Some(Errno::ADDRNOTAVAIL.raw_os_error()) => {
+                return Ok(None);
+            }
+            Err(error) => return Err(error),
+        }
+        // SAFETY: the kernel has filled in an address, and any bytes are one.
+        let data = unsafe { request.ifr_ifru.ifru_addr }.sa_data;
+        // After the port, as in sockaddr_in.
+        let [_, _, a, b, c, d, ..] = data.map(|byte| byte.cast_unsigned());
+        Ok(Some(Ipv4Addr::new(a, b, c, d)))
     }
 
     fn set_address(

@@ -354,6 +354,22 @@ fn ports_lead_into_sandboxes_over_pauses_and_clones_find_their_own_way() {
     assert_eq!(address_of(&sandbox), before);
     assert_eq!(ask(udp_port, "again"), "AGAIN");
 
+    // One program waits for what it is sent, and keeps what came of it.
+    let listener = outside.run(|| TcpListener::bind((FAR[0], 9001)).unwrap());
+    let script = format!(
+        "perl -MIO::Socket::INET -e '$s = IO::Socket::INET->new(\"{}:9001\") or die; \
+         open($up, \">\", \"/tmp/connected\"); close($up); \
+         $n = sysread($s, $m, 9); $was = defined $n ? \"read $n\" : \"$!\"; \
+         open($o, \">\", \"/tmp/came.new\"); print $o $was; close($o); \
+         rename(\"/tmp/came.new\", \"/tmp/came\")'",
+        FAR[0]
+    );
+    sandbox.must(&format!(
+        "setsid {script} </dev/null >/dev/null 2>&1 & \
+         until [ -e /tmp/connected ]; do sleep 0.1; done"
+    ));
+    let (mut connected, _) = listener.accept().unwrap();
+
     // A clone has an address of its own, and reaches out as soon as it is there.
     let (status, body) = daemon.call("POST", &sandbox.path("/fork"), r#"{"count": 1}"#);
     assert_eq!(status, 201, "{body}");
@@ -372,6 +388,12 @@ fn ports_lead_into_sandboxes_over_pauses_and_clones_find_their_own_way() {
         "{own}"
     );
     assert!(calls(&sandbox, FAR[0], 80), "its parent is as before");
+
+    // The connection is the parent's. The clone's program is told so, and does not wait for ever.
+    let came = "until [ -e /tmp/came ]; do sleep 0.1; done; cat /tmp/came";
+    assert_eq!(clone.must(came), "Software caused connection abort");
+    connected.write_all(b"still here").unwrap();
+    assert_eq!(sandbox.must(came), "read 9");
 }
 
 /// The answer of the sandbox's server of words to one.
