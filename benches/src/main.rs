@@ -81,6 +81,9 @@ struct Cli {
     /// busybox, a static program, which works in running guests; without it only boots are measured.
     #[arg(long, value_name = "PATH")]
     busybox: Option<PathBuf>,
+    /// Data that a running guest reads, writes and sends in each way, in MiB; 64 by default.
+    #[arg(long, value_name = "MIB", conflicts_with = "quick", value_parser = clap::value_parser!(u64).range(1..=128))]
+    work: Option<u64>,
     /// Memory of the guest, in MiB.
     #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u64).range(64..=1_048_576))]
     memory: u64,
@@ -226,7 +229,11 @@ fn idle_api(took: &[f64]) -> String {
 
 /// What running guests are to do.
 fn work_plan(cli: &Cli, boots: &boot::Plan, busybox: &Path) -> running::Plan {
-    let (mib, small_requests) = if cli.quick { QUICK_WORK } else { WORK };
+    let (mib, small_requests) = match cli.work {
+        _ if cli.quick => QUICK_WORK,
+        Some(mib) => (mib, WORK.1),
+        None => WORK,
+    };
     let mut rounds = boots.rounds;
     if cli.quick {
         (rounds.rounds, rounds.warmup_rounds) = (1, 0);
