@@ -24,7 +24,9 @@ use crate::chain;
 use crate::config::{Config, NetworkMode};
 use crate::domain::{ExecLimits, Host, Limits, Manager, PoolLimits, RecoverError};
 use crate::http::{self, Access, AppState, OpenApiError};
-use crate::hypervisor::{HostConfig, HostNetwork, LeftoverError, LocalHost, Paths, PathsError};
+use crate::hypervisor::{
+    HostConfig, HostNetwork, HostNetworks, LeftoverError, LocalHost, Paths, PathsError,
+};
 use crate::identity::{HashError, Identity, KeyFileError, Tokens};
 use crate::images::{ImageError, Images};
 use crate::network::{Network, NetworkError};
@@ -149,7 +151,7 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(DaemonError::Signals)?;
 
     let store = SqliteStore::open(&data_dir.join("sandboxd.db"))?;
-    let network = network(&config, &data_dir).await?;
+    let networks = networks(&config, &data_dir).await?;
     let host = LocalHost::start(HostConfig {
         vmm,
         images,
@@ -158,7 +160,7 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
         cmdline_extra: config.images.cmdline_extra.clone(),
         prefetch: config.limits.prefetch,
         jail: config.jail.for_host(),
-        network,
+        networks,
     })
     .await?;
     let limits = Limits {
@@ -235,29 +237,42 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
     Ok(())
 }
 
-/// The network of sandboxes, if they are to have one and it can be set up.
-async fn network(
+/// The networks of sandboxes, if they are to have any and all of them can be set up.
+async fn networks(
     config: &Config,
     data_dir: &Path,
-) -> Result<Option<Arc<HostNetwork>>, DaemonError> {
-    let Some(settings) = config.network.for_host(data_dir) else {
+) -> Result<Option<Arc<HostNetworks>>, DaemonError> {
+    let wanted = config.network.for_host(data_dir);
+    if wanted.is_empty() {
         info!("sandboxes have no network card: network.mode is off");
-        return Ok(None);
-    };
-    match Network::start(settings).await {
-        Ok(network) => {
-            let egress = config.network.egress.clone();
-            Ok(Some(Arc::new(HostNetwork::new(network, egress))))
-        }
-        Err(source) if config.network.mode == NetworkMode::Auto => {
-            warn!(
-                reason = chain(&source),
-                "sandboxes have no network card; commands and files work without"
-            );
-            Ok(None)
-        }
-        Err(source) => Err(DaemonError::Network(source)),
     }
+    let mut started = Vec::with_capacity(wanted.len());
+    for (settings, default_egress) in wanted {
+        let source = match Network::start(settings).await {
+            Ok(network) => {
+                started.push(HostNetwork {
+                    network,
+                    default_egress,
+                });
+                continue;
+            }
+            Err(source) => source,
+        };
+        for one in started.iter().rev() {
+            one.network.stop().await;
+        }
+        if config.network.mode != NetworkMode::Auto {
+            return Err(DaemonError::Network(source));
+        }
+        warn!(
+            reason = chain(&source),
+            "sandboxes have no network card; commands and files work without"
+        );
+        return Ok(None);
+    }
+    let mut started = started.into_iter();
+    let first = started.next();
+    Ok(first.map(|first| Arc::new(HostNetworks::new(first, started.collect()))))
 }
 
 fn images(config: &Config, dir: &Path) -> Result<Images, DaemonError> {

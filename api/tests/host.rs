@@ -102,7 +102,7 @@ impl Bench {
             cmdline_extra: "extra=1".to_owned(),
             prefetch: false,
             jail: None,
-            network: None,
+            networks: None,
         });
         let host = Arc::new(host.await.unwrap());
         Self { dir, paths, host }

@@ -11,10 +11,11 @@ use support::Api;
 
 async fn bench(subnet: &str) -> Api {
     let bench = Api::new(1 << 20, 1 << 20).await;
-    *bench.host.network.lock().unwrap() = Some(NetworkInfo {
+    *bench.host.networks.lock().unwrap() = vec![NetworkInfo {
+        name: "chbr0".into(),
         subnet: subnet.parse().unwrap(),
         default_egress: Egress::None,
-    });
+    }];
     bench
 }
 
@@ -294,4 +295,47 @@ async fn forwards_are_there_until_their_sandbox_ends_and_over_restarts() {
         .call("GET", &format!("/v1/sandboxes/{id}/network"), "")
         .await;
     assert_eq!(body["forwards"], json!([]));
+}
+
+#[tokio::test]
+async fn a_sandbox_is_in_the_network_that_it_asks_for() {
+    let bench = bench("192.168.200.0/29").await;
+    bench.host.networks.lock().unwrap().push(NetworkInfo {
+        name: "chbr1".into(),
+        subnet: "10.0.0.0/29".parse().unwrap(),
+        default_egress: Egress::All,
+    });
+    let (first, address) = created(&bench, json!({})).await;
+    assert_eq!(address, "192.168.200.2");
+    let (second, address) = created(&bench, json!({"name": "chbr1"})).await;
+    assert_eq!(address, "10.0.0.2");
+    // Each goes on where it was.
+    let (_, address) = created(&bench, json!({"name": "chbr0"})).await;
+    assert_eq!(address, "192.168.200.3");
+    let (_, address) = created(&bench, json!({"name": "chbr1"})).await;
+    assert_eq!(address, "10.0.0.3");
+    for (id, name, subnet, policy) in [
+        (&first, "chbr0", "192.168.200.0/29", "none"),
+        (&second, "chbr1", "10.0.0.0/29", "all"),
+    ] {
+        let path = format!("/v1/sandboxes/{id}/network");
+        let (status, body) = bench.call("GET", &path, "").await;
+        assert_eq!(status, 200);
+        assert_eq!(
+            (&body["name"], &body["subnet"], &body["egress"]["policy"]),
+            (&json!(name), &json!(subnet), &json!(policy))
+        );
+    }
+    // A clone is in its parent's.
+    let path = format!("/v1/sandboxes/{second}/fork");
+    let (status, body) = bench.call("POST", &path, "{}").await;
+    assert_eq!(status, 201, "{body}");
+    assert_eq!(body["sandboxes"][0]["guest_ip"], "10.0.0.4");
+
+    let (status, body) = create(&bench, json!({"name": "chbr2"})).await;
+    assert_eq!(status, 400, "{body}");
+    let message = body["error"]["message"].as_str().unwrap();
+    assert!(message.ends_with("there are chbr0, chbr1"), "{message}");
+    let (status, body) = create(&bench, json!({"name": "chbr1", "address": "192.168.200.5"})).await;
+    assert_eq!(status, 400, "{body}");
 }

@@ -49,6 +49,7 @@ fn config(owner: &str) -> NetworkConfig {
         namespace: None,
         resolvers: Vec::new(),
         owner: owner.into(),
+        siblings: Vec::new(),
     }
 }
 
@@ -233,5 +234,58 @@ fn another_namespace_has_all_of_it() {
         assert!(!links.contains("chbr0"), "{links}");
         other.kill().unwrap();
         other.wait().unwrap();
+    });
+}
+
+#[test]
+fn two_networks_are_side_by_side() {
+    inside("two_networks_are_side_by_side", async || {
+        let before = (output("ip", "-o link"), output("nft", "list ruleset"));
+        let first = NetworkConfig {
+            siblings: vec!["chbr1".into()],
+            ..config("/data")
+        };
+        let second = NetworkConfig {
+            bridge: "chbr1".into(),
+            subnet: "192.168.201.0/24".parse().unwrap(),
+            siblings: vec!["chbr0".into()],
+            ..config("/data")
+        };
+        for _ in 0..2 {
+            let one = Network::start(first.clone()).await.unwrap();
+            let other = Network::start(second.clone()).await.unwrap();
+            // The first passes nobody's packets on but theirs; each passes those of its own.
+            let rules = output("nft", "list chain inet sandboxd_chbr0 forward");
+            let place = |text: &str| {
+                rules
+                    .find(text)
+                    .unwrap_or_else(|| panic!("{text}: {rules}"))
+            };
+            let theirs = place("oifname \"chbr1\" accept").max(place("iifname \"chbr1\" accept"));
+            assert!(rules.rfind("drop").unwrap() > theirs, "{rules}");
+            let rules = output("nft", "list chain inet sandboxd_chbr1 forward");
+            assert!(
+                rules.contains("iifname \"chbr1\" goto from_sandbox"),
+                "{rules}"
+            );
+
+            let id = SandboxId::random();
+            let tap = other.tap().await.unwrap();
+            assert!(tap.name.starts_with("chbr1-"));
+            let address = Ipv4Addr::new(192, 168, 201, 2);
+            let port = (tap.name.as_str(), tap.index);
+            other.attach(&id, port, address, Egress::All).await.unwrap();
+            assert!(other.has(&id) && !one.has(&id));
+            other.detach(&id).await.unwrap();
+            drop(tap);
+            other.stop().await;
+            assert!(forwards_packets(), "the first needs it still");
+            one.stop().await;
+            assert!(!forwards_packets());
+            assert_eq!(
+                (output("ip", "-o link"), output("nft", "list ruleset")),
+                before
+            );
+        }
     });
 }

@@ -80,7 +80,7 @@ impl Bench {
             cmdline_extra: String::new(),
             prefetch: false,
             jail: None,
-            network: None,
+            networks: None,
         });
         let host = Arc::new(host.await.unwrap());
         Self {
@@ -643,7 +643,7 @@ async fn a_key_changes_with_everything_that_a_machine_is_made_of() {
         cmdline_extra: String::new(),
         prefetch: false,
         jail: None,
-        network: None,
+        networks: None,
     };
     let host = LocalHost::start(config.clone()).await.unwrap();
     let shape = |vcpus, memory_mb| Shape {

@@ -1,5 +1,6 @@
 //! The network of sandboxes, with a host outside that each scenario makes for itself.
 
+use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::thread;
@@ -419,7 +420,11 @@ fn a_warm_start_is_connected_and_no_faster_than_it_may_be() {
     let outside = Outside::beside_new_network();
     who_calls(&outside, FAR[0], 80);
     let listener = outside.run(|| TcpListener::bind((FAR[0], 9000)).unwrap());
-    let daemon = daemon(&["--warm-disk-bytes", "1073741824"]);
+    let settings = tempfile::NamedTempFile::new().unwrap();
+    let further = "[[network.further]]\nbridge = \"chbr1\"\nsubnet = \"192.168.201.0/24\"\n";
+    fs::write(settings.path(), further).unwrap();
+    let config = settings.path().to_str().unwrap();
+    let daemon = daemon(&["--warm-disk-bytes", "1073741824", "--config", config]);
     let first = daemon.create(&small(json!({})));
     first.delete();
     daemon.process.stderr.wait_for("warm snapshot made");

@@ -15,7 +15,9 @@ use serde::{Deserialize, Serialize};
 
 use super::id::{LayerId, SandboxId};
 use super::layer::Layers;
-use super::network::{Connection, Egress, Forward, ForwardSpec, NetworkActivity, NetworkInfo};
+use super::network::{
+    AddressError, Connection, Egress, Forward, ForwardSpec, NetworkActivity, NetworkInfo,
+};
 use super::snapshot::LayersInfo;
 use super::timings::{SaveTimings, Start, Timings};
 
@@ -250,8 +252,28 @@ pub struct HostInfo {
     pub templates: Vec<String>,
     /// RAM of the machine in MiB.
     pub memory_mb: u64,
-    /// The network of its sandboxes; `None` if they have no network card.
-    pub network: Option<NetworkInfo>,
+    /// The networks of its sandboxes, of which the first is for those that ask for none in
+    /// particular. Without any, they have no network card.
+    pub networks: Vec<NetworkInfo>,
+}
+
+impl HostInfo {
+    /// The network of this name, or the first.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn network(&self, name: Option<&str>) -> Result<&NetworkInfo, AddressError> {
+        let first = self.networks.first().ok_or(AddressError::NoNetwork)?;
+        let Some(name) = name else { return Ok(first) };
+        let found = self.networks.iter().find(|network| network.name == name);
+        found.ok_or_else(|| {
+            let known = self.networks.iter().map(|network| network.name.as_str());
+            AddressError::UnknownNetwork {
+                name: name.to_owned(),
+                known: known.collect::<Vec<_>>().join(", "),
+            }
+        })
+    }
 }
 
 /// What a machine is made of.

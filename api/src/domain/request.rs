@@ -144,23 +144,28 @@ pub fn check_spec(spec: CreateSpec, settings: &Settings, host: &HostInfo) -> Res
 
 /// How the sandbox that is asked for is connected on `host`; not at all, if that has no network.
 fn check_network(spec: NetworkSpec, host: &HostInfo) -> Result<Option<Connection>, String> {
-    let Some(network) = &host.network else {
-        let wants_none = matches!(spec.egress, None | Some(Egress::None));
-        return if wants_none && spec.address.is_none() && spec.rate_limits == RateLimits::default()
-        {
-            Ok(None)
-        } else {
-            Err(AddressError::NoNetwork.to_string())
-        };
+    let network = match host.network(spec.name.as_deref()) {
+        Ok(network) => network,
+        Err(AddressError::NoNetwork) if asks_for_none(&spec) => return Ok(None),
+        Err(error) => return Err(error.to_string()),
     };
+    let is_first = host.networks.first() == Some(network);
     let egress = match spec.egress {
         Some(egress) => egress.check().map_err(|error| error.to_string())?,
         None => network.default_egress.clone(),
     };
     Ok(Some(Connection {
+        network: spec.name.filter(|_| !is_first),
         egress,
         rate_limits: spec.rate_limits.check()?,
     }))
+}
+
+fn asks_for_none(spec: &NetworkSpec) -> bool {
+    matches!(spec.egress, None | Some(Egress::None))
+        && spec.name.is_none()
+        && spec.address.is_none()
+        && spec.rate_limits == RateLimits::default()
 }
 
 fn check_vcpus(vcpus: i64) -> Result<u8, String> {

@@ -707,6 +707,7 @@ mod tests {
         assert!(without.apply(to_all(), at(2)).is_err());
         let mut sandbox = sandbox_in(Status::Paused);
         sandbox.spec.network = Some(Connection {
+            network: None,
             egress: Egress::None,
             rate_limits: RateLimits::default(),
         });

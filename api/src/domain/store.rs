@@ -7,6 +7,7 @@ use std::net::Ipv4Addr;
 use async_trait::async_trait;
 
 use super::id::{LayerId, SandboxId, SnapshotId, TemplateId};
+use super::network::Subnet;
 use super::sandbox::{Sandbox, Status};
 use super::snapshot::{Snapshot, WarmSnapshot};
 use super::template::Template;
@@ -61,7 +62,7 @@ pub trait Store: Send + Sync {
     ///
     /// # Errors
     /// The store failed.
-    async fn taken_addresses(&self) -> Result<TakenAddresses, StoreError>;
+    async fn taken_addresses(&self, subnet: Subnet) -> Result<TakenAddresses, StoreError>;
 
     /// Adds a snapshot; `false` if its id or name is taken.
     ///
@@ -197,7 +198,7 @@ pub enum SortBy {
 pub struct TakenAddresses {
     /// All of them.
     pub all: BTreeSet<Ipv4Addr>,
-    /// The one that was given last, whether its sandbox is still there or not.
+    /// The one of the subnet that was given last, whether its sandbox is still there or not.
     pub last: Option<Ipv4Addr>,
 }
 

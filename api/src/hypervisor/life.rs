@@ -348,8 +348,8 @@ impl Inner {
         orders: mpsc::Receiver<Order>,
         begin: &mut Option<Begin>,
     ) -> Outcome {
-        let network = self.config.network.as_deref();
-        let mut nic = match Nic::open(network, &request.id, request.nic.as_ref()).await {
+        let networks = self.config.networks.as_deref();
+        let mut nic = match Nic::open(networks, &request.id, request.nic.as_ref()).await {
             Ok(nic) => nic,
             Err(reason) => return Outcome::NotStarted(HostError::Start { reason }),
         };

@@ -54,7 +54,7 @@ use layers::LayerFiles;
 pub use leftovers::LeftoverError;
 use life::{Begin, Claim, Entry, Order, Then};
 use machine::Greeting;
-pub use nic::HostNetwork;
+pub use nic::{HostNetwork, HostNetworks};
 pub use paths::{Paths, PathsError};
 
 /// What this host runs sandboxes with.
@@ -74,8 +74,8 @@ pub struct HostConfig {
     pub prefetch: bool,
     /// How VMMs are jailed, if they are.
     pub jail: Option<JailConfig>,
-    /// The network of sandboxes, if they have one.
-    pub network: Option<Arc<HostNetwork>>,
+    /// The networks of sandboxes, if they have any.
+    pub networks: Option<Arc<HostNetworks>>,
 }
 
 /// This machine as a [`Host`].
@@ -256,9 +256,9 @@ impl Inner {
         }
     }
 
-    fn network(&self) -> Result<&HostNetwork, HostError> {
-        let network = self.config.network.as_deref();
-        network.ok_or_else(|| HostError::Invalid {
+    fn networks(&self) -> Result<&HostNetworks, HostError> {
+        let networks = self.config.networks.as_deref();
+        networks.ok_or_else(|| HostError::Invalid {
             reason: AddressError::NoNetwork.to_string(),
         })
     }
@@ -300,12 +300,9 @@ impl Host for LocalHost {
         Ok(HostInfo {
             templates: self.inner.config.images.templates.keys().cloned().collect(),
             memory_mb: bytes >> 20,
-            network: self
-                .inner
-                .config
-                .network
-                .as_ref()
-                .map(|network| network.describe()),
+            networks: (self.inner.config.networks.as_ref())
+                .map(|networks| networks.describe())
+                .unwrap_or_default(),
         })
     }
 
@@ -563,18 +560,18 @@ impl Host for LocalHost {
 
     async fn set_egress(&self, id: &SandboxId, egress: Egress) -> Result<(), HostError> {
         self.running(id)?;
-        let changed = self.inner.network()?.network().set_egress(id, egress).await;
+        let changed = self.inner.networks()?.of(id).set_egress(id, egress).await;
         changed.map_err(network_failed)
     }
 
     async fn network_activity(&self, id: &SandboxId) -> Result<NetworkActivity, HostError> {
         self.running(id)?;
-        let activity = self.inner.network()?.network().activity(id).await;
+        let activity = self.inner.networks()?.of(id).activity(id).await;
         activity.map_err(network_failed)
     }
 
     async fn open_forward(&self, id: &SandboxId, spec: ForwardSpec) -> Result<Forward, HostError> {
-        let forwards = &self.inner.network()?.forwards;
+        let forwards = &self.inner.networks()?.forwards;
         if let Some(port) = spec.host_port {
             let forward = Forward {
                 transport: spec.transport,
@@ -596,9 +593,9 @@ impl Host for LocalHost {
     }
 
     async fn close_forwards(&self, id: &SandboxId, forwards: &[Forward]) {
-        if let Some(network) = &self.inner.config.network {
+        if let Some(networks) = &self.inner.config.networks {
             for forward in forwards {
-                network.forwards.close(id, *forward);
+                networks.forwards.close(id, *forward);
             }
         }
     }
@@ -623,8 +620,8 @@ impl Host for LocalHost {
         let _ = join_all(entries.iter().map(|entry| entry.destroy())).await;
         self.inner.end.cancel();
         drop(self.inner.merging.lock().await);
-        if let Some(network) = &self.inner.config.network {
-            network.network().stop().await;
+        if let Some(networks) = &self.inner.config.networks {
+            networks.stop().await;
         }
     }
 }

@@ -12,46 +12,87 @@ use crate::domain::{
 };
 use crate::network::{Forwards, Network};
 
-/// The network of a host, and what its sandboxes are told of it.
-pub struct HostNetwork {
-    network: Network,
+/// The networks of a host, and what its sandboxes are told of them.
+pub struct HostNetworks {
+    /// The first is for those that ask for none in particular.
+    first: HostNetwork,
+    further: Vec<HostNetwork>,
     /// Ports of the host that lead into sandboxes.
     pub forwards: Forwards,
-    default_egress: Egress,
+}
+
+/// One of them.
+pub struct HostNetwork {
+    /// The network.
+    pub network: Network,
+    /// For sandboxes that ask for no policy.
+    pub default_egress: Egress,
 }
 
 impl HostNetwork {
-    /// `default_egress` is for sandboxes that ask for none.
-    pub fn new(network: Network, default_egress: Egress) -> Self {
-        Self {
-            forwards: network.forwards(),
-            network,
-            default_egress,
-        }
-    }
-
     /// What the domain may know of it.
-    pub fn describe(&self) -> NetworkInfo {
+    fn describe(&self) -> NetworkInfo {
         NetworkInfo {
+            name: self.network.name().to_owned(),
             subnet: self.network.subnet(),
             default_egress: self.default_egress.clone(),
         }
     }
+}
 
-    /// The network itself.
-    pub fn network(&self) -> &Network {
-        &self.network
+impl HostNetworks {
+    /// They are in one namespace, and take packets of one size.
+    pub fn new(first: HostNetwork, further: Vec<HostNetwork>) -> Self {
+        Self {
+            forwards: first.network.forwards(),
+            first,
+            further,
+        }
+    }
+
+    fn all(&self) -> impl DoubleEndedIterator<Item = &HostNetwork> {
+        std::iter::once(&self.first).chain(&self.further)
+    }
+
+    /// What the domain may know of them.
+    pub fn describe(&self) -> Vec<NetworkInfo> {
+        self.all().map(HostNetwork::describe).collect()
+    }
+
+    /// The network of this name, or the first.
+    fn named(&self, name: Option<&str>) -> Option<&Network> {
+        let Some(name) = name else {
+            return Some(&self.first.network);
+        };
+        let mut all = self.all().map(|one| &one.network);
+        all.find(|network| network.name() == name)
+    }
+
+    /// The network that a sandbox is connected to; the first, if it is to none.
+    pub fn of(&self, id: &SandboxId) -> &Network {
+        let mut all = self.all().map(|one| &one.network);
+        let found = all.find(|network| network.has(id));
+        found.unwrap_or(&self.first.network)
     }
 
     /// What a snapshot of a machine depends on.
     pub fn key(&self) -> String {
-        format!("network card, MTU {}", self.network.mtu())
+        format!("network card, MTU {}", self.first.network.mtu())
+    }
+
+    /// Removes all of them.
+    pub async fn stop(&self) {
+        // The first has found the host as it was before.
+        for one in self.all().rev() {
+            one.network.stop().await;
+        }
     }
 }
 
 /// A sandbox's card, whose tap is still to be handed to its VMM.
 pub struct Nic<'a> {
-    host: &'a HostNetwork,
+    network: &'a Network,
+    forwards: &'a Forwards,
     id: SandboxId,
     tap: Option<OwnedFd>,
     name: String,
@@ -62,7 +103,7 @@ pub struct Nic<'a> {
 impl<'a> Nic<'a> {
     /// A tap for a sandbox; `None` if it is to have none. The error is a sentence.
     pub async fn open(
-        host: Option<&'a HostNetwork>,
+        host: Option<&'a HostNetworks>,
         id: &SandboxId,
         request: Option<&Request>,
     ) -> Result<Option<Self>, String> {
@@ -72,9 +113,18 @@ impl<'a> Nic<'a> {
         let host = host.ok_or(
             "it has a network card, and this host has no network now; the daemon's log says why",
         )?;
-        let tap = host.network.tap().await.map_err(|error| chain(&error))?;
+        let name = request.connection.network.as_deref();
+        let network = host.named(name).ok_or_else(|| {
+            let name = name.unwrap_or_default();
+            format!(
+                "it is in the network {name:?}, and this host has none of that name now; configure \
+                 it again as one of network.further"
+            )
+        })?;
+        let tap = network.tap().await.map_err(|error| chain(&error))?;
         Ok(Some(Self {
-            host,
+            network,
+            forwards: &host.forwards,
             id: id.clone(),
             tap: Some(tap.file),
             name: tap.name,
@@ -116,14 +166,14 @@ impl<'a> Nic<'a> {
     /// What the guest is told; nothing, if it has no address.
     pub fn guest(&self) -> Option<GuestNetwork> {
         let address = self.request.address?;
-        let subnet = self.host.network.subnet();
+        let subnet = self.network.subnet();
         Some(GuestNetwork {
             mac: self.mac().0,
             address,
             prefix: subnet.prefix(),
             gateway: subnet.gateway(),
             resolvers: vec![subnet.gateway()],
-            mtu: self.host.network.mtu(),
+            mtu: self.network.mtu(),
         })
     }
 
@@ -134,23 +184,23 @@ impl<'a> Nic<'a> {
         };
         let egress = self.request.connection.egress.clone();
         let port = (self.name.as_str(), self.index);
-        let attached = self.host.network.attach(&self.id, port, address, egress);
+        let attached = self.network.attach(&self.id, port, address, egress);
         attached.await.map_err(|error| HostError::Internal {
             reason: format!("the sandbox cannot be connected: {}", chain(&error)),
         })?;
-        self.host.forwards.reachable(&self.id, address);
+        self.forwards.reachable(&self.id, address);
         Ok(())
     }
 
     /// Takes away what the sandbox has of the network, once its VMM has ended. The error is a
     /// sentence.
     pub async fn close(mut self) -> Result<(), String> {
-        self.host.forwards.unreachable(&self.id);
+        self.forwards.unreachable(&self.id);
         if let Some(tap) = self.tap.take() {
             // That waits for the tap to be gone.
             let _ = tokio::task::spawn_blocking(move || drop(tap)).await;
         }
-        self.host.network.detach(&self.id).await.map_err(|source| {
+        self.network.detach(&self.id).await.map_err(|source| {
             error!(sandbox = %self.id, error = %chain(&source), "rules of the sandbox are left");
             format!("rules of the packet filter are left: {}", chain(&source))
         })

@@ -53,8 +53,8 @@ pub fn key(
         "{FORMAT}\n{}\n{}\n{}\n{}\n{machine}",
         shape.template, shape.vcpus, shape.memory_mb, config.cmdline_extra
     );
-    if let Some(network) = &config.network {
-        let _ = writeln!(text, "{}", network.key());
+    if let Some(networks) = &config.networks {
+        let _ = writeln!(text, "{}", networks.key());
     }
     // Layers do not change, and no two have the same id.
     for layer in disk {

@@ -77,6 +77,8 @@ pub struct NetworkConfig {
     pub resolvers: Vec<SocketAddr>,
     /// What marks the bridge as this daemon's.
     pub owner: PathBuf,
+    /// The bridges of this daemon's other networks.
+    pub siblings: Vec<String>,
 }
 
 /// The longest name of a bridge, in bytes: that of a tap is it, a `-` and four digits, and an
@@ -247,6 +249,7 @@ impl Network {
         let tables = Tables {
             bridge: config.bridge.clone(),
             subnet: config.subnet,
+            siblings: config.siblings.clone(),
             only_ours: bridge.was_not_forwarding,
             log_group: packets.as_ref().map_or(u16::MAX, |packets| packets.group),
         };
@@ -346,6 +349,16 @@ impl Network {
                 taken.notified().await;
             }
         });
+    }
+
+    /// Its name, that of its bridge.
+    pub fn name(&self) -> &str {
+        &self.inner.config.bridge
+    }
+
+    /// Whether a sandbox is connected to it.
+    pub fn has(&self, id: &SandboxId) -> bool {
+        self.inner.members().by_id.contains_key(id)
     }
 
     /// Addresses of the sandboxes.

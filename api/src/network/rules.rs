@@ -61,6 +61,8 @@ pub struct Tables {
     pub bridge: String,
     /// Its addresses.
     pub subnet: Subnet,
+    /// The bridges of other networks of this daemon, whose tables say what passes them.
+    pub siblings: Vec<String>,
     /// Whether the host forwarded no packets before, and so shall forward no others.
     pub only_ours: bool,
     /// The group of nflog that denied packets are told to.
@@ -145,6 +147,15 @@ impl Tables {
         let (gateway, subnet) = (self.subnet.gateway(), self.subnet);
         let private = PRIVATE.join(", ");
         let others = if self.only_ours { "drop" } else { "accept" };
+        let siblings: String = self
+            .siblings
+            .iter()
+            .map(|sibling| {
+                format!(
+                    "iifname \"{sibling}\" accept\n        oifname \"{sibling}\" accept\n        "
+                )
+            })
+            .collect();
         format!(
             r#"{remove}table bridge {name} {{
     set sources {{ type ifname . ether_addr . ipv4_addr; }}
@@ -185,7 +196,7 @@ table inet {name} {{
         iifname "{bridge}" oifname "{bridge}" drop
         iifname "{bridge}" goto from_sandbox
         oifname "{bridge}" goto to_sandbox
-        {others}
+        {siblings}{others}
     }}
     chain from_sandbox {{
         ct state invalid drop

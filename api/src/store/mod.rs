@@ -23,7 +23,7 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use crate::domain::{
     Desired, Id, LayerId, Layers, Page, Sandbox, SandboxId, Snapshot, SnapshotId, Spec, Status,
-    Store, StoreError, TakenAddresses, Template, TemplateId, UserId, WarmSnapshot,
+    Store, StoreError, Subnet, TakenAddresses, Template, TemplateId, UserId, WarmSnapshot,
 };
 pub use migrations::MigrateError;
 
@@ -185,8 +185,8 @@ impl Store for SqliteStore {
         .await
     }
 
-    async fn taken_addresses(&self) -> Result<TakenAddresses, StoreError> {
-        self.with(|connection| {
+    async fn taken_addresses(&self, subnet: Subnet) -> Result<TakenAddresses, StoreError> {
+        self.with(move |connection| {
             let mut taken = TakenAddresses::default();
             let mut statement = connection.prepare_cached(
                 "SELECT address FROM sandboxes \
@@ -195,13 +195,17 @@ impl Store for SqliteStore {
             for row in statement.query_map([], address)? {
                 taken.all.insert(row?);
             }
-            taken.last = connection
-                .prepare_cached(
-                    "SELECT address FROM sandboxes WHERE address IS NOT NULL \
-                     ORDER BY rowid DESC LIMIT 1",
-                )?
-                .query_row([], address)
-                .optional()?;
+            let mut statement = connection.prepare_cached(
+                "SELECT address FROM sandboxes WHERE address IS NOT NULL ORDER BY rowid DESC",
+            )?;
+            // No further than to the first that is in it.
+            for row in statement.query_map([], address)? {
+                let address = row?;
+                if subnet.contains(address) {
+                    taken.last = Some(address);
+                    break;
+                }
+            }
             Ok(taken)
         })
         .await

@@ -106,8 +106,8 @@ pub struct FakeHost {
     /// A merge has come to where the daemon is to end.
     pub is_stuck: AtomicBool,
     pub last_upload: Mutex<Option<u64>>,
-    /// The network of its sandboxes.
-    pub network: Mutex<Option<NetworkInfo>>,
+    /// The networks of its sandboxes.
+    pub networks: Mutex<Vec<NetworkInfo>>,
     /// What sandboxes were to reach, in order.
     pub egress: Mutex<Vec<(SandboxId, Egress)>>,
     /// Ports that lead into sandboxes.
@@ -230,7 +230,7 @@ impl Host for FakeHost {
         Ok(HostInfo {
             templates,
             memory_mb: 4096,
-            network: self.network.lock().unwrap().clone(),
+            networks: self.networks.lock().unwrap().clone(),
         })
     }
 

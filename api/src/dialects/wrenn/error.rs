@@ -145,7 +145,9 @@ impl From<CreateError> for ApiError {
 impl From<AddressError> for ApiError {
     fn from(source: AddressError) -> Self {
         match source {
-            AddressError::OutOfRange { .. } => Self::invalid(source.to_string()),
+            AddressError::OutOfRange { .. } | AddressError::UnknownNetwork { .. } => {
+                Self::invalid(source.to_string())
+            }
             AddressError::Taken(_) | AddressError::Exhausted(..) | AddressError::NoNetwork => {
                 Self::conflict(source.to_string())
             }

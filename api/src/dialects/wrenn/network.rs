@@ -22,6 +22,9 @@ use crate::http::{AppState, ErrorBody};
 #[derive(Debug, Default, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct NetworkRequest {
+    /// The name of the network; the host's first, if it is not given.
+    #[schema(nullable = false)]
+    pub name: Option<String>,
     /// Its address; one that is free, if it is not given.
     #[schema(nullable = false, value_type = Option<String>, format = Ipv4)]
     pub address: Option<Ipv4Addr>,
@@ -37,6 +40,7 @@ impl NetworkRequest {
     /// The same for the domain.
     pub fn spec(self) -> Result<NetworkSpec, ApiError> {
         Ok(NetworkSpec {
+            name: self.name,
             address: self.address,
             egress: self.egress.map(EgressBody::egress).transpose()?,
             rate_limits: self.rate_limits.unwrap_or_default().limits(),
@@ -224,6 +228,10 @@ impl From<RateLimits> for RateLimitsBody {
 pub struct NetworkBody {
     /// Whether it has a network card. Nothing else is here if not.
     pub connected: bool,
+    /// The name of the network that it is in, if that is there now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub name: Option<String>,
     /// Its address.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false, value_type = Option<String>, format = Ipv4)]
@@ -232,7 +240,7 @@ pub struct NetworkBody {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub mac: Option<String>,
-    /// The network that it is in, as `192.168.200.0/24`.
+    /// The addresses of that network, as `192.168.200.0/24`.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub subnet: Option<String>,
@@ -263,6 +271,7 @@ impl From<SandboxNetwork> for NetworkBody {
     fn from(network: SandboxNetwork) -> Self {
         let sandbox = network.sandbox;
         let Connection {
+            network: _,
             egress,
             rate_limits,
         } = match sandbox.spec.network {
@@ -270,6 +279,7 @@ impl From<SandboxNetwork> for NetworkBody {
             None => {
                 return Self {
                     connected: false,
+                    name: None,
                     address: None,
                     mac: None,
                     subnet: None,
@@ -282,7 +292,7 @@ impl From<SandboxNetwork> for NetworkBody {
                 };
             }
         };
-        let subnet = network.host.map(|host| host.subnet);
+        let (name, subnet) = network.host.map(|host| (host.name, host.subnet)).unzip();
         let forwards = sandbox.forwards.into_iter();
         let (traffic, denied) = network
             .activity
@@ -290,6 +300,7 @@ impl From<SandboxNetwork> for NetworkBody {
             .unzip();
         Self {
             connected: true,
+            name,
             address: sandbox.address,
             mac: sandbox
                 .address

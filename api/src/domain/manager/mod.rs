@@ -43,7 +43,7 @@ use super::host::{
 use super::id::{LayerId, SandboxId};
 use super::idle::Idle;
 use super::layer::Layers;
-use super::network::AddressError;
+use super::network::Connection;
 use super::principal::Principal;
 use super::request::{self, Command, CreateSpec};
 use super::sandbox::{Sandbox, Spec, Status, Transition};
@@ -290,18 +290,22 @@ impl Manager {
             return Err(InsertError::NameTaken(name.clone()));
         }
         Ok(match &spec.network {
-            Some(_) => Some(self.allocate(wishes.address).await?),
+            Some(connection) => Some(self.allocate(connection, wishes.address).await?),
             None => None,
         })
     }
 
-    /// An address for a new sandbox: this one, or one that is free. The caller holds the lock of
+    /// An address for a new sandbox that is connected like this: this one, or one that is free. The caller holds the lock of
     /// the records until the sandbox is written down.
-    async fn allocate(&self, wanted: Option<Ipv4Addr>) -> Result<Ipv4Addr, InsertError> {
+    async fn allocate(
+        &self,
+        connection: &Connection,
+        wanted: Option<Ipv4Addr>,
+    ) -> Result<Ipv4Addr, InsertError> {
         let host = self.inner.host.describe().await;
-        let network = host.map_err(InsertError::Describe)?.network;
-        let subnet = network.ok_or(AddressError::NoNetwork)?.subnet;
-        let taken = self.inner.store.taken_addresses().await?;
+        let host = host.map_err(InsertError::Describe)?;
+        let subnet = host.network(connection.network.as_deref())?.subnet;
+        let taken = self.inner.store.taken_addresses(subnet).await?;
         Ok(match wanted {
             Some(address) => subnet.claim(address, &taken.all)?,
             None => subnet.next_free(taken.last, &taken.all)?,

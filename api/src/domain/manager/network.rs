@@ -23,7 +23,7 @@ fn can_change(status: Status) -> bool {
 pub struct SandboxNetwork {
     /// The sandbox.
     pub sandbox: Sandbox,
-    /// The host's network, if it has one now.
+    /// The network of the host that it is in, if that is there now.
     pub host: Option<NetworkInfo>,
     /// What the sandbox does in it, if it runs.
     pub activity: Option<NetworkActivity>,
@@ -37,7 +37,10 @@ impl Manager {
     pub async fn network(&self, id: &str) -> Result<SandboxNetwork, NetworkChangeError> {
         let sandbox = self.get(id).await?;
         let host = self.inner.host.describe().await;
-        let host = host.map_err(NetworkChangeError::Host)?.network;
+        let host = host.map_err(NetworkChangeError::Host)?;
+        let connection = sandbox.spec.network.as_ref();
+        let network = connection.and_then(|it| host.network(it.network.as_deref()).ok());
+        let host = network.cloned();
         let activity = if sandbox.status == Status::Running && sandbox.address.is_some() {
             match self.inner.host.network_activity(&sandbox.id).await {
                 Ok(activity) => Some(activity),

@@ -386,11 +386,13 @@ impl Manager {
     }
 
     /// A ready machine of a warm snapshot that will do for this sandbox, if there is one. There will
-    /// be others. The rate limits of a card are its VMM's from its start on, and these have none.
+    /// be others. The rate limits of a card are its VMM's from its start on, and these have none; and
+    /// these are in the host's first network.
     pub(super) fn take_ready(&self, warm: &WarmSnapshot, spec: &Spec) -> Option<SandboxId> {
         let connection = spec.network.as_ref();
-        let is_limited = connection.is_some_and(|it| it.rate_limits != RateLimits::default());
-        if self.inner.limits.pool.per_shape == 0 || is_limited {
+        let is_special = connection
+            .is_some_and(|it| it.rate_limits != RateLimits::default() || it.network.is_some());
+        if self.inner.limits.pool.per_shape == 0 || is_special {
             return None;
         }
         self.inner.pool.take(warm)

@@ -383,10 +383,11 @@ impl Manager {
 
     /// The card of a machine that no sandbox is in.
     pub(super) async fn unconnected_nic(&self) -> Result<Option<Nic>, HostError> {
-        let network = self.inner.host.describe().await?.network;
-        Ok(network.map(|_| Nic {
+        let host = self.inner.host.describe().await?;
+        Ok(host.networks.first().map(|_| Nic {
             address: None,
             connection: Connection {
+                network: None,
                 egress: Egress::None,
                 rate_limits: RateLimits::default(),
             },

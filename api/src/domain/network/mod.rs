@@ -20,6 +20,8 @@ pub use subnet::{AddressError, Subnet, SubnetError};
 /// What a host offers to sandboxes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetworkInfo {
+    /// Its name, that of its bridge.
+    pub name: String,
     /// Addresses of the sandboxes and, as the first of them, of the gateway.
     pub subnet: Subnet,
     /// What new sandboxes may reach unless they ask for something else.
@@ -29,6 +31,8 @@ pub struct NetworkInfo {
 /// The network of a sandbox as it is asked for. What is `None` has its default.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct NetworkSpec {
+    /// The name of the network that it is in.
+    pub name: Option<String>,
     /// Its address.
     pub address: Option<Ipv4Addr>,
     /// What it may reach.
@@ -40,6 +44,9 @@ pub struct NetworkSpec {
 /// How a sandbox is connected, apart from its address; a clone inherits it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Connection {
+    /// The name of the network that it is in; `None` is the host's first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<String>,
     /// What it may reach.
     pub egress: Egress,
     /// How much it may send and receive.

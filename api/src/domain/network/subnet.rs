@@ -47,6 +47,14 @@ pub enum AddressError {
     /// The host has no network.
     #[error("this host has no network for sandboxes; its log says why")]
     NoNetwork,
+    /// It has others.
+    #[error("there is no network {name:?} for sandboxes; there are {known}")]
+    UnknownNetwork {
+        /// What was asked for.
+        name: String,
+        /// Those that there are.
+        known: String,
+    },
 }
 
 impl Subnet {
@@ -116,6 +124,11 @@ impl Subnet {
         } else {
             Ok(address)
         }
+    }
+
+    /// Whether they have an address in common.
+    pub fn overlaps(self, other: Self) -> bool {
+        self.contains(other.network) || other.contains(self.network)
     }
 
     /// The first free address after `last`, and after the end those from the start: so an address
