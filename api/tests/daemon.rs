@@ -317,8 +317,13 @@ fn what_is_missing_is_named() {
         text.contains("\"other\" /no/where.ext4 cannot be read"),
         "{text}"
     );
-    let text = place.refusal(&["--listen=0.0.0.0:1"]);
-    assert!(text.contains("use a loopback address"), "{text}");
+    let key = place.path("data/token.key");
+    fs::create_dir_all(place.path("data")).unwrap();
+    fs::write(&key, [7; 32]).unwrap();
+    fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).unwrap();
+    let text = place.refusal(&[]);
+    assert!(text.contains("can be read by others"), "{text}");
+    fs::remove_file(key).unwrap();
     let long = format!("--runtime-dir=/tmp/{}", "x".repeat(100));
     assert!(place.refusal(&[&long]).contains("choose a shorter one"));
 }
