@@ -9,6 +9,7 @@
 
 mod body;
 mod boot_id;
+mod connect;
 mod connections;
 mod exec;
 mod files;
@@ -17,6 +18,7 @@ mod identity;
 mod init;
 mod log;
 mod network;
+mod process;
 mod reaper;
 mod server;
 mod shutdown;
@@ -158,6 +160,8 @@ fn run_as_init(entered_us: u64) -> Outcome {
             cgroups,
             init: true,
             execs: Cell::new(0),
+            processes: Rc::default(),
+            connections: Rc::default(),
             boot_id: Arc::default(),
         });
         tokio::select! {
@@ -190,6 +194,8 @@ fn run_on_socket(socket: PathBuf, cgroup: Option<PathBuf>, entered_us: u64) -> O
             cgroups,
             init: false,
             execs: Cell::new(0),
+            processes: Rc::default(),
+            connections: Rc::default(),
             boot_id: Arc::default(),
         });
         let next = || async { listener.accept().await.map(|(stream, _)| stream) };

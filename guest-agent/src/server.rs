@@ -14,9 +14,10 @@ use std::{
 
 use agent_protocol as protocol;
 use agent_protocol::{
-    EXEC_UPGRADE, ErrorBody, ErrorCode, ErrorDetail, ExecRequest, FREEZE_UPGRADE, FROZEN,
-    FileQuery, FileQueryError, FreezeRequest, Health, MAX_JSON_BODY, NOT_FROZEN, Resumed,
-    ResumedRequest, ShutdownRequest,
+    AttachRequest, CONNECT_UPGRADE, ConnectRequest, EXEC_UPGRADE, ErrorBody, ErrorCode,
+    ErrorDetail, ExecRequest, FREEZE_UPGRADE, FROZEN, FileQuery, FileQueryError, FreezeRequest,
+    Health, MAX_JSON_BODY, NOT_FROZEN, PROCESS_UPGRADE, Resumed, ResumedRequest, ShutdownRequest,
+    SignalRequest, StartProcess,
 };
 use bytes::{Bytes, BytesMut};
 use http_body_util::{BodyExt, Limited};
@@ -38,11 +39,13 @@ use tokio::{
 use crate::{
     body::Body,
     boot_id::BootId,
+    connect::{self, ConnectError, Connections},
     exec::{self, Cgroups, Running},
     files::{self, FileError, Listing, Reading, write::Writing},
     freeze::{FreezeError, Frozen},
     identity,
     log::{chain, warning},
+    process::{self, ProcessError, Processes},
     reaper::Reaper,
     shutdown, system,
 };
@@ -65,6 +68,10 @@ pub struct Agent {
     pub init: bool,
     /// How many execs run.
     pub execs: Cell<usize>,
+    /// Processes that belong to no connection.
+    pub processes: Rc<Processes>,
+    /// Connections to ports of the guest.
+    pub connections: Rc<Connections>,
     /// The boot id that the guest shows. Held by one request after the other.
     pub boot_id: Arc<Mutex<BootId>>,
 }
@@ -90,6 +97,15 @@ enum RequestError {
     NoUpgrade,
     #[error("freeze needs the headers Connection: Upgrade and Upgrade: {FREEZE_UPGRADE}")]
     NoFreezeUpgrade,
+    #[error("{path} needs the headers Connection: Upgrade and Upgrade: {protocol}")]
+    NotUpgraded {
+        path: &'static str,
+        protocol: &'static str,
+    },
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
     #[error("{0}")]
     FreezeTime(&'static str),
     #[error(transparent)]
@@ -118,10 +134,16 @@ impl RequestError {
             | Self::Identity(_)
             | Self::FreezeTime(_)
             | Self::NoFreezeUpgrade
+            | Self::NotUpgraded { .. }
             | Self::NoUpgrade => ErrorCode::BadRequest,
             Self::BodyTooLarge => ErrorCode::BodyTooLarge,
             Self::NotInit => ErrorCode::NotInit,
             Self::Thread(_) | Self::Answer(_) | Self::Freeze(_) => ErrorCode::Internal,
+            Self::Process(ProcessError::Exec(error)) => {
+                return ErrorDetail::new(error.code(), chain(error));
+            }
+            Self::Process(error) => error.code(),
+            Self::Connect(error) => error.code(),
             // The outer message adds nothing to what these say.
             Self::Exec(error) => return ErrorDetail::new(error.code(), chain(error)),
             Self::File(error) => return ErrorDetail::new(error.code(), chain(error)),
@@ -163,6 +185,11 @@ impl Agent {
         match (path.as_str(), method) {
             (protocol::PATH_HEALTH, Method::GET) => self.health(),
             (protocol::PATH_EXEC, Method::POST) => self.exec(request).await,
+            (protocol::PATH_PROCESSES, Method::POST) => self.start_process(request).await,
+            (protocol::PATH_PROCESSES, Method::GET) => json(StatusCode::OK, &self.processes.list()),
+            (protocol::PATH_SIGNAL, Method::POST) => self.signal(request).await,
+            (protocol::PATH_ATTACH, Method::POST) => self.attach(request).await,
+            (protocol::PATH_CONNECT, Method::POST) => self.connect(request).await,
             (protocol::PATH_FILES, Method::PUT) => put(request).await,
             (protocol::PATH_FILES, Method::GET) => get(&query(&request)?).await,
             (protocol::PATH_FILES, Method::DELETE) => remove(&query(&request)?).await,
@@ -174,6 +201,10 @@ impl Agent {
             (protocol::PATH_SHUTDOWN, Method::POST) => self.shutdown(request).await,
             (protocol::PATH_HEALTH, _) => Err(RequestError::Method(protocol::PATH_HEALTH)),
             (protocol::PATH_EXEC, _) => Err(RequestError::Method(protocol::PATH_EXEC)),
+            (protocol::PATH_PROCESSES, _) => Err(RequestError::Method(protocol::PATH_PROCESSES)),
+            (protocol::PATH_SIGNAL, _) => Err(RequestError::Method(protocol::PATH_SIGNAL)),
+            (protocol::PATH_ATTACH, _) => Err(RequestError::Method(protocol::PATH_ATTACH)),
+            (protocol::PATH_CONNECT, _) => Err(RequestError::Method(protocol::PATH_CONNECT)),
             (protocol::PATH_FILES, _) => Err(RequestError::Method(protocol::PATH_FILES)),
             (protocol::PATH_STAT, _) => Err(RequestError::Method(protocol::PATH_STAT)),
             (protocol::PATH_DIR, _) => Err(RequestError::Method(protocol::PATH_DIR)),
@@ -212,16 +243,59 @@ impl Agent {
     /// the program.
     async fn carry(self: Rc<Self>, upgrade: OnUpgrade, running: Running) {
         self.execs.set(self.execs.get() + 1);
-        if let Ok(upgraded) = upgrade.await {
-            match upgraded.downcast::<TokioIo<UnixStream>>() {
-                Ok(parts) => {
-                    let early = BytesMut::from(parts.read_buf);
-                    exec::run(parts.io.into_inner(), early, running).await;
-                }
-                Err(_) => warning!("an exec's connection is of an unknown type"),
-            }
+        if let Some((connection, early)) = taken(upgrade).await {
+            exec::run(connection, early, running).await;
         }
         self.execs.set(self.execs.get() - 1);
+    }
+
+    async fn start_process(&self, request: Request<Incoming>) -> Answer {
+        let order: StartProcess = read_json(request.into_body()).await?;
+        let started = self
+            .processes
+            .start(order, &self.reaper, self.cgroups.as_ref())
+            .await?;
+        json(StatusCode::CREATED, &started)
+    }
+
+    async fn signal(&self, request: Request<Incoming>) -> Answer {
+        let order: SignalRequest = read_json(request.into_body()).await?;
+        self.processes.signal(&order.process, order.signal)?;
+        let mut response = Response::new(Body::full(Bytes::new()));
+        *response.status_mut() = StatusCode::NO_CONTENT;
+        Ok(response)
+    }
+
+    async fn attach(&self, mut request: Request<Incoming>) -> Answer {
+        let (path, protocol) = (protocol::PATH_ATTACH, PROCESS_UPGRADE);
+        if !asks_for(&request, protocol) {
+            return Err(RequestError::NotUpgraded { path, protocol });
+        }
+        let upgrade = hyper::upgrade::on(&mut request);
+        let order: AttachRequest = read_json(request.into_body()).await?;
+        let attachment = self.processes.attach(&order.process)?;
+        tokio::task::spawn_local(async move {
+            if let Some((connection, early)) = taken(upgrade).await {
+                process::attach(connection, early, attachment).await;
+            }
+        });
+        Ok(switching_to(protocol))
+    }
+
+    async fn connect(&self, mut request: Request<Incoming>) -> Answer {
+        let (path, protocol) = (protocol::PATH_CONNECT, CONNECT_UPGRADE);
+        if !asks_for(&request, protocol) {
+            return Err(RequestError::NotUpgraded { path, protocol });
+        }
+        let upgrade = hyper::upgrade::on(&mut request);
+        let order: ConnectRequest = read_json(request.into_body()).await?;
+        let connection = self.connections.connect(order.port).await?;
+        tokio::task::spawn_local(async move {
+            if let Ok(upgraded) = upgrade.await {
+                connect::carry(TokioIo::new(upgraded), connection).await;
+            }
+        });
+        Ok(switching_to(protocol))
     }
 
     async fn resumed(&self, request: Request<Incoming>) -> Answer {
@@ -269,6 +343,18 @@ impl Agent {
         let mut response = Response::new(Body::full(Bytes::new()));
         *response.status_mut() = StatusCode::ACCEPTED;
         Ok(response)
+    }
+}
+
+/// The connection, taken from HTTP, and what the host has sent on it already; `None` if the host is
+/// gone.
+async fn taken(upgrade: OnUpgrade) -> Option<(UnixStream, BytesMut)> {
+    match upgrade.await.ok()?.downcast::<TokioIo<UnixStream>>() {
+        Ok(parts) => Some((parts.io.into_inner(), BytesMut::from(parts.read_buf))),
+        Err(_) => {
+            warning!("a connection is of an unknown type");
+            None
+        }
     }
 }
 

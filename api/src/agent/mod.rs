@@ -10,6 +10,8 @@ mod exec;
 mod files;
 mod freeze;
 mod identity;
+mod ports;
+mod processes;
 mod shutdown;
 
 use std::io;

@@ -18,12 +18,13 @@ use super::layer::Layers;
 use super::network::{
     AddressError, Connection, Egress, Forward, ForwardSpec, NetworkActivity, NetworkInfo,
 };
+use super::process::GuestHost;
 use super::snapshot::LayersInfo;
 use super::timings::{SaveTimings, Start, Timings};
 
 /// A machine that runs sandboxes.
 #[async_trait]
-pub trait Host: Send + Sync {
+pub trait Host: GuestHost {
     /// What the machine has to offer.
     ///
     /// # Errors
@@ -646,6 +647,24 @@ pub enum HostError {
     FileNotFound {
         /// The path.
         path: String,
+    },
+    /// No such process in the guest.
+    #[error("{reason}")]
+    NoProcess {
+        /// Which, as a sentence.
+        reason: String,
+    },
+    /// It clashes with what is in the guest.
+    #[error("{reason}")]
+    Conflict {
+        /// With what, as a sentence.
+        reason: String,
+    },
+    /// Nothing in the guest listens on a port.
+    #[error("{reason}")]
+    PortClosed {
+        /// On which, as a sentence.
+        reason: String,
     },
     /// The request makes no sense to the guest, such as reading a directory.
     #[error("{reason}")]

@@ -10,6 +10,7 @@ mod layer;
 mod manager;
 mod network;
 mod principal;
+mod process;
 mod request;
 mod sandbox;
 mod snapshot;
@@ -34,7 +35,8 @@ pub use host::{
 pub use id::{Id, KeyId, Kind, LayerId, ParseIdError, SandboxId, SnapshotId, TemplateId, UserId};
 pub use layer::{Layers, MAX_DISK};
 pub use manager::{
-    Forked, InUse, Limits, Manager, PoolLimits, RecoverError, SandboxNetwork, StopSpec, WhenIdle,
+    Forked, InUse, Limits, Manager, PoolLimits, ProcessSpec, RecoverError, SandboxNetwork,
+    StopSpec, WhenIdle, check_size,
 };
 pub use network::{
     AddressError, AllowRule, Cidr, Connection, Counter, Denied, DeniedWhat, Destination,
@@ -43,6 +45,10 @@ pub use network::{
     RateLimits, Subnet, SubnetError, Traffic, Transport,
 };
 pub use principal::{Account, Principal, Role, User};
+pub use process::{
+    Bidirectional, GuestHost, KILL, PortStream, Process, ProcessEvent, ProcessEvents, ProcessRef,
+    StartProcess, TerminalInput, TerminalInputs, TerminalSize,
+};
 pub use request::{Command, CreateSpec, MAX_EXEC_TIMEOUT_SEC, SettingsSpec, SnapshotSpec};
 pub use sandbox::{Desired, IllegalTransition, Sandbox, Spec, Status, Transition};
 pub use snapshot::{LayersInfo, Snapshot, WarmSnapshot};

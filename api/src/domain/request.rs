@@ -33,6 +33,8 @@ const MIN_DISK_MB: i64 = 16;
 const MAX_DISK_MB: i64 = 1 << 20;
 /// The longest description of a snapshot in bytes.
 const MAX_DESCRIPTION: usize = 4096;
+/// The longest tag of a process in bytes.
+const MAX_TAG: usize = 128;
 /// The longest path in the guest in bytes: `PATH_MAX` of Linux, with its final zero byte.
 const MAX_PATH: usize = 4095;
 
@@ -338,6 +340,19 @@ pub fn check_command(command: Command, settings: &Settings) -> Result<ExecReques
     })
 }
 
+/// Checks the tag of a process.
+pub fn check_tag(tag: &str) -> Result<(), String> {
+    if tag.is_empty() || tag.len() > MAX_TAG {
+        Err(format!("tag must be 1 to {MAX_TAG} bytes long"))
+    } else if tag.chars().any(char::is_control) {
+        Err("tag must not contain control characters".to_owned())
+    } else if tag.bytes().all(|byte| byte.is_ascii_digit()) {
+        Err("tag must not be a number, for it would be taken for a process id".to_owned())
+    } else {
+        Ok(())
+    }
+}
+
 /// Checks the path of a file in a guest.
 pub fn check_path(path: &str) -> Result<(), String> {
     let problem = if path.is_empty() {
@@ -390,7 +405,7 @@ fn is_name(name: &str) -> bool {
 }
 
 /// `value`, if it is in the range; otherwise a sentence that says so.
-fn in_range<T: TryFrom<i64>>(
+pub(super) fn in_range<T: TryFrom<i64>>(
     what: &str,
     value: i64,
     min: i64,

@@ -7,6 +7,7 @@ mod cgroup;
 mod command;
 mod control;
 mod disk_limits;
+mod guests;
 mod jail;
 mod keep;
 mod kept;

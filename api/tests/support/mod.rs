@@ -11,11 +11,12 @@ use std::time::Duration;
 
 use api::domain::{
     ClaimRequest, Counter, CreateRequest, Created, Denied, DeniedWhat, Egress, End, ExecEvent,
-    ExecLimits, ExecRequest, ExitInfo, FileContent, FileInfo, FileKind, Forward, ForwardSpec, Host,
-    HostError, HostEvent, HostInfo, ImageInfo, KeepDiskRequest, KeptDisk, LayerId, Layers,
-    LayersInfo, Limits, Manager, MergeRequest, NetworkActivity, NetworkInfo, PoolLimits,
-    PowerOffRequest, PrepareRequest, ReadFileRequest, SandboxId, SaveRequest, SaveTimings, Saved,
-    Shape, Start, Timings, Traffic, WhenIdle, WriteFileRequest,
+    ExecLimits, ExecRequest, ExitInfo, FileContent, FileInfo, FileKind, Forward, ForwardSpec,
+    GuestHost, Host, HostError, HostEvent, HostInfo, ImageInfo, KeepDiskRequest, KeptDisk, LayerId,
+    Layers, LayersInfo, Limits, Manager, MergeRequest, NetworkActivity, NetworkInfo, PoolLimits,
+    PortStream, PowerOffRequest, PrepareRequest, Process, ProcessEvents, ProcessRef,
+    ReadFileRequest, SandboxId, SaveRequest, SaveTimings, Saved, Shape, Start, StartProcess,
+    TerminalInputs, Timings, Traffic, WhenIdle, WriteFileRequest,
 };
 use api::http::{Access, AppState, router};
 use api::identity::{Identity, Registration, Tokens};
@@ -221,6 +222,43 @@ fn err(bytes: impl Into<Bytes>) -> Result<ExecEvent, HostError> {
 
 fn exited(code: i32, timed_out: bool) -> Result<ExecEvent, HostError> {
     Ok(ExecEvent::Exited(ExitInfo { code, timed_out }))
+}
+
+#[async_trait]
+impl GuestHost for FakeHost {
+    async fn start_process(
+        &self,
+        id: &SandboxId,
+        _request: StartProcess,
+    ) -> Result<Process, HostError> {
+        Err(HostError::NotRunning { id: id.clone() })
+    }
+
+    async fn processes(&self, id: &SandboxId) -> Result<Vec<Process>, HostError> {
+        Err(HostError::NotRunning { id: id.clone() })
+    }
+
+    async fn signal_process(
+        &self,
+        id: &SandboxId,
+        _process: &ProcessRef,
+        _signal: i32,
+    ) -> Result<(), HostError> {
+        Err(HostError::NotRunning { id: id.clone() })
+    }
+
+    async fn attach_process(
+        &self,
+        id: &SandboxId,
+        _process: &ProcessRef,
+        _input: TerminalInputs,
+    ) -> Result<ProcessEvents, HostError> {
+        Err(HostError::NotRunning { id: id.clone() })
+    }
+
+    async fn connect(&self, id: &SandboxId, _port: u16) -> Result<PortStream, HostError> {
+        Err(HostError::NotRunning { id: id.clone() })
+    }
 }
 
 #[async_trait]

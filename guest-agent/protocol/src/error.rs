@@ -66,6 +66,12 @@ pub enum ErrorCode {
     UnknownUser,
     /// The guest has run out of processes, memory or file descriptors. 503.
     OutOfResources,
+    /// No process that is kept has this id or tag. 404.
+    NoSuchProcess,
+    /// A process that runs has this tag already. 409.
+    TagInUse,
+    /// Nothing in the guest listens on this port. 502.
+    PortClosed,
     /// The agent is not the guest's init process, and so cannot do this. 409.
     NotInit,
     /// Anything else, such as an I/O error of the disk. 500.
@@ -79,11 +85,19 @@ impl ErrorCode {
         match self {
             Self::BadRequest | Self::BadPath | Self::BadCwd | Self::UnknownUser => 400,
             Self::PermissionDenied | Self::CommandNotExecutable => 403,
-            Self::UnknownOperation | Self::NotFound | Self::CommandNotFound => 404,
+            Self::UnknownOperation
+            | Self::NotFound
+            | Self::NoSuchProcess
+            | Self::CommandNotFound => 404,
             Self::MethodNotAllowed => 405,
-            Self::IsADirectory | Self::NotADirectory | Self::NotARegularFile | Self::NotInit => 409,
+            Self::IsADirectory
+            | Self::NotADirectory
+            | Self::NotARegularFile
+            | Self::TagInUse
+            | Self::NotInit => 409,
             Self::BodyTooLarge => 413,
             Self::Internal => 500,
+            Self::PortClosed => 502,
             Self::OutOfResources => 503,
             Self::NoSpace => 507,
         }

@@ -138,9 +138,7 @@ impl AgentFrame {
             FrameKind::Stderr => Self::Stderr(payload),
             FrameKind::Exit => Self::Exit(from_json(kind, &payload)?),
             FrameKind::Error => Self::Error(from_json(kind, &payload)?),
-            FrameKind::Stdin | FrameKind::StdinEnd => {
-                return Err(FrameError::WrongDirection(kind));
-            }
+            _ => return Err(FrameError::WrongDirection(kind)),
         }))
     }
 
@@ -159,12 +157,19 @@ impl AgentFrame {
     }
 }
 
-fn json<T: Serialize>(kind: FrameKind, value: &T, out: &mut BytesMut) -> Result<(), FrameError> {
+pub(crate) fn json<T: Serialize>(
+    kind: FrameKind,
+    value: &T,
+    out: &mut BytesMut,
+) -> Result<(), FrameError> {
     let payload = serde_json::to_vec(value).map_err(|source| FrameError::Json { kind, source })?;
     frame::encode(kind, &payload, out)
 }
 
-fn from_json<T: DeserializeOwned>(kind: FrameKind, payload: &[u8]) -> Result<T, FrameError> {
+pub(crate) fn from_json<T: DeserializeOwned>(
+    kind: FrameKind,
+    payload: &[u8],
+) -> Result<T, FrameError> {
     serde_json::from_slice(payload).map_err(|source| FrameError::Json { kind, source })
 }
 

@@ -1,4 +1,4 @@
-//! The frames of an exec: type, length, payload.
+//! The frames of an exec, and of who is attached to a process: type, length, payload.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
@@ -16,6 +16,8 @@ pub enum FrameKind {
     Stdin = 0x01,
     /// Host to agent: end of standard input; no payload.
     StdinEnd = 0x02,
+    /// Host to agent: the terminal's new size; JSON [`TerminalSize`](crate::TerminalSize).
+    Resize = 0x03,
     /// Agent to host: the program runs; JSON [`Started`](crate::Started).
     Started = 0x10,
     /// Agent to host: bytes of standard output.
@@ -24,6 +26,10 @@ pub enum FrameKind {
     Stderr = 0x12,
     /// Agent to host, last: the program ended; JSON [`Exit`](crate::Exit).
     Exit = 0x13,
+    /// Agent to host: the process that it is attached to; JSON [`Process`](crate::Process).
+    Attached = 0x14,
+    /// Agent to host: output was dropped; JSON [`Lost`](crate::Lost).
+    Lost = 0x15,
     /// Agent to host, last: the exec failed; JSON [`ErrorDetail`](crate::ErrorDetail).
     Error = 0x1f,
 }
@@ -35,10 +41,13 @@ impl TryFrom<u8> for FrameKind {
         Ok(match byte {
             0x01 => Self::Stdin,
             0x02 => Self::StdinEnd,
+            0x03 => Self::Resize,
             0x10 => Self::Started,
             0x11 => Self::Stdout,
             0x12 => Self::Stderr,
             0x13 => Self::Exit,
+            0x14 => Self::Attached,
+            0x15 => Self::Lost,
             0x1f => Self::Error,
             _ => return Err(FrameError::UnknownKind(byte)),
         })
@@ -133,10 +142,13 @@ mod tests {
         prop::sample::select(vec![
             FrameKind::Stdin,
             FrameKind::StdinEnd,
+            FrameKind::Resize,
             FrameKind::Started,
             FrameKind::Stdout,
             FrameKind::Stderr,
             FrameKind::Exit,
+            FrameKind::Attached,
+            FrameKind::Lost,
             FrameKind::Error,
         ])
     }

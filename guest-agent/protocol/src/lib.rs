@@ -14,6 +14,11 @@
 //! |---|---|
 //! | `GET /v1/health` | 200, JSON [`Health`] |
 //! | `POST /v1/exec`, JSON [`ExecRequest`] | 101, then frames both ways; see below |
+//! | `POST /v1/processes`, JSON [`StartProcess`] | 201, JSON [`Process`]; see below |
+//! | `GET /v1/processes` | 200, JSON [`ProcessList`] |
+//! | `POST /v1/processes/signal`, JSON [`SignalRequest`] | 204 |
+//! | `POST /v1/processes/attach`, JSON [`AttachRequest`] | 101, then frames both ways; see below |
+//! | `POST /v1/connect`, JSON [`ConnectRequest`] | 101, then the bytes of a TCP connection both ways; see below |
 //! | `PUT /v1/files?path=&mode=&user=`, raw bytes | 201 (created) or 200 (replaced), JSON [`Entry`] |
 //! | `GET /v1/files?path=` | 200, raw bytes, metadata in the headers [`HEADER_MODE`] … |
 //! | `GET /v1/stat?path=` | 200, JSON [`Entry`]; a symbolic link is described, not followed |
@@ -78,6 +83,38 @@
 //! - Bytes for stdin that the program did not read are dropped.
 //! - A frame that breaks these rules is answered with `Error`, and the program is killed.
 //!
+//! # Processes
+//!
+//! A process that is started by `POST /v1/processes` belongs to no connection: it runs until it ends
+//! by itself or is killed. At most [`MAX_PROCESSES`] run at the same time; the last [`MAX_ENDED`] that
+//! have ended are remembered. The agent reads what a process writes as fast as it comes, and keeps
+//! the last [`MAX_BACKLOG`] bytes of it.
+//!
+//! `POST /v1/processes/attach` with the header `Upgrade:` [`PROCESS_UPGRADE`] follows one. The frames
+//! are those of an exec, of these types:
+//!
+//! | Direction | Frames, in order |
+//! |---|---|
+//! | agent → host | `Attached`, any number of `Stdout`, `Stderr` and `Lost`, `Exit` (or `Error`); then the agent closes |
+//! | host → agent | if it has a terminal: any number of `Stdin` and `Resize` |
+//!
+//! - The output begins with what is kept of it. A host that reads more slowly than the process writes
+//!   for so long that bytes are dropped is told `Lost` where they are missing; it does not stop the
+//!   process. At most [`MAX_ATTACHED`] are attached at the same time.
+//! - If the host closes or half-closes, it is no longer attached, and the process runs on.
+//! - The end of a process is that of an exec: its first process has exited and its output has ended,
+//!   or [`BACKGROUND_GRACE`] is over. Then its terminal is closed, which hangs up what is left on it.
+//! - A terminal holds up the host's `Stdin` frames while nobody reads what was typed.
+//! - A frame that breaks these rules is answered with `Error`; the process runs on.
+//!
+//! # Connections
+//!
+//! `POST /v1/connect` with the header `Upgrade:` [`CONNECT_UPGRADE`] connects to a TCP port of the
+//! guest's loopback interface, 127.0.0.1 or else ::1. From the next byte after the answer on, both
+//! directions carry the connection's bytes; each ends by itself, but once one has ended, the other
+//! has to go on within [`CONNECT_LINGER`] from byte to byte. At most [`MAX_CONNECTIONS`] exist at the
+//! same time. If nothing listens there, the answer is [`ErrorCode::PortClosed`].
+//!
 //! # Identity
 //!
 //! The host says who the guest is, and what time it is, by `POST /v1/resumed`: once the agent of a
@@ -117,6 +154,7 @@ mod error;
 mod exec;
 mod files;
 mod frame;
+mod process;
 mod query;
 
 use std::time::Duration;
@@ -129,6 +167,11 @@ pub use error::{ErrorBody, ErrorCode, ErrorDetail};
 pub use exec::{AgentFrame, ExecRequest, Exit, HostFrame, Started};
 pub use files::{Entry, EntryKind, FileQuery, FileQueryError};
 pub use frame::{FRAME_HEADER_LEN, FrameError, FrameKind, MAX_FRAME_PAYLOAD, encode, header};
+pub use process::{
+    AttachRequest, AttachedFrame, ConnectRequest, Lost, MAX_ATTACHED, MAX_BACKLOG, MAX_ENDED,
+    MAX_PROCESSES, MAX_TAG, MAX_TOLD_ARGV, Process, ProcessList, ProcessRef, SignalRequest,
+    StartProcess, TerminalFrame, TerminalSize, check_tag,
+};
 pub use query::{percent_decode, percent_encode};
 
 /// The vsock port on which the agent serves.
@@ -149,6 +192,22 @@ pub const BACKGROUND_GRACE: Duration = Duration::from_millis(250);
 pub const PATH_HEALTH: &str = "/v1/health";
 /// Path of exec.
 pub const PATH_EXEC: &str = "/v1/exec";
+/// Path of starting and listing processes.
+pub const PATH_PROCESSES: &str = "/v1/processes";
+/// Path of sending a signal to a process.
+pub const PATH_SIGNAL: &str = "/v1/processes/signal";
+/// Path of following a process.
+pub const PATH_ATTACH: &str = "/v1/processes/attach";
+/// The protocol that `POST /v1/processes/attach` switches to, for the header `Upgrade`.
+pub const PROCESS_UPGRADE: &str = "process-frames/1";
+/// Path of connecting to a port of the guest.
+pub const PATH_CONNECT: &str = "/v1/connect";
+/// The protocol that `POST /v1/connect` switches to, for the header `Upgrade`.
+pub const CONNECT_UPGRADE: &str = "bytes/1";
+/// The most connections to ports of the guest at the same time.
+pub const MAX_CONNECTIONS: usize = 128;
+/// How long one direction of such a connection may rest once the other has ended.
+pub const CONNECT_LINGER: Duration = Duration::from_secs(60);
 /// Path of reading and writing files.
 pub const PATH_FILES: &str = "/v1/files";
 /// Path of describing one file.

@@ -127,6 +127,20 @@ impl ProcessGroup {
     }
 }
 
+impl ProcessGroup {
+    /// Sends a signal to the first process's group, which is gone once that was waited for: then
+    /// nothing happens.
+    ///
+    /// # Errors
+    /// Of kill(2).
+    pub fn signal(&self, signal: Signal) -> io::Result<()> {
+        if self.reaper.expects(self.leader) {
+            rustix::process::kill_process_group(self.leader, signal)?;
+        }
+        Ok(())
+    }
+}
+
 impl Drop for ProcessGroup {
     fn drop(&mut self) {
         if self.reaper.expects(self.leader) {

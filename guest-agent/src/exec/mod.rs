@@ -18,7 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use agent_protocol::{ErrorCode, ExecRequest};
+use agent_protocol::{ErrorCode, ExecRequest, TerminalSize};
 use rustix::{
     fs::{Gid, Uid},
     pipe::{PipeFlags, pipe_with},
@@ -29,16 +29,20 @@ use tokio::{
     sync::oneshot,
 };
 
-pub use group::Cgroups;
-use group::ProcessGroup;
-pub use session::run;
+pub use group::{Cgroups, ProcessGroup};
+pub use session::{drop_output, read, run, send, supervise};
 use spawn::{Plan, Step};
 
 use crate::{
+    process::Terminal,
     reaper::Reaper,
     users::{self, Account, UserError},
 };
 
+/// What programs take their terminal for, if they ask although they have none.
+const DEFAULT_TERM: &str = "xterm";
+/// What programs take their terminal for that have one.
+const TERMINAL_TYPE: &str = "xterm-256color";
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Why a program was not started.
@@ -125,14 +129,28 @@ impl ExecError {
 /// A program that runs. Dropping it kills the program.
 #[derive(Debug)]
 pub struct Running {
-    pid: Pid,
-    group: ProcessGroup,
-    exit: oneshot::Receiver<WaitStatus>,
+    /// Its first process.
+    pub leader: Leader,
     stdin: Option<Sender>,
-    stdout: Receiver,
-    stderr: Receiver,
-    started: Instant,
-    timeout: Option<Duration>,
+    /// What it writes to its standard output.
+    pub stdout: Receiver,
+    /// What it writes to its standard error.
+    pub stderr: Receiver,
+}
+
+/// The first process of a program, and with it all others. Dropping it kills them.
+#[derive(Debug)]
+pub struct Leader {
+    /// Its id.
+    pub pid: Pid,
+    /// It and all that it starts.
+    pub group: ProcessGroup,
+    /// How it ends.
+    pub exit: oneshot::Receiver<WaitStatus>,
+    /// When it was started.
+    pub started: Instant,
+    /// How long it may run.
+    pub timeout: Option<Duration>,
 }
 
 /// Starts the program that `request` describes.
@@ -146,15 +164,64 @@ pub async fn start(
 ) -> Result<Running, ExecError> {
     check(&request)?;
     let account = users::resolve(request.user.as_deref(), Path::new("/etc"))?;
-    let env = environment(&request, &account);
-    let program = request.argv[0].clone();
-    let system = |source: io::Error| ExecError::System {
-        program: program.clone(),
-        source,
-    };
+    let streams =
+        Streams::open(request.stdin, &account).map_err(|source| system(&request, source))?;
+    let leader = launch(&request, &account, streams.theirs, None, reaper, cgroups).await?;
+    Ok(Running {
+        leader,
+        stdin: streams.stdin,
+        stdout: streams.stdout,
+        stderr: streams.stderr,
+    })
+}
 
-    let credentials = credentials(&account)?;
-    let streams = Streams::open(request.stdin, &account).map_err(system)?;
+/// Starts the program that `request` describes on a terminal of its own.
+///
+/// # Errors
+/// [`ExecError`]; no process is left then.
+pub async fn start_on_terminal(
+    request: ExecRequest,
+    size: TerminalSize,
+    reaper: &Rc<Reaper>,
+    cgroups: Option<&Rc<Cgroups>>,
+) -> Result<(Leader, Terminal), ExecError> {
+    check(&request)?;
+    if size.cols == 0 || size.rows == 0 {
+        return Err(ExecError::Request(
+            "a terminal has at least one column and one row",
+        ));
+    }
+    let account = users::resolve(request.user.as_deref(), Path::new("/etc"))?;
+    let opened = Terminal::open(size, account.uid, account.gid).and_then(|(ours, theirs)| {
+        let stdio = [theirs.try_clone()?, theirs.try_clone()?, theirs];
+        Ok((ours, stdio))
+    });
+    let (terminal, stdio) = opened.map_err(|source| system(&request, source))?;
+    let term = Some(TERMINAL_TYPE);
+    let leader = launch(&request, &account, stdio, term, reaper, cgroups).await?;
+    Ok((leader, terminal))
+}
+
+fn system(request: &ExecRequest, source: io::Error) -> ExecError {
+    ExecError::System {
+        program: request.argv.first().cloned().unwrap_or_default(),
+        source,
+    }
+}
+
+/// Starts a program on these streams, which are a terminal of type `terminal`, if that is given.
+async fn launch(
+    request: &ExecRequest,
+    account: &Account,
+    stdio: [OwnedFd; 3],
+    terminal: Option<&str>,
+    reaper: &Rc<Reaper>,
+    cgroups: Option<&Rc<Cgroups>>,
+) -> Result<Leader, ExecError> {
+    let env = environment(request, account, terminal.unwrap_or(DEFAULT_TERM));
+    let program = request.argv[0].clone();
+    let system = |source: io::Error| system(request, source);
+    let credentials = credentials(account)?;
     let (cgroup, procs) = match cgroups {
         Some(cgroups) => {
             let (cgroup, procs) = cgroups.create().map_err(system)?;
@@ -174,7 +241,8 @@ pub async fn start(
             None => vec![c_string(&account.home), c"/".to_owned()],
         },
         credentials,
-        stdio: streams.theirs,
+        stdio,
+        terminal: terminal.is_some(),
         cgroup: procs,
     };
 
@@ -184,15 +252,12 @@ pub async fn start(
     let exit = reaper.exit_of(launch.pid);
     let group = ProcessGroup::new(launch.pid, reaper.clone(), cgroup);
     if let Err(failure) = launch.started().await {
-        return Err(explain(failure, &request, &account));
+        return Err(explain(failure, request, account));
     }
-    Ok(Running {
+    Ok(Leader {
         pid: launch.pid,
         group,
         exit,
-        stdin: streams.stdin,
-        stdout: streams.stdout,
-        stderr: streams.stderr,
         started,
         timeout: request.timeout_ms.map(Duration::from_millis),
     })
@@ -231,7 +296,7 @@ fn c_string(text: &str) -> CString {
     CString::new(&text[..end]).unwrap_or_default()
 }
 
-fn environment(request: &ExecRequest, account: &Account) -> BTreeMap<String, String> {
+fn environment(request: &ExecRequest, account: &Account, term: &str) -> BTreeMap<String, String> {
     let mut env = BTreeMap::new();
     if !request.env_clear {
         for (name, value) in [
@@ -241,7 +306,7 @@ fn environment(request: &ExecRequest, account: &Account) -> BTreeMap<String, Str
             ("LOGNAME", &account.name),
             ("SHELL", &account.shell),
             ("LANG", "C.UTF-8"),
-            ("TERM", "xterm"),
+            ("TERM", term),
         ] {
             env.insert(name.to_owned(), value.to_owned());
         }
@@ -389,10 +454,15 @@ mod tests {
         let env = environment(
             &request(r#"{"argv":["a"],"env":{"PATH":"/x","A":"b"}}"#),
             &account,
+            DEFAULT_TERM,
         );
         assert_eq!(env["PATH"], "/x");
         assert_eq!((env["A"].as_str(), env["LANG"].as_str()), ("b", "C.UTF-8"));
-        let clear = environment(&request(r#"{"argv":["a"],"env_clear":true}"#), &account);
+        let clear = environment(
+            &request(r#"{"argv":["a"],"env_clear":true}"#),
+            &account,
+            DEFAULT_TERM,
+        );
         assert!(clear.is_empty());
     }
 }

@@ -39,7 +39,7 @@ use tokio::{
     time::sleep,
 };
 
-use super::{Running, group::ProcessGroup};
+use super::{Leader, Running, group::ProcessGroup};
 use crate::log::{chain, warning};
 
 /// The largest frame of output with its header: what Linux's virtio transport of vsock puts in one
@@ -80,15 +80,18 @@ async fn carry(
     running: Running,
 ) -> Result<(AgentFrame, Vec<Receiver>), HungUp> {
     let Running {
-        pid,
-        group,
-        exit,
+        leader,
         stdin,
         stdout,
         stderr,
+    } = running;
+    let Leader {
+        pid,
+        group,
+        exit,
         started,
         timeout,
-    } = running;
+    } = leader;
     let mut wire = BytesMut::new();
     let pid = u32::try_from(pid.as_raw_nonzero().get()).unwrap_or(0);
     if let Err(error) = AgentFrame::Started(Started { pid }).encode(&mut wire) {
@@ -126,7 +129,7 @@ async fn carry(
 }
 
 /// Waits for the first process, and kills all of them when the time has run out.
-async fn supervise(
+pub async fn supervise(
     mut exit: oneshot::Receiver<WaitStatus>,
     timeout: Option<Duration>,
     group: &ProcessGroup,
@@ -340,7 +343,7 @@ async fn feed(pipe: &Sender, mut bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-async fn read(connection: &UnixStream, buffer: &mut BytesMut) -> io::Result<usize> {
+pub async fn read(connection: &UnixStream, buffer: &mut BytesMut) -> io::Result<usize> {
     loop {
         connection.readable().await?;
         match connection.try_read_buf(buffer) {
@@ -350,7 +353,7 @@ async fn read(connection: &UnixStream, buffer: &mut BytesMut) -> io::Result<usiz
     }
 }
 
-async fn send(connection: &UnixStream, mut bytes: &[u8]) -> io::Result<()> {
+pub async fn send(connection: &UnixStream, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
         connection.writable().await?;
         match connection.try_write(bytes) {
@@ -363,7 +366,7 @@ async fn send(connection: &UnixStream, mut bytes: &[u8]) -> io::Result<()> {
 }
 
 /// Keeps a process in the background from being killed by SIGPIPE or blocked by a full pipe.
-async fn drop_output(pipe: Receiver) {
+pub async fn drop_output(pipe: Receiver) {
     let mut buffer = vec![0; DROP_BUFFER];
     while pipe.readable().await.is_ok() {
         match pipe.try_read(&mut buffer) {

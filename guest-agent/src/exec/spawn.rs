@@ -33,6 +33,8 @@ pub struct Plan {
     pub credentials: Option<(u32, u32, Vec<u32>)>,
     /// Standard input, output and error.
     pub stdio: [OwnedFd; 3],
+    /// Whether standard input is a terminal that is to control the session.
+    pub terminal: bool,
     /// The list of processes of the cgroup to enter.
     pub cgroup: Option<File>,
 }
@@ -209,6 +211,9 @@ impl Child<'_> {
             check(libc::setsid())?;
             for (fd, target) in self.plan.stdio.iter().zip(0..) {
                 check(libc::dup2(fd.as_raw_fd(), target))?;
+            }
+            if self.plan.terminal {
+                check(libc::ioctl(0, libc::TIOCSCTTY, 0))?;
             }
             // Rust's runtime ignores SIGPIPE, and an ignored signal stays ignored across execve.
             if libc::signal(libc::SIGPIPE, libc::SIG_DFL) == libc::SIG_ERR {

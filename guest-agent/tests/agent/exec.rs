@@ -269,10 +269,9 @@ async fn much_output_takes_little_memory() {
 #[tokio::test]
 async fn a_host_that_does_not_read_stops_the_program() {
     let agent = Agent::start();
-    let before = agent.peak_kib();
     let progress = agent.directory().join("progress");
     let script = format!(
-        "head -c 300000 /dev/zero; echo done > {}",
+        "head -c 3000000 /dev/zero; echo done > {}",
         progress.display()
     );
     let exec = agent.exec(&sh(&script)).await;
@@ -280,9 +279,9 @@ async fn a_host_that_does_not_read_stops_the_program() {
     tokio::time::sleep(Duration::from_millis(300)).await;
     let blocked = !progress.exists();
     let output = exec.finish().await;
-    assert_eq!(output.stdout.len(), 300_000);
+    assert_eq!(output.stdout.len(), 3_000_000);
     assert!(progress.exists());
-    assert!(blocked || agent.peak_kib() - before < 512);
+    assert!(blocked);
 }
 
 #[tokio::test]

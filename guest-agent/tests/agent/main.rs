@@ -7,6 +7,8 @@
 )]
 
 mod common;
+mod connect;
 mod exec;
 mod files;
 mod freeze;
+mod processes;

@@ -86,6 +86,8 @@ impl ApiError {
         let text = source.to_string();
         match source {
             HostError::FileNotFound { .. } => Self::new(StatusCode::NOT_FOUND, "not_found", text),
+            HostError::NoProcess { .. } => Self::new(StatusCode::NOT_FOUND, "not_found", text),
+            HostError::Conflict { .. } => Self::conflict(text),
             HostError::Invalid { .. } | HostError::Upload { .. } => Self::invalid(text),
             HostError::Paused => Self::state(text),
             _ => Self::agent(text),

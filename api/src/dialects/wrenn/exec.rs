@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::io;
 
+use axum::Json;
 use axum::body::{Body, Bytes};
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{Path, State};
@@ -18,7 +19,8 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::error::{ApiError, parse};
-use crate::domain::{Command, ExecEnd, ExecOutput, Spooled};
+use super::processes::BackgroundExecBody;
+use crate::domain::{Command, ExecEnd, ExecOutput, ProcessSpec, Spooled};
 use crate::http::{AppState, ErrorBody, ErrorDetail};
 
 /// Output that is encoded at a time, in bytes: a multiple of 3, so that base64 pads the end only.
@@ -48,6 +50,16 @@ pub struct ExecRequestBody {
     #[serde(default)]
     #[schema(default = 30, nullable = false)]
     pub timeout_sec: Option<i64>,
+    /// Start it and do not wait for it. It runs until it ends by itself or is killed, whatever
+    /// `timeout_sec` says, and is found among the processes of the sandbox.
+    #[serde(default)]
+    #[schema(default = false, nullable = false)]
+    pub background: Option<bool>,
+    /// A name for a command in the background: 1 to 128 bytes, no number, and not that of one that
+    /// runs. One is made up if there is none.
+    #[serde(default)]
+    #[schema(nullable = false)]
+    pub tag: Option<String>,
 }
 
 /// What a command left behind.
@@ -87,15 +99,21 @@ pub enum Encoding {
 /// Output is limited to a configured size, 1 GiB by default. A command that outruns its timeout
 /// or that limit is killed with all its children; the answer is then 502 `agent_error`, and has
 /// the fields of the ordinary answer, with the output so far, beside `error`.
+///
+/// With `background`, the answer comes as soon as the command runs; it goes on whatever becomes of
+/// who started it.
 #[utoipa::path(
     post, path = "/v1/sandboxes/{id}/exec", operation_id = "execCommand", tag = "sandboxes",
     params(("id" = String, Path)),
     request_body = ExecRequestBody,
     responses(
         (status = 200, description = "Command output", body = ExecResponseBody),
+        (status = 202, description = "The command runs in the background",
+            body = BackgroundExecBody),
         (status = 400, description = "The request makes no sense", body = ErrorBody),
         (status = 404, description = "Sandbox not found", body = ErrorBody),
-        (status = 409, description = "Sandbox not running", body = ErrorBody),
+        (status = 409, description = "Sandbox not running, or the tag is in use",
+            body = ErrorBody),
         (status = 502, description = "Timeout, too much output, or the agent failed",
             body = ErrorBody),
     ),
@@ -116,6 +134,22 @@ pub async fn exec(
         cwd: request.cwd,
         timeout_sec,
     };
+    if request.background == Some(true) {
+        let spec = ProcessSpec {
+            command,
+            user: None,
+            tag: request.tag,
+            terminal: None,
+        };
+        let process = state.manager.start_process(&in_use, spec).await?;
+        let body = BackgroundExecBody {
+            sandbox_id: in_use.sandbox.id.to_string(),
+            cmd: request.cmd,
+            pid: process.pid,
+            tag: process.tag,
+        };
+        return Ok((StatusCode::ACCEPTED, Json(body)).into_response());
+    }
     let output = state.manager.exec(&in_use, command).await?;
     let limit = state.manager.limits().exec.max_output;
     answer(

@@ -78,14 +78,15 @@ enum News<'a> {
 
 /// Output. What is not UTF-8 is base64, and says so.
 #[derive(Debug, Serialize)]
-struct Data<'a> {
+pub struct Data<'a> {
     data: std::borrow::Cow<'a, str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     encoding: Option<&'static str>,
 }
 
 impl<'a> Data<'a> {
-    fn new(bytes: &'a [u8]) -> Self {
+    /// As it is, if it is UTF-8.
+    pub fn new(bytes: &'a [u8]) -> Self {
         match std::str::from_utf8(bytes) {
             Ok(text) => Self {
                 data: text.into(),
@@ -146,12 +147,17 @@ async fn serve(mut socket: WebSocket, manager: &Manager, in_use: &InUse) {
     };
     let Some(last) = last else { return };
     if tell(&mut socket, &last).await.is_some() {
-        let close = CloseFrame {
-            code: close_code::NORMAL,
-            reason: "".into(),
-        };
-        let _ = socket.send(Message::Close(Some(close))).await;
+        close(&mut socket).await;
     }
+}
+
+/// Says that nothing follows.
+pub async fn close(socket: &mut WebSocket) {
+    let close = CloseFrame {
+        code: close_code::NORMAL,
+        reason: "".into(),
+    };
+    let _ = socket.send(Message::Close(Some(close))).await;
 }
 
 /// What the client wants to run; `None` if it went away.

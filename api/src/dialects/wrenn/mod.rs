@@ -6,6 +6,8 @@ mod exec;
 mod exec_stream;
 mod files;
 mod network;
+mod processes;
+mod pty;
 mod sandboxes;
 mod snapshots;
 mod templates;
@@ -32,6 +34,10 @@ use crate::http::{AppState, ErrorBody};
         sandboxes::resume,
         exec::exec,
         exec_stream::exec_stream,
+        processes::list,
+        processes::kill,
+        processes::follow,
+        pty::pty,
         files::write,
         files::read,
         directories::list,
@@ -60,6 +66,9 @@ use crate::http::{AppState, ErrorBody};
         sandboxes::TimingsBody,
         exec::ExecRequestBody,
         exec::ExecResponseBody,
+        processes::BackgroundExecBody,
+        processes::ProcessBody,
+        processes::ProcessListBody,
         files::ReadFileRequestBody,
         directories::ListDirRequestBody,
         directories::PathRequestBody,
@@ -151,6 +160,10 @@ fn sandboxes(base: &str) -> Router<AppState> {
     let of_one = Router::new()
         .route("/exec", post(exec::exec))
         .route("/exec/stream", get(exec_stream::exec_stream))
+        .route("/processes", get(processes::list))
+        .route("/processes/{process}", delete(processes::kill))
+        .route("/processes/{process}/stream", get(processes::follow))
+        .route("/pty", get(pty::pty))
         .route("/ping", post(sandboxes::ping))
         .route("/pause", post(sandboxes::pause))
         .route("/resume", post(sandboxes::resume))
