@@ -20,6 +20,7 @@ mod guest;
 mod hostile;
 mod jail;
 mod network;
+mod processes;
 mod refusals;
 mod resize;
 mod restore;

@@ -35,8 +35,8 @@ pub use host::{
 pub use id::{Id, KeyId, Kind, LayerId, ParseIdError, SandboxId, SnapshotId, TemplateId, UserId};
 pub use layer::{Layers, MAX_DISK};
 pub use manager::{
-    Forked, InUse, Limits, Manager, PoolLimits, ProcessSpec, RecoverError, SandboxNetwork,
-    StopSpec, WhenIdle, check_size,
+    Forked, InUse, Limits, Manager, PoolLimits, PortConnection, ProcessSpec, RecoverError,
+    SandboxNetwork, StopSpec, WhenIdle, check_size,
 };
 pub use network::{
     AddressError, AllowRule, Cidr, Connection, Counter, Denied, DeniedWhat, Destination,

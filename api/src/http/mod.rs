@@ -98,8 +98,17 @@ pub fn router(state: AppState) -> Result<Router, OpenApiError> {
             auth::authenticate,
         ))
         .layer(middleware::from_fn_with_state(
+            state.clone(),
+            wrenn::by_header,
+        ))
+        .layer(middleware::from_fn_with_state(
             state.access,
             guard::loopback_only,
+        ))
+        // Outside of the guard: it admits whom the guard does not, to the ports of sandboxes alone.
+        .layer(middleware::from_fn_with_state(
+            state.clone(),
+            wrenn::by_host,
         ))
         .layer(middleware::from_fn(trace::trace))
         .with_state(state))

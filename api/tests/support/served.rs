@@ -25,8 +25,9 @@ use hyper::{Request, Response, body::Incoming};
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
+use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::tungstenite::{Error, Message};
-use tokio_tungstenite::{WebSocketStream, client_async};
+use tokio_tungstenite::{WebSocketStream, client_async_with_config};
 
 pub struct Served {
     pub address: SocketAddr,
@@ -137,7 +138,9 @@ impl Served {
 
     pub async fn try_socket(&self, path: &str) -> Result<Socket, Error> {
         let stream = TcpStream::connect(self.address).await.unwrap();
-        let opened = client_async(format!("ws://localhost{path}"), stream).await;
+        let config = WebSocketConfig::default().read_buffer_size(4096);
+        let uri = format!("ws://localhost{path}");
+        let opened = client_async_with_config(uri, stream, Some(config)).await;
         opened.map(|(socket, _)| Socket(socket))
     }
 

@@ -35,6 +35,9 @@ const START_TIMEOUT: Duration = Duration::from_secs(30);
 /// The largest message of a client, in bytes: what a command may have.
 const MAX_MESSAGE: usize = 1 << 20;
 
+/// What is read of a WebSocket at once, in bytes. Each has it, idle or not.
+pub const READ_BUFFER: usize = 4096;
+
 /// What a client says.
 #[derive(Debug, Deserialize)]
 #[serde(tag = "type", rename_all = "lowercase")]
@@ -125,6 +128,7 @@ pub async fn exec_stream(
     let upgrade = upgrade
         .map_err(|rejection| ApiError::invalid(format!("expected a WebSocket: {rejection}")))?;
     Ok(upgrade
+        .read_buffer_size(READ_BUFFER)
         .max_message_size(MAX_MESSAGE)
         .on_upgrade(async move |socket| {
             serve(socket, &state.manager, &in_use).await;

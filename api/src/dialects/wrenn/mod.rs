@@ -6,6 +6,7 @@ mod exec;
 mod exec_stream;
 mod files;
 mod network;
+mod ports;
 mod processes;
 mod pty;
 mod sandboxes;
@@ -15,10 +16,11 @@ mod text;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
-use axum::routing::{delete, get, post, put};
+use axum::routing::{any, delete, get, post, put};
 use utoipa::OpenApi;
 
 pub use error::ApiError;
+pub use ports::{by_header, by_host};
 
 use crate::http::{AppState, ErrorBody};
 
@@ -38,6 +40,7 @@ use crate::http::{AppState, ErrorBody};
         processes::kill,
         processes::follow,
         pty::pty,
+        ports::by_path,
         files::write,
         files::read,
         directories::list,
@@ -164,6 +167,9 @@ fn sandboxes(base: &str) -> Router<AppState> {
         .route("/processes/{process}", delete(processes::kill))
         .route("/processes/{process}/stream", get(processes::follow))
         .route("/pty", get(pty::pty))
+        .route("/ports/{port}", any(ports::by_path))
+        .route("/ports/{port}/", any(ports::by_path))
+        .route("/ports/{port}/{*path}", any(ports::by_path))
         .route("/ping", post(sandboxes::ping))
         .route("/pause", post(sandboxes::pause))
         .route("/resume", post(sandboxes::resume))

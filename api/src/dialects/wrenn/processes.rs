@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::error::ApiError;
-use super::exec_stream::{Data, close};
+use super::exec_stream::{Data, READ_BUFFER, close};
 use super::text::Text;
 use crate::domain::{ExecError, InUse, KILL, Manager, Process, ProcessEvent, ProcessRef};
 use crate::http::{AppState, ErrorBody};
@@ -208,6 +208,7 @@ pub async fn follow(
         .map_err(|rejection| ApiError::invalid(format!("expected a WebSocket: {rejection}")))?;
     let process = ProcessRef::from(process.as_str());
     Ok(upgrade
+        .read_buffer_size(READ_BUFFER)
         .max_message_size(MAX_MESSAGE)
         .on_upgrade(async move |mut socket| {
             serve(&mut socket, &state.manager, &in_use, &process).await;

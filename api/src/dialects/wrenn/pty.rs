@@ -32,7 +32,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval_at, timeout};
 
 use super::error::ApiError;
-use super::exec_stream::close;
+use super::exec_stream::{READ_BUFFER, close};
 use crate::domain::{
     Command, ExecError, InUse, KILL, MAX_EXEC_TIMEOUT_SEC, Manager, ProcessEvent, ProcessRef,
     ProcessSpec, TerminalInput, check_size,
@@ -136,6 +136,7 @@ pub async fn pty(
     let upgrade = upgrade
         .map_err(|rejection| ApiError::invalid(format!("expected a WebSocket: {rejection}")))?;
     Ok(upgrade
+        .read_buffer_size(READ_BUFFER)
         .max_message_size(MAX_MESSAGE)
         .on_upgrade(async move |mut socket| {
             if let Some(last) = serve(&mut socket, &state.manager, &in_use).await
