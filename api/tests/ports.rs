@@ -136,6 +136,7 @@ async fn a_server_is_reached_by_path_by_header_and_by_host() {
     let headers = [
         ("cookie", "of=others"),
         ("x-api-key", "secret"),
+        ("authorization", "Bearer secret"),
         ("connection", "x-private, keep-alive"),
         ("x-private", "1"),
         ("x-forwarded-host", "evil.example"),
@@ -160,6 +161,7 @@ async fn a_server_is_reached_by_path_by_header_and_by_host() {
         ),
         ("cookie", None),
         ("x-api-key", None),
+        ("authorization", None),
         ("x-private", None),
     ] {
         assert_eq!(header(&by_path, name), value.as_deref(), "{name}");

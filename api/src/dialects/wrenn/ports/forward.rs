@@ -5,8 +5,9 @@
 use axum::body::Body;
 use axum::extract::Request;
 use axum::http::header::{
-    CONNECTION, CONTENT_SECURITY_POLICY, COOKIE, EXPECT, HOST, HeaderName, HeaderValue, LOCATION,
-    ORIGIN, SET_COOKIE, STRICT_TRANSPORT_SECURITY, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
+    AUTHORIZATION, CONNECTION, CONTENT_SECURITY_POLICY, COOKIE, EXPECT, HOST, HeaderName,
+    HeaderValue, LOCATION, ORIGIN, SET_COOKIE, STRICT_TRANSPORT_SECURITY, TE, TRAILER,
+    TRANSFER_ENCODING, UPGRADE,
 };
 use axum::http::{HeaderMap, StatusCode, Uri, Version};
 use axum::response::Response;
@@ -189,6 +190,8 @@ fn rewrite_request(
     if !route.is_own_origin {
         // Of other services of this machine, for cookies know no ports.
         headers.remove(COOKIE);
+        // What a client has for the daemon, a guest must not learn.
+        headers.remove(AUTHORIZATION);
     }
     // As whoever is in the guest would call it, which servers that check it expect.
     let own = format!("localhost:{}", route.port);
@@ -290,6 +293,7 @@ mod tests {
             ("x-api-key", "secret"),
             ("x-forwarded-for", "1.2.3.4"),
             ("cookie", "of=others"),
+            ("authorization", "Bearer secret"),
             ("origin", "http://localhost:8080"),
             ("accept", "*/*"),
         ]);
