@@ -193,7 +193,8 @@ while (my $client = $server->accept) {
 #[test]
 fn a_server_in_a_sandbox_without_a_network_is_reached() {
     let daemon = Daemon::start();
-    let sandbox = daemon.create(&json!({"memory_mb": 192, "network": {"egress": "none"}}));
+    let sandbox =
+        daemon.create(&json!({"memory_mb": 192, "network": {"egress": {"policy": "none"}}}));
     let (status, _) = sandbox.upload("/root/server", SERVER.as_bytes(), SERVER.len() as u64);
     assert_eq!(status, 204);
     daemon.refused(

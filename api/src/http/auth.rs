@@ -105,24 +105,9 @@ pub async fn authenticate(
     next: Next,
 ) -> Response {
     let path = request.uri().path();
-    let principal = match credential(request.headers()) {
-        Err(problem) => return unauthorized(path, problem),
-        Ok(Some(credential)) => match state.identity.authenticate(credential).await {
-            Ok(Some(principal)) => Some(principal),
-            Ok(None) => {
-                return unauthorized(path, "the token or API key is not good, or not any more");
-            }
-            Err(source) if is_microvm(path) => {
-                return microvm::ApiError::from(source).into_response();
-            }
-            Err(source) => return crate::dialects::wrenn::ApiError::from(source).into_response(),
-        },
-        Ok(None) if OPEN.contains(&path) => None,
-        Ok(None) if is_microvm(path) => return unauthorized(path, NO_CREDENTIALS),
-        Ok(None) => match state.access {
-            Access::Local => Some(Principal::Local),
-            Access::Credentials => return unauthorized(path, NO_CREDENTIALS),
-        },
+    let principal = match identify(&state, request.headers(), path).await {
+        Ok(principal) => principal,
+        Err(refusal) => return *refusal,
     };
     let connection = request.extensions().get::<ConnectInfo<SocketAddr>>();
     let source = connection.map(|info| info.0.ip().to_canonical());
@@ -130,6 +115,38 @@ pub async fn authenticate(
         .extensions_mut()
         .insert(Identified { principal, source });
     next.run(request).await
+}
+
+/// Who calls this path with these headers; `None` is somebody without credentials at a path that needs
+/// none.
+///
+/// # Errors
+/// The answer to somebody who may not come in.
+pub async fn identify(
+    state: &AppState,
+    headers: &HeaderMap,
+    path: &str,
+) -> Result<Option<Principal>, Box<Response>> {
+    let unauthorized = |message| Err(Box::new(unauthorized(path, message)));
+    match credential(headers) {
+        Err(problem) => unauthorized(problem),
+        Ok(Some(credential)) => match state.identity.authenticate(credential).await {
+            Ok(Some(principal)) => Ok(Some(principal)),
+            Ok(None) => unauthorized("the token or API key is not good, or not any more"),
+            Err(source) if is_microvm(path) => {
+                Err(Box::new(microvm::ApiError::from(source).into_response()))
+            }
+            Err(source) => Err(Box::new(
+                crate::dialects::wrenn::ApiError::from(source).into_response(),
+            )),
+        },
+        Ok(None) if OPEN.contains(&path) => Ok(None),
+        Ok(None) if is_microvm(path) => unauthorized(NO_CREDENTIALS),
+        Ok(None) => match state.access {
+            Access::Local => Ok(Some(Principal::Local)),
+            Access::Credentials => unauthorized(NO_CREDENTIALS),
+        },
+    }
 }
 
 /// Whether this path belongs to the dialect `/api/v1`.

@@ -15,7 +15,7 @@ use axum::{Json, Router, middleware};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-pub use auth::{API_KEY, Access, Caller, Identified, OPEN};
+pub use auth::{API_KEY, Access, Caller, Identified, OPEN, identify};
 pub use error::{ErrorBody, ErrorDetail, error_response};
 pub use openapi::{OpenApiError, document, json, yaml};
 

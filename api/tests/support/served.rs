@@ -14,8 +14,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::domain::{ExecLimits, Host, Limits, Manager, PoolLimits, WhenIdle};
-use api::http::{AppState, router};
+use api::http::{Access, AppState, router};
 use api::hypervisor::{HostConfig, LocalHost, Paths};
+use api::identity::{Identity, Registration, Tokens};
 use api::images::Images;
 use api::store::SqliteStore;
 use bytes::Bytes;
@@ -56,7 +57,7 @@ impl Served {
             cmdline_extra: String::new(),
             prefetch: false,
             jail: None,
-            network: None,
+            networks: None,
         });
         let host = Arc::new(host.await.unwrap());
         let store = Arc::new(SqliteStore::open(&path.join("db")).unwrap());
@@ -76,14 +77,18 @@ impl Served {
                 idle: Duration::from_secs(600),
             },
         };
-        let manager = Manager::new(host.clone(), store, limits);
+        let manager = Manager::new(host.clone(), store.clone(), limits);
         let events = host.events().await;
         let follower = manager.clone();
         tokio::spawn(async move { follower.follow(events).await });
         let reaper = manager.clone();
         tokio::spawn(async move { reaper.set_aside_idle().await });
+        let tokens = Tokens::open(&path.join("token.key")).unwrap();
+        let identity = Identity::new(store, tokens, Registration::Open).unwrap();
         let state = AppState {
             manager: manager.clone(),
+            identity,
+            access: Access::Local,
             max_upload: 1 << 20,
             max_archive: 1 << 20,
         };

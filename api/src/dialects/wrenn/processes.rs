@@ -13,7 +13,7 @@ use axum::Json;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
-use axum::extract::{Path, Query, State};
+use axum::extract::{Path, Query};
 use axum::http::StatusCode;
 use axum::response::Response;
 use futures_util::StreamExt;
@@ -25,7 +25,7 @@ use super::error::ApiError;
 use super::exec_stream::{Data, READ_BUFFER, close};
 use super::text::Text;
 use crate::domain::{ExecError, InUse, KILL, Manager, Process, ProcessEvent, ProcessRef};
-use crate::http::{AppState, ErrorBody};
+use crate::http::{Caller, ErrorBody};
 
 /// A process that was started in the background.
 #[derive(Debug, Serialize, ToSchema)]
@@ -99,11 +99,11 @@ pub struct SignalParams {
     ),
 )]
 pub async fn list(
-    State(state): State<AppState>,
+    caller: Caller,
     Path(id): Path<String>,
 ) -> Result<Json<ProcessListBody>, ApiError> {
-    let in_use = state.manager.running(&id).await?;
-    let processes = state.manager.processes(&in_use).await?;
+    let in_use = caller.manager.running(&id).await?;
+    let processes = caller.manager.processes(&in_use).await?;
     Ok(Json(ProcessListBody {
         processes: processes.into_iter().map(Into::into).collect(),
     }))
@@ -132,15 +132,15 @@ pub async fn list(
     ),
 )]
 pub async fn kill(
-    State(state): State<AppState>,
+    caller: Caller,
     Path((id, process)): Path<(String, String)>,
     params: Result<Query<SignalParams>, QueryRejection>,
 ) -> Result<StatusCode, ApiError> {
-    let in_use = state.manager.running(&id).await?;
+    let in_use = caller.manager.running(&id).await?;
     let Query(params) = params.map_err(|rejection| ApiError::invalid(rejection.body_text()))?;
     let signal = params.signal.as_deref().map_or(Ok(KILL), signal_of)?;
     let process = ProcessRef::from(process.as_str());
-    state
+    caller
         .manager
         .signal_process(&in_use, &process, signal)
         .await?;
@@ -199,11 +199,11 @@ enum News<'a> {
     ),
 )]
 pub async fn follow(
-    State(state): State<AppState>,
+    caller: Caller,
     Path((id, process)): Path<(String, String)>,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Result<Response, ApiError> {
-    let in_use = state.manager.running(&id).await?;
+    let in_use = caller.manager.running(&id).await?;
     let upgrade = upgrade
         .map_err(|rejection| ApiError::invalid(format!("expected a WebSocket: {rejection}")))?;
     let process = ProcessRef::from(process.as_str());
@@ -211,8 +211,8 @@ pub async fn follow(
         .read_buffer_size(READ_BUFFER)
         .max_message_size(MAX_MESSAGE)
         .on_upgrade(async move |mut socket| {
-            serve(&mut socket, &state.manager, &in_use, &process).await;
-            state.manager.keep_awake(in_use).await;
+            serve(&mut socket, &caller.manager, &in_use, &process).await;
+            caller.manager.keep_awake(in_use).await;
         }))
 }
 

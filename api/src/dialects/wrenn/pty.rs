@@ -19,9 +19,9 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use axum::extract::Path;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
-use axum::extract::{Path, State};
 use axum::response::Response;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -37,7 +37,7 @@ use crate::domain::{
     Command, ExecError, InUse, KILL, MAX_EXEC_TIMEOUT_SEC, Manager, ProcessEvent, ProcessRef,
     ProcessSpec, TerminalInput, check_size,
 };
-use crate::http::{AppState, ErrorBody};
+use crate::http::{Caller, ErrorBody};
 
 /// How long a client may take to say what to run.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
@@ -128,23 +128,23 @@ fn failed(source: ExecError) -> News<'static> {
     ),
 )]
 pub async fn pty(
-    State(state): State<AppState>,
+    caller: Caller,
     Path(id): Path<String>,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Result<Response, ApiError> {
-    let in_use = state.manager.running(&id).await?;
+    let in_use = caller.manager.running(&id).await?;
     let upgrade = upgrade
         .map_err(|rejection| ApiError::invalid(format!("expected a WebSocket: {rejection}")))?;
     Ok(upgrade
         .read_buffer_size(READ_BUFFER)
         .max_message_size(MAX_MESSAGE)
         .on_upgrade(async move |mut socket| {
-            if let Some(last) = serve(&mut socket, &state.manager, &in_use).await
+            if let Some(last) = serve(&mut socket, &caller.manager, &in_use).await
                 && tell(&mut socket, &last).await.is_some()
             {
                 close(&mut socket).await;
             }
-            state.manager.keep_awake(in_use).await;
+            caller.manager.keep_awake(in_use).await;
         }))
 }
 

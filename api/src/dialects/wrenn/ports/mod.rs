@@ -31,10 +31,12 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Redirect, Response};
 
 use super::error::ApiError;
-use crate::http::{AppState, ErrorBody};
+use crate::http::{Access, AppState, Caller, ErrorBody, identify};
 use forward::{Route, forward};
 use origin::{Fetch, GuestHost};
 
+/// The path of this dialect.
+const BASE: &str = "/v1";
 /// The header that names a sandbox.
 const SANDBOX_ID: &str = "x-sandbox-id";
 /// The header that names a port of it.
@@ -68,7 +70,7 @@ const SANDBOX_PORT: &str = "x-sandbox-port";
     ),
 )]
 pub async fn by_path(
-    State(state): State<AppState>,
+    caller: Caller,
     OriginalUri(uri): OriginalUri,
     params: RawPathParams,
     request: Request,
@@ -94,8 +96,8 @@ pub async fn by_path(
         prefix: prefix.to_owned(),
         is_own_origin: false,
     };
-    let in_use = state.manager.running(id).await?;
-    forward(&state.manager, in_use, route, request).await
+    let in_use = caller.manager.running(id).await?;
+    forward(&caller.manager, in_use, route, request).await
 }
 
 /// Serves requests that name a port by headers; the others go on.
@@ -107,6 +109,12 @@ pub async fn by_header(State(state): State<AppState>, request: Request, next: Ne
         return next.run(request).await;
     };
     let (id, port) = (id.to_owned(), port.to_owned());
+    // The path is the guest's, and says nothing of who may come in.
+    let manager = match identify(&state, request.headers(), BASE).await {
+        Ok(Some(principal)) => state.manager.acting_for(principal),
+        Ok(None) => return next.run(request).await,
+        Err(refusal) => return *refusal,
+    };
     let served = async {
         let port = port_of(&port)?;
         let target = target_of(request.uri());
@@ -119,18 +127,20 @@ pub async fn by_header(State(state): State<AppState>, request: Request, next: Ne
             prefix: String::new(),
             is_own_origin: false,
         };
-        let in_use = state.manager.running(&id).await?;
-        forward(&state.manager, in_use, route, request).await
+        let in_use = manager.running(&id).await?;
+        forward(&manager, in_use, route, request).await
     };
     served.await.unwrap_or_else(ApiError::into_response)
 }
 
-/// Serves requests for the origins of ports; the others go on.
+/// Serves requests for the origins of ports, as those of the local principal; the others go
+/// on. A daemon that asks for credentials has no such origins: a browser has none to show.
 pub async fn by_host(State(state): State<AppState>, request: Request, next: Next) -> Response {
     let mut hosts = request.headers().get_all(HOST).iter();
     let host = hosts.next().and_then(|host| host.to_str().ok());
     let guest = host.and_then(GuestHost::parse);
-    let (Some(guest), None) = (guest, hosts.next()) else {
+    let is_local = state.access == Access::Local;
+    let (Some(guest), None, true) = (guest, hosts.next(), is_local) else {
         return next.run(request).await;
     };
     let served = async {
