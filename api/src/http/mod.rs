@@ -2,8 +2,10 @@
 //! of requests that no dialect answers, and the service's own description.
 
 mod auth;
+mod docs;
 mod error;
 mod guard;
+mod headers;
 mod openapi;
 mod trace;
 
@@ -88,6 +90,9 @@ pub fn router(state: AppState) -> Result<Router, OpenApiError> {
             "/openapi.json",
             get(move || async move { ([("content-type", "application/json")], json) }),
         )
+        .merge(docs::router())
+        // Not to what follows: answers of programs in sandboxes are among that.
+        .layer(middleware::from_fn(headers::for_browsers))
         .merge(wrenn::router())
         .merge(microvm::router())
         .fallback(not_found)

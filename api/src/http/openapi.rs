@@ -17,6 +17,7 @@ pub struct OpenApiError(String);
         description = "Runs each untrusted program in a virtual machine of its own.",
     ),
     servers(
+        (url = "/", description = "Where this is from"),
         (url = "http://localhost:8080", description = "This machine"),
         (url = "http://localhost:8000", description = "This machine"),
     ),

@@ -29,8 +29,8 @@ pub struct CreateSandboxRequest {
     /// RAM in MiB, 128 to what the host has. What the template says if not given, or 512.
     #[schema(nullable = false)]
     pub memory_mb: Option<i64>,
-    /// Idle time in seconds after which the sandbox may be set aside; 0 is never. Recorded; this
-    /// version does not act on it.
+    /// Idle time in seconds after which the sandbox is set aside: paused, unless the daemon is set
+    /// up to delete it. 0 is never.
     #[schema(default = 300, nullable = false)]
     pub timeout_sec: Option<i64>,
     /// How it shall be connected. An extension.
@@ -50,7 +50,6 @@ pub struct SandboxBody {
     #[schema(nullable = false)]
     pub name: Option<String>,
     /// Where it stands.
-    #[schema(inline)]
     pub status: StatusBody,
     /// Why it is `stopped` or `error`, or why the last resume left it `paused`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -68,6 +67,10 @@ pub struct SandboxBody {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false, value_type = Option<String>, format = Ipv4)]
     pub guest_ip: Option<Ipv4Addr>,
+    /// Where this host reaches it. No address is translated on that way, so it is `guest_ip`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false, value_type = Option<String>, format = Ipv4)]
+    pub host_ip: Option<Ipv4Addr>,
     /// When it was asked for.
     #[schema(value_type = String, format = DateTime)]
     pub created_at: String,
@@ -89,6 +92,7 @@ pub struct SandboxBody {
 /// Where a sandbox stands.
 #[derive(Debug, Clone, Copy, Serialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
+#[schema(as = SandboxStatus)]
 pub enum StatusBody {
     /// It is being started; its agent has not answered yet.
     Pending,
@@ -201,6 +205,7 @@ impl From<Sandbox> for SandboxBody {
             memory_mb: sandbox.spec.memory_mb,
             timeout_sec: sandbox.spec.timeout_sec,
             guest_ip: sandbox.address,
+            host_ip: sandbox.address,
             created_at: rfc3339(sandbox.created_at),
             started_at: sandbox.started_at.map(rfc3339),
             last_active_at: sandbox.last_active_at.map(rfc3339),

@@ -1,0 +1,179 @@
+//! A daemon as a process, with the stand-in for the VMM ([`super::vmm`]) and the real agent on this
+//! machine as its guests. What commands and files of its sandboxes do, they do to this machine.
+//!
+//! A test binary that uses it has a test `as_a_vmm` that calls `vmm::run`.
+
+#![allow(dead_code, reason = "each test binary uses a part of it")]
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on may panic")]
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::path::PathBuf;
+use std::process::{Child, ChildStderr, Command, Stdio};
+use std::thread;
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+use super::{agent, vmm};
+
+/// A daemon that is ready, and its directories. Ended, and they are removed, with the value.
+pub struct Daemon {
+    dir: tempfile::TempDir,
+    process: Child,
+    address: String,
+    /// Open for as long as the daemon may want to log.
+    _stderr: BufReader<ChildStderr>,
+}
+
+impl Daemon {
+    /// Starts one with these settings beside its own.
+    pub fn start(arguments: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        fs::create_dir(path("images")).unwrap();
+        for image in ["vmlinux", "initramfs.cpio", "minimal.ext4"] {
+            fs::write(path("images").join(image), [0; 4096]).unwrap();
+        }
+        vmm::install(dir.path(), "as_a_vmm", agent::binary());
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sandboxd"));
+        command
+            .env_clear()
+            .arg("serve")
+            .args(["--listen=127.0.0.1:0", "--log-format=json"])
+            .args(["--warm-disk-bytes=0", "--network=off"])
+            .args(arguments)
+            .stderr(Stdio::piped());
+        for (flag, name) in [
+            ("--data-dir", "data"),
+            ("--runtime-dir", "run"),
+            ("--vmm", "vmm"),
+            ("--images-dir", "images"),
+        ] {
+            command.arg(flag).arg(path(name));
+        }
+        let mut process = command.spawn().unwrap();
+        let mut stderr = BufReader::new(process.stderr.take().unwrap());
+        let mut address = None;
+        let mut log = String::new();
+        loop {
+            let mut line = String::new();
+            let length = stderr.read_line(&mut line).unwrap();
+            assert!(length > 0, "it did not start: {log}");
+            log.push_str(&line);
+            let line: Value = serde_json::from_str(&line).unwrap_or_default();
+            match line["fields"]["message"].as_str() {
+                Some("listening") => {
+                    address = line["fields"]["address"].as_str().map(str::to_owned);
+                }
+                Some("sandboxd is ready") => break,
+                _ => {}
+            }
+        }
+        Self {
+            dir,
+            process,
+            address: address.unwrap(),
+            _stderr: stderr,
+        }
+    }
+
+    /// Where it serves, `ADDRESS:PORT`.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// A file beside those of the daemon. [`vmm`] says which ones make the VMM fail.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// The answer to a request with a JSON body, or none.
+    pub fn call(&self, method: &str, path: &str, body: &str) -> Answer {
+        self.send(method, path, "application/json", body.as_bytes())
+    }
+
+    /// The answer to a request with this body.
+    pub fn send(&self, method: &str, path: &str, kind: &str, body: &[u8]) -> Answer {
+        let mut stream = TcpStream::connect(&self.address).unwrap();
+        write!(
+            stream,
+            "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
+             Content-Type: {kind}\r\nContent-Length: {}\r\n\r\n",
+            body.len()
+        )
+        .unwrap();
+        stream.write_all(body).unwrap();
+        let mut bytes = Vec::new();
+        stream.read_to_end(&mut bytes).unwrap();
+        Answer::parse(&bytes)
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // In order, so that the VMMs end with it.
+        let _ = kill_process(Pid::from_child(&self.process), Signal::TERM);
+        let status = self.process.wait();
+        if thread::panicking() {
+            let pids = fs::read_to_string(self.path("pid")).unwrap_or_default();
+            for pid in pids.lines().filter_map(|line| line.parse().ok()) {
+                let _ = Pid::from_raw(pid).map(|pid| kill_process(pid, Signal::KILL));
+            }
+        } else {
+            assert!(status.unwrap().success());
+        }
+    }
+}
+
+/// An answer.
+#[derive(Debug)]
+pub struct Answer {
+    pub status: u16,
+    /// The type of the body; empty if there is none.
+    pub kind: String,
+    pub body: Vec<u8>,
+}
+
+impl Answer {
+    fn parse(bytes: &[u8]) -> Self {
+        let end = bytes.windows(4).position(|four| four == b"\r\n\r\n");
+        let (head, body) = bytes.split_at(end.unwrap() + 4);
+        let head = std::str::from_utf8(head).unwrap().to_lowercase();
+        let header = |name: &str| {
+            let mut lines = head.lines().filter_map(|line| line.split_once(": "));
+            lines.find(|(known, _)| *known == name)
+        };
+        let mut body = body.to_vec();
+        if header("transfer-encoding").is_some() {
+            body = dechunk(&body);
+        }
+        Self {
+            status: head.split(' ').nth(1).unwrap().parse().unwrap(),
+            kind: header("content-type").map_or_else(String::new, |(_, kind)| kind.to_owned()),
+            body,
+        }
+    }
+
+    /// The body as JSON; null if it is none.
+    pub fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or_default()
+    }
+}
+
+/// RFC 9112, section 7.1, without extensions and trailers.
+fn dechunk(mut rest: &[u8]) -> Vec<u8> {
+    let mut body = Vec::new();
+    loop {
+        let end = rest.windows(2).position(|two| two == b"\r\n").unwrap();
+        let size = std::str::from_utf8(&rest[..end]).unwrap();
+        let size = usize::from_str_radix(size, 16).unwrap();
+        if size == 0 {
+            return body;
+        }
+        rest = &rest[end + 2..];
+        body.extend_from_slice(&rest[..size]);
+        rest = &rest[size + 2..];
+    }
+}
