@@ -24,6 +24,8 @@ enum Command {
     /// of them. Sandboxes end with the daemon.
     #[command(args_override_self = true)]
     Serve(Box<Flags>),
+    #[command(flatten)]
+    Sandbox(api::cli::SandboxCommand),
     /// Templates, by the API of a daemon that runs.
     Template(api::cli::TemplateArgs),
     /// Print the description of the API, OpenAPI 3.1 in YAML.
@@ -33,6 +35,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Serve(flags) => serve(*flags).map(|()| ExitCode::SUCCESS),
+        Command::Sandbox(command) => api::cli::sandbox(command),
         Command::Template(args) => api::cli::template(args),
         Command::Openapi => openapi().map(|()| ExitCode::SUCCESS),
     };

@@ -33,7 +33,7 @@ fn command(server: &str, arguments: &[&str]) -> Command {
     command
         .arg("template")
         .args(arguments)
-        .env("SANDBOXD_SERVER", server)
+        .env("MVS_HOST", server)
         .stdin(Stdio::null())
         .kill_on_drop(true);
     command

@@ -1,7 +1,7 @@
 //! `sandboxd` with directories and a port of its own, and its sandboxes over REST.
 
 use std::collections::BTreeSet;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -209,13 +209,29 @@ impl Daemon {
     /// # Panics
     /// It cannot be run.
     pub fn template(&self, arguments: &[&str]) -> (Option<i32>, String, String) {
-        let output = Command::new(&setup().sandboxd)
-            .arg("template")
+        self.client(&[&["template"], arguments].concat(), b"")
+    }
+
+    /// What `sandboxd` with these arguments does as a client of this daemon, with this on standard
+    /// input: its exit status, standard output, and standard error.
+    ///
+    /// # Panics
+    /// It cannot be run.
+    pub fn client(&self, arguments: &[&str], input: &[u8]) -> (Option<i32>, String, String) {
+        let mut child = Command::new(&setup().sandboxd)
             .args(arguments)
-            .env("SANDBOXD_SERVER", self.address.to_string())
-            .stdin(Stdio::null())
-            .output()
-            .expect("sandboxd template");
+            .env("MVS_HOST", self.address.to_string())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("sandboxd as a client");
+        let mut stdin = child.stdin.take().expect("standard input");
+        let input = input.to_vec();
+        // One that does not read all of it is no failure.
+        let writer = std::thread::spawn(move || drop(stdin.write_all(&input)));
+        let output = child.wait_with_output().expect("sandboxd as a client");
+        writer.join().expect("the input's writer");
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
         (
             output.status.code(),

@@ -1,23 +1,28 @@
 //! Client of the daemon's API. One connection for each request.
 
+use std::fs::File;
 use std::io;
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::stream::{self, StreamExt};
 use http_body_util::combinators::UnsyncBoxBody;
-use http_body_util::{BodyExt, Empty, Limited, StreamBody};
+use http_body_util::{BodyExt, Full, Limited, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper::client::conn::http1;
-use hyper::header::{CONTENT_TYPE, HOST};
+use hyper::header::{CONTENT_TYPE, HOST, HeaderName, HeaderValue};
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 
 use super::archive::ArchiveFile;
-use super::say;
+use super::host::{self, HostArgs, HostError};
+use super::{encode, say};
 
 /// The largest answer that is read at once, in bytes.
 const MAX_ANSWER: usize = 64 << 20;
@@ -28,19 +33,25 @@ const CHUNK: usize = 256 * 1024;
 /// How often it is told how much of an archive was sent.
 const TELL: Duration = Duration::from_secs(1);
 
+/// The header of the API key.
+const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
+
 type Body = UnsyncBoxBody<Bytes, io::Error>;
+
+/// A WebSocket of the daemon.
+pub type Socket = WebSocketStream<TcpStream>;
 
 /// Why a request was not answered as it should be.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// Nobody serves.
     #[error(
-        "no daemon answers at {server}; start one with `sandboxd serve`, or name another with \
-         --server"
+        "no daemon answers at {host}; start one with `sandboxd serve`, or name another with --host \
+         or MVS_HOST"
     )]
     Connect {
         /// Where.
-        server: String,
+        host: String,
         /// What the system says.
         #[source]
         source: io::Error,
@@ -58,8 +69,19 @@ pub enum ClientError {
     #[error("the answer of the daemon makes no sense")]
     Json(#[from] serde_json::Error),
     /// The daemon says no.
-    #[error("{0}")]
-    Refused(String),
+    #[error("{message}")]
+    Refused {
+        /// The status of the answer.
+        status: u16,
+        /// The sentence in it.
+        message: String,
+    },
+    /// The answer cannot be written where it is to go.
+    #[error("what the daemon sent cannot be written")]
+    Write(#[source] io::Error),
+    /// A stream of a command ended before the command.
+    #[error("the daemon broke off; the command was killed, or will be")]
+    Stream,
     /// The progress ended before the build.
     #[error("the progress broke off; the build may go on: see `sandboxd template list`")]
     BrokeOff,
@@ -79,28 +101,106 @@ pub enum Line {
 /// A client of one daemon.
 #[derive(Debug)]
 pub struct Client {
-    server: String,
+    /// `HOST:PORT`.
+    host: String,
+    key: Option<HeaderValue>,
 }
 
 /// The path of a template.
 pub fn template_path(name: &str) -> String {
-    format!(
-        "/v1/templates/{}",
-        agent_protocol::percent_encode(name.as_bytes())
-    )
+    format!("/v1/templates/{}", encode(name))
 }
 
 impl Client {
-    /// A client of the daemon at this address.
-    pub fn new(server: String) -> Self {
-        Self { server }
+    /// A client of this daemon.
+    ///
+    /// # Errors
+    /// Its address or the API key is of no use.
+    pub fn new(args: &HostArgs) -> Result<Self, HostError> {
+        Ok(Self {
+            host: host::authority(&args.host)?,
+            key: host::api_key()?,
+        })
     }
 
     /// The answer to a request without a body; null if it has none.
     pub async fn call(&self, method: &str, path: &str) -> Result<Value, ClientError> {
-        let body = Empty::new().map_err(|never| match never {}).boxed_unsync();
-        let request = self.request(method, path).body(body)?;
+        json(
+            self.send(self.request(method, path).body(content(None))?)
+                .await?,
+        )
+        .await
+    }
+
+    /// The answer to a request with this body; null if it has none.
+    pub async fn call_with(
+        &self,
+        method: &str,
+        path: &str,
+        body: &Value,
+    ) -> Result<Value, ClientError> {
+        let request = self.request(method, path).body(content(Some(body)))?;
         json(self.send(request).await?).await
+    }
+
+    /// Writes the answer to a request, whatever it is, and returns its size.
+    pub async fn download(
+        &self,
+        method: &str,
+        path: &str,
+        body: Option<&Value>,
+        mut to: impl io::Write,
+    ) -> Result<u64, ClientError> {
+        let request = self.request(method, path).body(content(body))?;
+        let response = self.send(request).await?;
+        if !response.status().is_success() {
+            return Err(json(response).await.err().unwrap_or(ClientError::Stream));
+        }
+        let mut body = response.into_body();
+        let mut size = 0;
+        while let Some(frame) = body.frame().await.transpose()? {
+            if let Some(data) = frame.data_ref() {
+                to.write_all(data).map_err(ClientError::Write)?;
+                size += data.len() as u64;
+            }
+        }
+        to.flush().map_err(ClientError::Write)?;
+        Ok(size)
+    }
+
+    /// Uploads a file, of which `size` bytes are sent, to a path of a sandbox.
+    pub async fn upload(
+        &self,
+        path: &str,
+        to: &str,
+        file: File,
+        size: u64,
+    ) -> Result<(), ClientError> {
+        let fields = [("path", to)];
+        let archive = ArchiveFile { file, size };
+        self.form(path, &fields, Some(("file", archive))).await
+    }
+
+    /// The WebSocket of a command in a sandbox.
+    pub async fn exec_stream(&self, id: &str) -> Result<Socket, ClientError> {
+        let uri = format!("ws://{}/v1/sandboxes/{}/exec/stream", self.host, encode(id));
+        let socket = |source| ClientError::Body(Box::new(source));
+        let mut request = uri.into_client_request().map_err(socket)?;
+        if let Some(key) = &self.key {
+            request.headers_mut().insert(API_KEY, key.clone());
+        }
+        let stream = self.connect().await?;
+        match tokio_tungstenite::client_async(request, stream).await {
+            Ok((socket, _)) => Ok(socket),
+            Err(tungstenite::Error::Http(response)) => {
+                let status = response.status();
+                Err(refused(
+                    status,
+                    response.into_body().as_deref().unwrap_or_default(),
+                ))
+            }
+            Err(source) => Err(socket(source)),
+        }
     }
 
     /// Begins to build a template.
@@ -109,22 +209,40 @@ impl Client {
         request: &Value,
         archive: Option<ArchiveFile>,
     ) -> Result<(), ClientError> {
+        let request = request.to_string();
+        let fields = [("request", request.as_str())];
+        let archive = archive.map(|archive| ("archive", archive));
+        self.form("/v1/templates", &fields, archive).await
+    }
+
+    /// Posts a form of these fields and then a file, whose sending is told if it takes long.
+    async fn form(
+        &self,
+        path: &str,
+        fields: &[(&str, &str)],
+        file: Option<(&str, ArchiveFile)>,
+    ) -> Result<(), ClientError> {
         let boundary = format!("{:032x}", rand::random::<u128>());
         let disposition = "Content-Disposition: form-data; name=";
-        let mut head = format!("--{boundary}\r\n{disposition}\"request\"\r\n\r\n{request}\r\n");
-        if archive.is_some() {
+        let mut head = String::new();
+        for (name, value) in fields {
             head.push_str(&format!(
-                "--{boundary}\r\n{disposition}\"archive\"; filename=\"archive.tar\"\r\n\
-                 Content-Type: application/x-tar\r\n\r\n"
+                "--{boundary}\r\n{disposition}\"{name}\"\r\n\r\n{value}\r\n"
             ));
         }
-        let tail = match archive {
-            Some(_) => format!("\r\n--{boundary}--\r\n"),
-            None => format!("--{boundary}--\r\n"),
-        };
-        let content = match archive {
-            Some(archive) => told(archive).left_stream(),
-            None => stream::empty().right_stream(),
+        let (content, tail) = match file {
+            Some((name, file)) => {
+                head.push_str(&format!(
+                    "--{boundary}\r\n{disposition}\"{name}\"; filename=\"{name}\"\r\n\
+                     Content-Type: application/octet-stream\r\n\r\n"
+                ));
+                let tail = format!("\r\n--{boundary}--\r\n");
+                (told(file).left_stream(), tail)
+            }
+            None => (
+                stream::empty().right_stream(),
+                format!("--{boundary}--\r\n"),
+            ),
         };
         let body = stream::iter([Ok(Bytes::from(head))])
             .chain(content)
@@ -132,7 +250,7 @@ impl Client {
             .map(|piece| piece.map(Frame::data));
         let kind = format!("multipart/form-data; boundary={boundary}");
         let request = self
-            .request("POST", "/v1/templates")
+            .request("POST", path)
             .header(CONTENT_TYPE, kind)
             .body(StreamBody::new(body).boxed_unsync())?;
         json(self.send(request).await?).await.map(drop)
@@ -141,8 +259,8 @@ impl Client {
     /// The progress of a build.
     pub async fn follow(&self, name: &str) -> Result<Lines, ClientError> {
         let path = format!("{}/progress", template_path(name));
-        let body = Empty::new().map_err(|never| match never {}).boxed_unsync();
-        let response = self.send(self.request("GET", &path).body(body)?).await?;
+        let request = self.request("GET", &path).body(content(None))?;
+        let response = self.send(request).await?;
         if !response.status().is_success() {
             return Err(json(response).await.err().unwrap_or(ClientError::BrokeOff));
         }
@@ -153,23 +271,38 @@ impl Client {
     }
 
     fn request(&self, method: &str, path: &str) -> hyper::http::request::Builder {
-        Request::builder()
+        let request = Request::builder()
             .method(method)
             .uri(path)
-            .header(HOST, &self.server)
+            .header(HOST, &self.host);
+        match &self.key {
+            Some(key) => request.header(API_KEY, key),
+            None => request,
+        }
+    }
+
+    async fn connect(&self) -> Result<TcpStream, ClientError> {
+        let stream = TcpStream::connect(&self.host).await;
+        stream.map_err(|source| ClientError::Connect {
+            host: self.host.clone(),
+            source,
+        })
     }
 
     async fn send(&self, request: Request<Body>) -> Result<Response<Incoming>, ClientError> {
-        let stream = TcpStream::connect(&self.server).await;
-        let stream = stream.map_err(|source| ClientError::Connect {
-            server: self.server.clone(),
-            source,
-        })?;
+        let stream = self.connect().await?;
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
         // Its errors are those of the request and of the body.
         tokio::spawn(async move { drop(connection.await) });
         Ok(sender.send_request(request).await?)
     }
+}
+
+fn content(json: Option<&Value>) -> Body {
+    let bytes = json.map(|json| Bytes::from(json.to_string()));
+    Full::new(bytes.unwrap_or_default())
+        .map_err(|never| match never {})
+        .boxed_unsync()
 }
 
 /// The lines of a build's progress.
@@ -219,14 +352,19 @@ async fn json(response: Response<Incoming>) -> Result<Value, ClientError> {
             _ => Ok(serde_json::from_slice(&body)?),
         };
     }
-    let error: Value = serde_json::from_slice(&body).unwrap_or_default();
-    let message = error["error"]["message"].as_str().map(str::to_owned);
-    Err(ClientError::Refused(message.unwrap_or_else(|| {
-        format!("the daemon answers with status {status}")
-    })))
+    Err(refused(status, &body))
 }
 
-/// The content of an archive, as it is sent. What takes long is told.
+fn refused(status: StatusCode, body: &[u8]) -> ClientError {
+    let error: Value = serde_json::from_slice(body).unwrap_or_default();
+    let message = error["error"]["message"].as_str().map(str::to_owned);
+    ClientError::Refused {
+        status: status.as_u16(),
+        message: message.unwrap_or_else(|| format!("the daemon answers with status {status}")),
+    }
+}
+
+/// The content of a file, as it is sent. What takes long is told.
 fn told(archive: ArchiveFile) -> impl stream::Stream<Item = io::Result<Bytes>> {
     let file = tokio::fs::File::from_std(archive.file);
     let state = (file, 0_u64, Instant::now());

@@ -1,4 +1,4 @@
-//! Templates for people.
+//! Tables for people, and templates in them.
 
 use serde_json::Value;
 
@@ -7,22 +7,32 @@ pub fn list(templates: &Value) -> String {
     let head = [
         "NAME", "STATUS", "SOURCE", "VCPUS", "MEMORY", "DISK", "SIZE", "CREATED", "DIGEST",
     ];
-    let mut rows = vec![head.map(str::to_owned)];
-    for template in templates.as_array().into_iter().flatten() {
-        let digest = text(&template["digest"]);
-        rows.push([
-            text(&template["name"]),
-            text(&template["status"]),
-            source(&template["source"]),
-            text(&template["vcpus"]),
-            mib(&template["memory_mb"]),
-            mib(&template["disk_mb"]),
-            bytes(&template["size_bytes"]),
-            text(&template["created_at"]),
-            digest.chars().take(12).collect(),
-        ]);
-    }
-    let widths: Vec<_> = (0..head.len())
+    let rows = templates.as_array().into_iter().flatten();
+    columns(
+        head,
+        rows.map(|template| {
+            let digest = text(&template["digest"]);
+            [
+                text(&template["name"]),
+                text(&template["status"]),
+                source(&template["source"]),
+                text(&template["vcpus"]),
+                mib(&template["memory_mb"]),
+                mib(&template["disk_mb"]),
+                bytes(&template["size_bytes"]),
+                text(&template["created_at"]),
+                digest.chars().take(12).collect(),
+            ]
+        }),
+    )
+}
+
+/// Columns below their heads.
+pub fn columns<const N: usize>(head: [&str; N], rows: impl Iterator<Item = [String; N]>) -> String {
+    let rows: Vec<_> = std::iter::once(head.map(str::to_owned))
+        .chain(rows)
+        .collect();
+    let widths: Vec<_> = (0..N)
         .map(|column| {
             let widths = rows.iter().map(|row| row[column].chars().count());
             widths.max().unwrap_or_default()
@@ -86,8 +96,8 @@ pub fn one(template: &Value) -> String {
     lines
 }
 
-/// Without control characters: some of it comes from strangers.
-fn text(value: &Value) -> String {
+/// Text without control characters: some of it comes from strangers.
+pub fn text(value: &Value) -> String {
     let text = match value {
         Value::Null => return String::new(),
         Value::String(text) => text.clone(),
@@ -110,14 +120,16 @@ fn source(source: &Value) -> String {
     }
 }
 
-fn mib(value: &Value) -> String {
+/// A size in MiB.
+pub fn mib(value: &Value) -> String {
     value
         .as_u64()
         .map(|mib| format!("{mib} MiB"))
         .unwrap_or_default()
 }
 
-fn bytes(value: &Value) -> String {
+/// A size in bytes, in a unit that suits it.
+pub fn bytes(value: &Value) -> String {
     let Some(bytes) = value.as_u64() else {
         return String::new();
     };

@@ -174,6 +174,13 @@ pub trait Host: GuestHost {
         input: BoxStream<'static, io::Result<Bytes>>,
     ) -> Result<BoxStream<'static, Result<ExecEvent, HostError>>, HostError>;
 
+    /// What a sandbox that runs has written to its console, without control characters; the end of
+    /// it, if it is much.
+    ///
+    /// # Errors
+    /// It does not run, or its console cannot be read.
+    async fn console(&self, id: &SandboxId) -> Result<String, HostError>;
+
     /// Writes a file; it appears under its name only when `content` has ended without an error.
     ///
     /// # Errors

@@ -57,6 +57,12 @@ pub trait Store: Send + Sync {
     /// The store failed.
     async fn list_live(&self) -> Result<Vec<Sandbox>, StoreError>;
 
+    /// All sandboxes, gone ones included, newest first and at most `limit`.
+    ///
+    /// # Errors
+    /// The store failed.
+    async fn list_latest(&self, limit: u32) -> Result<Vec<Sandbox>, StoreError>;
+
     /// The addresses that sandboxes have which are neither stopped nor in error, and the one that was
     /// given last.
     ///

@@ -428,7 +428,7 @@ impl Machine {
     }
 
     async fn add_console(&self, text: &mut String) {
-        match console_tail(&self.console).await {
+        match console_end(&self.console, CONSOLE_TAIL).await {
             Ok(tail) if !tail.is_empty() => {
                 let _ = write!(text, "; its console ends with:\n{tail}");
             }
@@ -485,13 +485,14 @@ async fn first_words(id: &SandboxId, listener: &UnixListener) -> io::Result<Read
     }
 }
 
-async fn console_tail(path: &Path) -> io::Result<String> {
+/// The end of a console's log, of at most `max` bytes, as text.
+pub(super) async fn console_end(path: &Path, max: u64) -> io::Result<String> {
     let mut file = File::open(path).await?;
     let len = file.metadata().await?.len();
-    file.seek(io::SeekFrom::Start(len.saturating_sub(CONSOLE_TAIL)))
+    file.seek(io::SeekFrom::Start(len.saturating_sub(max)))
         .await?;
     let mut tail = Vec::new();
-    file.take(CONSOLE_TAIL).read_to_end(&mut tail).await?;
+    file.take(max).read_to_end(&mut tail).await?;
     Ok(monitor::readable(&tail))
 }
 

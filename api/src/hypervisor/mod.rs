@@ -58,6 +58,9 @@ use machine::Greeting;
 pub use nic::{HostNetwork, HostNetworks};
 pub use paths::{Paths, PathsError};
 
+/// How much of the end of a console is told, in bytes: as much as its log has.
+const MAX_CONSOLE: u64 = 4 << 20;
+
 /// What this host runs sandboxes with.
 #[derive(Clone)]
 pub struct HostConfig {
@@ -511,6 +514,14 @@ impl Host for LocalHost {
         let started = entry.agent.exec_with_input(request, input);
         let events = entry.unless_paused(started).await?;
         Ok(entry.until_paused(events, HostError::Paused))
+    }
+
+    async fn console(&self, id: &SandboxId) -> Result<String, HostError> {
+        self.running(id)?;
+        let console = machine::console_end(&self.inner.config.paths.console(id), MAX_CONSOLE).await;
+        console.map_err(|error| HostError::Internal {
+            reason: format!("its console cannot be read: {error}"),
+        })
     }
 
     async fn write_file(

@@ -185,6 +185,18 @@ impl Store for SqliteStore {
         .await
     }
 
+    async fn list_latest(&self, limit: u32) -> Result<Vec<Sandbox>, StoreError> {
+        self.with(move |connection| {
+            connection
+                .prepare_cached(&format!(
+                    "SELECT {COLUMNS} FROM sandboxes ORDER BY created_at DESC, rowid DESC LIMIT ?1"
+                ))?
+                .query_map([limit], read)?
+                .collect()
+        })
+        .await
+    }
+
     async fn taken_addresses(&self, subnet: Subnet) -> Result<TakenAddresses, StoreError> {
         self.with(move |connection| {
             let mut taken = TakenAddresses::default();

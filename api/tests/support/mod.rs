@@ -586,6 +586,13 @@ impl Host for FakeHost {
         Ok(stream::iter(events).boxed())
     }
 
+    async fn console(&self, id: &SandboxId) -> Result<String, HostError> {
+        if !self.sandboxes.lock().unwrap().contains(id) {
+            return Err(HostError::NotRunning { id: id.clone() });
+        }
+        Ok(format!("[    0.000000] Linux of {id}"))
+    }
+
     async fn write_file(
         &self,
         _id: &SandboxId,

@@ -10,7 +10,8 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::PathBuf;
-use std::process::{Child, ChildStderr, Command, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
 use std::thread;
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -23,8 +24,6 @@ pub struct Daemon {
     dir: tempfile::TempDir,
     process: Child,
     address: String,
-    /// Open for as long as the daemon may want to log.
-    _stderr: BufReader<ChildStderr>,
 }
 
 impl Daemon {
@@ -54,13 +53,20 @@ impl Daemon {
             command.arg(flag).arg(path(name));
         }
         let mut process = command.spawn().unwrap();
-        let mut stderr = BufReader::new(process.stderr.take().unwrap());
+        let stderr = BufReader::new(process.stderr.take().unwrap());
+        // Read to its end: a daemon whose log nobody reads stands still.
+        let (sender, lines) = mpsc::channel();
+        thread::spawn(move || {
+            for line in stderr.lines().map_while(Result::ok) {
+                let _ = sender.send(line);
+            }
+        });
         let mut address = None;
         let mut log = String::new();
         loop {
-            let mut line = String::new();
-            let length = stderr.read_line(&mut line).unwrap();
-            assert!(length > 0, "it did not start: {log}");
+            let line = lines.recv();
+            assert!(line.is_ok(), "it did not start: {log}");
+            let line = line.unwrap_or_default();
             log.push_str(&line);
             let line: Value = serde_json::from_str(&line).unwrap_or_default();
             match line["fields"]["message"].as_str() {
@@ -75,7 +81,6 @@ impl Daemon {
             dir,
             process,
             address: address.unwrap(),
-            _stderr: stderr,
         }
     }
 

@@ -148,6 +148,9 @@ impl Vmm {
             }
         } else {
             self.log("boot");
+            if self.has("hang-boot") {
+                let _ = fs::read(self.dir.join("hang-boot"));
+            }
             self.event("booting");
             serve_agent(&self.dir, &vsock);
             let ready = UnixStream::connect(format!("{}_1025", vsock.display()));

@@ -2,15 +2,18 @@
 //!
 //! ```text
 //! client → {"type":"start","cmd":"make","args":["-j2"]}      once, first
+//! client → {"type":"stdin","data":"…"}, {"type":"stdin_end"}  if the start has "stdin": true
 //! client ← {"type":"start","pid":212}
 //! client ← {"type":"stdout","data":"…"}, {"type":"stderr","data":"…"}   any number
 //! client ← {"type":"exit","exit_code":0}  or  {"type":"error","data":"…"}; then the socket is closed
 //! ```
 //!
-//! Nothing is collected: a client that does not read stops the command's writes. One that goes away,
-//! or sends `{"type":"stop"}`, ends the command with all its children.
+//! Nothing is collected: a client that does not read stops the command's writes, and a command that
+//! does not read stops the client's. A client that goes away, or sends `{"type":"stop"}`, ends the
+//! command with all its children.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::time::Duration;
 
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
@@ -21,7 +24,9 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use futures_util::StreamExt;
+use futures_util::stream::{self, BoxStream};
 use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc::{self, Sender};
 use tokio::time::timeout;
 
 use super::error::ApiError;
@@ -32,18 +37,59 @@ use crate::http::{AppState, ErrorBody};
 /// How long a client may take to say what to run.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// How long a client may take to close its side in the end.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// The largest message of a client, in bytes: what a command may have.
 const MAX_MESSAGE: usize = 1 << 20;
 
 /// What is read of a WebSocket at once, in bytes. Each has it, idle or not.
 pub const READ_BUFFER: usize = 4096;
 
+/// Pieces of input that wait for the guest to take them.
+const PIECES_IN_FLIGHT: usize = 2;
+
+/// While a client is not read from, since the command does not read, how often it is made sure that
+/// the client is still there.
+const CHECK_INTERVAL: Duration = Duration::from_secs(10);
+
 /// What a client says.
 #[derive(Debug, Deserialize)]
-#[serde(tag = "type", rename_all = "lowercase")]
+#[serde(tag = "type", rename_all = "snake_case")]
 enum Order {
     Start(Start),
+    Stdin(Input),
+    StdinEnd {},
     Stop {},
+}
+
+/// A piece of standard input.
+#[derive(Debug, Deserialize)]
+struct Input {
+    data: String,
+    #[serde(default)]
+    encoding: InputEncoding,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum InputEncoding {
+    #[default]
+    #[serde(rename = "utf-8")]
+    Utf8,
+    Base64,
+}
+
+impl Input {
+    fn bytes(self) -> Result<Bytes, String> {
+        match self.encoding {
+            InputEncoding::Utf8 => Ok(self.data.into()),
+            InputEncoding::Base64 => STANDARD
+                .decode(self.data)
+                .map(Into::into)
+                .map_err(|source| format!("invalid base64: {source}")),
+        }
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -58,6 +104,8 @@ struct Start {
     cwd: Option<String>,
     #[serde(default)]
     timeout_sec: Option<i64>,
+    #[serde(default)]
+    stdin: bool,
 }
 
 /// What a client is told.
@@ -108,7 +156,9 @@ impl<'a> Data<'a> {
 /// A WebSocket. The client's first message is `{"type":"start","cmd":…}`, with the fields of an
 /// exec, but `timeout_sec` is 86400 by default. Then it is told `start` with the `pid`, `stdout` and
 /// `stderr` with `data` (`encoding` is `base64` for what is not UTF-8), and at last `exit` with the
-/// `exit_code`, or `error`. A client that goes away ends the command.
+/// `exit_code`, or `error`. If the first message has `"stdin": true`, the client may write to the
+/// command, by `{"type":"stdin","data":…}` (with `"encoding":"base64"` for what is not UTF-8) and at
+/// last `{"type":"stdin_end"}`. A client that goes away ends the command.
 #[utoipa::path(
     get, path = "/v1/sandboxes/{id}/exec/stream", operation_id = "execStream", tag = "sandboxes",
     params(("id" = String, Path)),
@@ -162,6 +212,10 @@ pub async fn close(socket: &mut WebSocket) {
         reason: "".into(),
     };
     let _ = socket.send(Message::Close(Some(close))).await;
+    // What it still sends is read: a connection that is closed on it is reset, and what the client
+    // has been told would be lost on the way.
+    let rest = async { while let Some(Ok(_)) = socket.recv().await {} };
+    let _ = timeout(CLOSE_TIMEOUT, rest).await;
 }
 
 /// What the client wants to run; `None` if it went away.
@@ -170,6 +224,7 @@ async fn first_order(socket: &mut WebSocket) -> Option<Result<Start, String>> {
     Some(match order {
         Ok(Order::Start(start)) => Ok(start),
         Ok(Order::Stop {}) => Err("there is nothing to stop yet".to_owned()),
+        Ok(_) => Err("nothing runs yet that could read; expected start".to_owned()),
         Err(problem) => Err(problem),
     })
 }
@@ -206,18 +261,51 @@ async fn run(
         cwd: start.cwd,
         timeout_sec: start.timeout_sec.unwrap_or(MAX_EXEC_TIMEOUT_SEC),
     };
-    let mut events = match manager.exec_events(in_use, command).await {
+    let (mut input, content) = match start.stdin {
+        true => {
+            let (sender, content) = input();
+            (Some(sender), Some(content))
+        }
+        false => (None, None),
+    };
+    // Dropped before `input`: a command whose client goes away must not take that for the end of
+    // what it reads.
+    let mut events = match manager.exec_events(in_use, command, content).await {
         Ok(events) => events,
         Err(source) => return error(ApiError::from(source).message),
     };
+    let mut waiting: Option<Bytes> = None;
+    let mut check = tokio::time::interval(CHECK_INTERVAL);
     let (mut stdout, mut stderr) = (Text::default(), Text::default());
     let last = loop {
         let event = tokio::select! {
-            order = next_order(socket) => match order? {
-                Ok(Order::Stop {}) => return error("the command was stopped".to_owned()),
-                Ok(Order::Start(_)) => return error("only one command runs here".to_owned()),
-                Err(problem) => return error(problem),
+            order = next_order(socket), if waiting.is_none() => {
+                match order? {
+                    Ok(Order::Stop {}) => return error("the command was stopped".to_owned()),
+                    Ok(Order::Start(_)) => return error("only one command runs here".to_owned()),
+                    Ok(Order::Stdin(_) | Order::StdinEnd {}) if !start.stdin => {
+                        return error("the command was started without stdin".to_owned());
+                    }
+                    Ok(Order::Stdin(piece)) => match piece.bytes() {
+                        // What comes after the end has nobody who reads it.
+                        Ok(bytes) => waiting = input.as_ref().map(|_| bytes),
+                        Err(problem) => return error(problem),
+                    },
+                    Ok(Order::StdinEnd {}) => input = None,
+                    Err(problem) => return error(problem),
+                }
+                continue;
             },
+            taken = pass_on(&mut input, &mut waiting), if waiting.is_some() => {
+                if !taken {
+                    input = None;
+                }
+                continue;
+            }
+            _ = check.tick(), if waiting.is_some() => {
+                socket.send(Message::Ping(Bytes::new())).await.ok()?;
+                continue;
+            }
             event = events.next() => event,
         };
         match event {
@@ -257,6 +345,31 @@ async fn run(
         tell(socket, &News::Stderr(Data::new(&piece))).await?;
     }
     Some(last)
+}
+
+/// What is written to a command, and where it comes out.
+fn input() -> (Sender<Bytes>, BoxStream<'static, io::Result<Bytes>>) {
+    let (sender, mut pieces) = mpsc::channel(PIECES_IN_FLIGHT);
+    let content = stream::poll_fn(move |context| pieces.poll_recv(context));
+    (sender, content.map(Ok).boxed())
+}
+
+/// Passes on what waits once there is room for it; `false` if nobody reads any more.
+async fn pass_on(input: &mut Option<Sender<Bytes>>, waiting: &mut Option<Bytes>) -> bool {
+    let Some(sender) = input else {
+        *waiting = None;
+        return false;
+    };
+    let permit = sender.reserve().await;
+    let piece = waiting.take();
+    match (permit, piece) {
+        (Ok(permit), Some(piece)) => {
+            permit.send(piece);
+            true
+        }
+        (Ok(_), None) => true,
+        (Err(_), _) => false,
+    }
 }
 
 /// `None` if the client went away.

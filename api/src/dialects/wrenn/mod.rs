@@ -5,6 +5,7 @@ mod error;
 mod exec;
 mod exec_stream;
 mod files;
+mod logs;
 mod network;
 mod ports;
 mod processes;
@@ -43,6 +44,7 @@ use crate::http::{AppState, ErrorBody};
         ports::by_path,
         files::write,
         files::read,
+        logs::get,
         directories::list,
         directories::make,
         directories::remove,
@@ -181,6 +183,7 @@ fn sandboxes(base: &str) -> Router<AppState> {
         .route("/files/list", post(directories::list))
         .route("/files/mkdir", post(directories::make))
         .route("/files/remove", post(directories::remove))
+        .route("/logs", get(logs::get))
         .route("/network", get(network::get))
         .route("/network/egress", put(network::set_egress))
         .route("/network/forwards", post(network::open_forward))

@@ -4,8 +4,8 @@ use std::net::Ipv4Addr;
 
 use axum::Json;
 use axum::body::Bytes;
-use axum::extract::rejection::BytesRejection;
-use axum::extract::{Path, State};
+use axum::extract::rejection::{BytesRejection, QueryRejection};
+use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -36,6 +36,14 @@ pub struct CreateSandboxRequest {
     /// How it shall be connected. An extension.
     #[schema(nullable = false)]
     pub network: Option<NetworkRequest>,
+}
+
+/// Which sandboxes to list.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct ListParams {
+    /// Also those that are stopped or in error.
+    all: bool,
 }
 
 /// A sandbox.
@@ -257,10 +265,23 @@ pub async fn create(
 /// Newest first, without those that are stopped or in error.
 #[utoipa::path(
     get, path = "/v1/sandboxes", operation_id = "listSandboxes", tag = "sandboxes",
-    responses((status = 200, description = "List of sandboxes", body = Vec<SandboxBody>)),
+    params(("all" = Option<bool>, Query,
+        description = "Also those that are stopped or in error; the latest thousand in all. An extension.")),
+    responses(
+        (status = 200, description = "List of sandboxes", body = Vec<SandboxBody>),
+        (status = 400, description = "The query makes no sense", body = ErrorBody),
+    ),
 )]
-pub async fn list(State(state): State<AppState>) -> Result<Json<Vec<SandboxBody>>, ApiError> {
-    let sandboxes = state.manager.list().await?;
+pub async fn list(
+    State(state): State<AppState>,
+    params: Result<Query<ListParams>, QueryRejection>,
+) -> Result<Json<Vec<SandboxBody>>, ApiError> {
+    let Query(params) =
+        params.map_err(|rejection| ApiError::invalid(format!("invalid query: {rejection}")))?;
+    let sandboxes = match params.all {
+        true => state.manager.list_latest().await?,
+        false => state.manager.list().await?,
+    };
     Ok(Json(sandboxes.into_iter().map(Into::into).collect()))
 }
 

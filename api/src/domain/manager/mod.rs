@@ -8,6 +8,7 @@
 //! [turn](super::turns) for all of that.
 
 mod builds;
+mod console;
 mod directories;
 mod idle;
 mod merge;
@@ -421,8 +422,8 @@ impl Manager {
         Ok(output?)
     }
 
-    /// Runs a command in a sandbox, whose output comes as it is written. Dropping the stream kills
-    /// the command.
+    /// Runs a command in a sandbox, whose output comes as it is written, and which reads this, or
+    /// nothing. Dropping the stream kills the command.
     ///
     /// # Errors
     /// It was not started; later errors are in the stream.
@@ -430,11 +431,16 @@ impl Manager {
         &self,
         in_use: &InUse,
         command: Command,
+        input: Option<BoxStream<'static, std::io::Result<Bytes>>>,
     ) -> Result<BoxStream<'static, Result<ExecEvent, HostError>>, ExecError> {
         let id = &in_use.sandbox.id;
         let settings = self.settings_of(id).await.map_err(LookupError::from)?;
         let request = request::check_command(command, &settings).map_err(ExecError::Invalid)?;
-        let events = self.inner.host.exec(id, request).await;
+        let host = &self.inner.host;
+        let events = match input {
+            Some(input) => host.exec_with_input(id, request, input).await,
+            None => host.exec(id, request).await,
+        };
         self.used(id).await;
         events.map_err(ExecError::Host)
     }
