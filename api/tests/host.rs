@@ -55,6 +55,7 @@ fn request(id: &SandboxId) -> CreateRequest {
         start: Start::Cold,
         nic: None,
         scratch_mb: None,
+        disk_mb: None,
     }
 }
 

@@ -207,6 +207,7 @@ async fn a_machine_is_rolled_back_in_place() {
         name: Some(name.into()),
         description: None,
         include_memory,
+        is_own: false,
     };
     let whole = manager.snapshot("box", named("whole", true)).await.unwrap();
     let disk = manager.snapshot("box", named("disk", false)).await.unwrap();
@@ -255,6 +256,7 @@ async fn lists_have_pages() {
         (names.collect::<Vec<_>>().join(" "), total)
     };
     let all = Page {
+        owner: None,
         statuses: None,
         was_started: None,
         sort: SortBy::Name,

@@ -99,6 +99,7 @@ impl Bench {
             start: Start::Cold,
             nic: None,
             scratch_mb: None,
+            disk_mb: None,
         };
         self.host.create(request).await.map(drop)
     }
@@ -106,6 +107,7 @@ impl Bench {
     async fn prepare(&self, id: &SandboxId, layers: &Layers) -> Result<(), HostError> {
         let request = PrepareRequest {
             scratch_mb: None,
+            disk_mb: None,
             nic: None,
             id: id.clone(),
             shape: shape(),

@@ -321,6 +321,8 @@ pub struct CreateRequest {
     pub nic: Option<Nic>,
     /// Size of a second disk, an empty ext4 file system, in MiB; `None` for no such disk.
     pub scratch_mb: Option<u32>,
+    /// Size of its disk in MiB; `None` for that of the layers or the template.
+    pub disk_mb: Option<u32>,
 }
 
 /// The network card of a sandbox.
@@ -345,6 +347,8 @@ pub struct PrepareRequest {
     pub nic: Option<Nic>,
     /// Size of a second disk, an empty ext4 file system, in MiB; `None` for no such disk.
     pub scratch_mb: Option<u32>,
+    /// Size of its disk in MiB; `None` for that of the layers or the template.
+    pub disk_mb: Option<u32>,
 }
 
 /// Start the sandbox that was prepared under this name.

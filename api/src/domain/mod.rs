@@ -35,8 +35,8 @@ pub use host::{
 pub use id::{Id, KeyId, Kind, LayerId, ParseIdError, SandboxId, SnapshotId, TemplateId, UserId};
 pub use layer::{Layers, MAX_DISK};
 pub use manager::{
-    Forked, InUse, Limits, Manager, PoolLimits, PortConnection, ProcessSpec, RecoverError,
-    SandboxNetwork, StopSpec, WhenIdle, check_size,
+    Forked, InUse, Limits, MAX_DEPTH, Manager, PoolLimits, PortConnection, ProcessSpec,
+    RecoverError, SandboxNetwork, StopSpec, WhenIdle, check_size,
 };
 pub use network::{
     AddressError, AllowRule, Cidr, Connection, Counter, Denied, DeniedWhat, Destination,
@@ -49,7 +49,7 @@ pub use process::{
     Bidirectional, GuestHost, KILL, PortStream, Process, ProcessEvent, ProcessEvents, ProcessRef,
     StartProcess, TerminalInput, TerminalInputs, TerminalSize,
 };
-pub use request::{Command, CreateSpec, MAX_EXEC_TIMEOUT_SEC, SettingsSpec, SnapshotSpec};
+pub use request::{Command, CreateSpec, MAX_EXEC_TIMEOUT_SEC, Problem, SettingsSpec, SnapshotSpec};
 pub use sandbox::{Desired, IllegalTransition, Sandbox, Spec, Status, Transition};
 pub use snapshot::{LayersInfo, Snapshot, WarmSnapshot};
 pub use spool::{Spool, Spooled};

@@ -68,6 +68,8 @@ pub struct SnapshotSpec {
     pub description: Option<String>,
     /// Whether it has the memory, and so the processes, of the sandbox.
     pub include_memory: bool,
+    /// Whether the name is one among those of its sandbox's snapshots only.
+    pub is_own: bool,
 }
 
 impl Default for SnapshotSpec {
@@ -76,6 +78,7 @@ impl Default for SnapshotSpec {
             name: None,
             description: None,
             include_memory: true,
+            is_own: false,
         }
     }
 }
@@ -91,6 +94,80 @@ pub struct Command {
     pub cwd: Option<String>,
     /// Seconds that it may take.
     pub timeout_sec: i64,
+}
+
+/// Something that is wrong with a request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// Of what it is wrong.
+    pub field: &'static str,
+    /// What is wrong, as a sentence.
+    pub sentence: String,
+}
+
+/// All that is wrong with the sandbox that is asked for, of a template with these settings, on `host`;
+/// but for its template.
+pub fn problems(spec: &CreateSpec, settings: &Settings, host: &HostInfo) -> Vec<Problem> {
+    let good = CreateSpec {
+        template: spec.template.clone(),
+        vcpus: None,
+        memory_mb: None,
+        timeout_sec: 0,
+        network: NetworkSpec::default(),
+        name: None,
+        disk_mb: None,
+        is_kept: spec.is_kept,
+    };
+    // Each thing that is asked for, alone.
+    let each = [
+        (
+            "vcpus",
+            CreateSpec {
+                vcpus: spec.vcpus,
+                ..good.clone()
+            },
+        ),
+        (
+            "memory_mb",
+            CreateSpec {
+                memory_mb: spec.memory_mb,
+                ..good.clone()
+            },
+        ),
+        (
+            "timeout_sec",
+            CreateSpec {
+                timeout_sec: spec.timeout_sec,
+                ..good.clone()
+            },
+        ),
+        (
+            "network",
+            CreateSpec {
+                network: spec.network.clone(),
+                ..good.clone()
+            },
+        ),
+        (
+            "disk_mb",
+            CreateSpec {
+                disk_mb: spec.disk_mb,
+                ..good
+            },
+        ),
+    ];
+    let name = spec.name.as_deref().map(check_name);
+    let name = name
+        .and_then(Result::err)
+        .map(|sentence| ("name", sentence));
+    let others = each.into_iter().filter_map(|(field, alone)| {
+        let checked = check_spec(alone, settings, host);
+        checked.err().map(|sentence| (field, sentence))
+    });
+    name.into_iter()
+        .chain(others)
+        .map(|(field, sentence)| Problem { field, sentence })
+        .collect()
 }
 
 /// Checks the name of a sandbox.

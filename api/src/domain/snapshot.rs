@@ -14,7 +14,8 @@ pub struct Snapshot {
     pub id: SnapshotId,
     /// Whose it is; `None` is the local principal.
     pub owner: Option<UserId>,
-    /// The user's name for it, which is no other's.
+    /// The user's name for it, which is no other's. One that is only among those of its sandbox has the
+    /// sandbox's id and a `/` before it.
     pub name: Option<String>,
     /// What the user says of it.
     pub description: Option<String>,
@@ -30,6 +31,19 @@ pub struct Snapshot {
     pub content: Option<LayersInfo>,
     /// When it was taken.
     pub created_at: Timestamp,
+}
+
+impl Snapshot {
+    /// The name of a snapshot among those of this sandbox.
+    pub fn name_of(sandbox: &SandboxId, name: &str) -> String {
+        format!("{sandbox}/{name}")
+    }
+
+    /// Its name among the snapshots of its sandbox.
+    pub fn own_name(&self) -> Option<&str> {
+        let name = self.name.as_deref()?;
+        Some(name.rsplit_once('/').map_or(name, |(_, name)| name))
+    }
 }
 
 /// What there is to say of layers that are there.

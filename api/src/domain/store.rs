@@ -6,7 +6,7 @@ use std::net::Ipv4Addr;
 
 use async_trait::async_trait;
 
-use super::id::{LayerId, SandboxId, SnapshotId, TemplateId};
+use super::id::{LayerId, SandboxId, SnapshotId, TemplateId, UserId};
 use super::network::Subnet;
 use super::sandbox::{Sandbox, Status};
 use super::snapshot::{Snapshot, WarmSnapshot};
@@ -31,11 +31,11 @@ pub trait Store: Send + Sync {
     /// The store failed.
     async fn get(&self, id: &SandboxId) -> Result<Option<Sandbox>, StoreError>;
 
-    /// The sandbox of that name that is not deleted.
+    /// The sandboxes of that name that are not deleted, newest first: one of each owner at most.
     ///
     /// # Errors
     /// The store failed.
-    async fn find(&self, name: &str) -> Result<Option<Sandbox>, StoreError>;
+    async fn find(&self, name: &str) -> Result<Vec<Sandbox>, StoreError>;
 
     /// The sandboxes of a page of the list of those that are not deleted, and how many there are on all
     /// pages of it.
@@ -170,6 +170,8 @@ pub trait Store: Send + Sync {
 /// Which sandboxes of a list.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Page {
+    /// Only those of this user; `None` for everybody's.
+    pub owner: Option<UserId>,
     /// Only those in one of these states; `None` for all that are not deleted.
     pub statuses: Option<Vec<Status>>,
     /// Only those that were started, or were not, ever.

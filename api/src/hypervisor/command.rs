@@ -234,6 +234,7 @@ mod tests {
         let base = Base {
             path: "/images/minimal.ext4".into(),
             size: 1 << 20,
+            grown: None,
             modified_ns: 0,
         };
         let mut chain = Chain {

@@ -98,7 +98,7 @@ impl Inner {
         Ok(KeptDisk {
             digests,
             size_bytes,
-            disk_bytes: base.size,
+            disk_bytes: base.disk_size(),
         })
     }
 

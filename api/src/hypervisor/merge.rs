@@ -77,7 +77,13 @@ impl Inner {
             user: user.as_ref().map(User::id),
             cgroup: cgroup.as_ref().map(|cgroup| cgroup.path.as_path()),
         });
-        let command = command::merge(&self.config.vmm, &layers, &output, chain.base.size, jail);
+        let command = command::merge(
+            &self.config.vmm,
+            &layers,
+            &output,
+            chain.base.disk_size(),
+            jail,
+        );
         let ended = tokio::select! {
             biased;
             () = self.end.cancelled() => Err("the daemon is shutting down".to_owned()),

@@ -165,9 +165,12 @@ impl LocalHost {
 
     /// Gives a new sandbox its task.
     fn begin(&self, request: PrepareRequest, begin: Begin) -> Result<(), HostError> {
-        let chain = self
+        let mut chain = self
             .inner
             .chain(&request.shape, &request.layers, request.scratch_mb)?;
+        if let Some(disk_mb) = request.disk_mb {
+            chain.base.grow(disk_mb);
+        }
         let (entry, orders) = Entry::new(
             self.inner.config.paths.vsock(&request.id),
             chain.base.clone(),
@@ -319,6 +322,7 @@ impl Host for LocalHost {
             start,
             nic,
             scratch_mb,
+            disk_mb,
         } = request;
         if let Some(size_mb) = scratch_mb {
             self.inner.make_empty(size_mb).await?;
@@ -331,6 +335,7 @@ impl Host for LocalHost {
             layers,
             nic,
             scratch_mb,
+            disk_mb,
         };
         self.begin(request, Begin::Now(greeting, started))?;
         outcome.await.unwrap_or_else(|_| Err(ended_early()))

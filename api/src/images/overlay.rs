@@ -70,8 +70,11 @@ pub enum OverlayError {
 pub struct Base {
     /// Where it is, without symbolic links.
     pub path: PathBuf,
-    /// Its size in bytes, which is that of all disks on it.
+    /// Its size in bytes.
     pub size: u64,
+    /// Size of the disks on it in bytes, if that is another.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub grown: Option<u64>,
     /// Its last modification, in nanoseconds since the Unix epoch.
     pub modified_ns: i128,
 }
@@ -110,12 +113,26 @@ impl Base {
         Ok(Self {
             path,
             size,
+            grown: None,
             modified_ns,
         })
     }
 }
 
 impl Base {
+    /// Size of the disks on it, in bytes.
+    pub fn disk_size(&self) -> u64 {
+        self.grown.unwrap_or(self.size)
+    }
+
+    /// Makes disks on it `size_mb` MiB large, unless they are larger already.
+    pub fn grow(&mut self, size_mb: u32) {
+        let size = u64::from(size_mb) << 20;
+        if size > self.disk_size() {
+            self.grown = Some(size);
+        }
+    }
+
     /// An empty ext4 file system of `size_mb` MiB in the directory `dir`, which is made if it is not
     /// there. It is made of nothing that anybody else has given.
     ///
@@ -166,7 +183,11 @@ impl Chain {
     /// # Errors
     /// It is not, or cannot be read.
     pub fn check(&self) -> Result<(), OverlayError> {
-        if Base::of(&self.base.path)? == self.base {
+        let now = Base {
+            grown: self.base.grown,
+            ..Base::of(&self.base.path)?
+        };
+        if now == self.base {
             Ok(())
         } else {
             Err(OverlayError::TemplateChanged {
@@ -214,7 +235,7 @@ async fn create(chain: &Chain, path: &Path) -> Result<(), OverlayError> {
     let options = StorageOpenOptions::new().write(true).filename(path);
     let file = File::open(options).await.map_err(bad_overlay)?;
     Qcow2::<File>::create_builder(file)
-        .size(chain.base.size)
+        .size(chain.base.disk_size())
         .backing(below, format.to_owned())
         .create()
         .await
@@ -278,6 +299,41 @@ mod tests {
             .read_exact_at(&mut base, 1 << 20)
             .unwrap();
         assert_eq!(&base, b"from the template");
+    }
+
+    #[tokio::test]
+    async fn a_disk_is_larger_than_its_template() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        std::fs::write(path("base.ext4"), vec![7; 1 << 20]).unwrap();
+        let mut first = chain(&path("base.ext4"), &[]).unwrap();
+        first.base.grow(4);
+        first.overlay(path("1")).await.unwrap();
+        first.base.grow(2);
+        assert_eq!(first.base.disk_size(), 4 << 20, "it does not shrink");
+        // As it is written down, the size is that of what is made on it too.
+        let json = serde_json::to_vec(&first.base).unwrap();
+        let mut second = chain(&path("base.ext4"), &[&path("1")]).unwrap();
+        second.base = serde_json::from_slice(&json).unwrap();
+        second.overlay(path("2")).await.unwrap();
+        for name in ["1", "2"] {
+            let disk = open(&path(name), true).await;
+            assert_eq!(disk.size(), 4 << 20);
+            let mut read = [1; 8192];
+            disk.read(&mut read[..], (1 << 20) - 4096).await.unwrap();
+            assert_eq!(
+                (read[4095], read[4096]),
+                (7, 0),
+                "across the template's end"
+            );
+            disk.write(&[9; 4096][..], 3 << 20).await.unwrap();
+            disk.read(&mut read[..4096], 3 << 20).await.unwrap();
+            assert_eq!(read[..4096], [9; 4096]);
+            disk.flush().await.unwrap();
+        }
+        let old = r#"{"path": "/x", "size": 512, "modified_ns": 1}"#;
+        let old: Base = serde_json::from_str(old).unwrap();
+        assert_eq!((old.grown, old.disk_size()), (None, 512));
     }
 
     #[test]

@@ -521,6 +521,7 @@ impl Network {
             counters.get(&name).copied().unwrap_or_default()
         };
         Ok(NetworkActivity {
+            interface: connected.member.tap.clone(),
             traffic: Traffic {
                 sent: counter("sent"),
                 received: counter("received"),

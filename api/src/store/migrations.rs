@@ -172,6 +172,12 @@ const STEPS: &[&str] = &[
     ALTER TABLE snapshots ADD COLUMN owner TEXT;
     ALTER TABLE templates ADD COLUMN owner TEXT;
 ",
+    "
+    -- Whose name it is, nobody else can tell.
+    DROP INDEX names;
+    CREATE UNIQUE INDEX names ON sandboxes (name, coalesce(owner, ''))
+        WHERE name IS NOT NULL AND status <> 'stopped';
+",
 ];
 
 /// Why the tables are not what this version needs.

@@ -129,15 +129,16 @@ impl Store for SqliteStore {
         .await
     }
 
-    async fn find(&self, name: &str) -> Result<Option<Sandbox>, StoreError> {
+    async fn find(&self, name: &str) -> Result<Vec<Sandbox>, StoreError> {
         let name = name.to_owned();
         self.with(move |connection| {
             connection
                 .prepare_cached(&format!(
-                    "SELECT {COLUMNS} FROM sandboxes WHERE name = ?1 AND status <> 'stopped'"
+                    "SELECT {COLUMNS} FROM sandboxes WHERE name = ?1 AND status <> 'stopped' \
+                     ORDER BY rowid DESC"
                 ))?
-                .query_row([name], read)
-                .optional()
+                .query_map([name], read)?
+                .collect()
         })
         .await
     }

@@ -3,13 +3,14 @@
 use rusqlite::{Connection, params};
 
 use super::{COLUMNS, read as read_row};
-use crate::domain::{Page, Sandbox, SortBy};
+use crate::domain::{Page, Sandbox, SortBy, UserId};
 
 /// The sandboxes of a page, and how many there are on all pages.
 pub fn read(connection: &Connection, page: &Page) -> rusqlite::Result<(Vec<Sandbox>, u64)> {
     let filter = "FROM sandboxes WHERE status <> 'stopped' \
                   AND (?1 = '' OR instr(?1, ',' || status || ',') > 0) \
-                  AND (?2 IS NULL OR (last_start IS NOT NULL) = ?2)";
+                  AND (?2 IS NULL OR (last_start IS NOT NULL) = ?2) \
+                  AND (?3 IS NULL OR owner = ?3)";
     let filter = filter.replace("last_start", "coalesce(started_at, stopped_at)");
     let words = match &page.statuses {
         Some(statuses) => {
@@ -26,18 +27,19 @@ pub fn read(connection: &Connection, page: &Page) -> rusqlite::Result<(Vec<Sandb
         SortBy::MemoryMb => "memory_mb",
     };
     let order = if page.is_descending { "DESC" } else { "ASC" };
-    let filters = params![words, page.was_started];
+    let owner = page.owner.as_ref().map(UserId::as_str);
+    let filters = params![words, page.was_started, owner];
     let total: i64 = connection
         .prepare_cached(&format!("SELECT count(*) {filter}"))?
         .query_row(filters, |row| row.get(0))?;
     let sql = format!(
-        "SELECT {COLUMNS} {filter} ORDER BY {column} {order}, rowid {order} LIMIT ?3 OFFSET ?4"
+        "SELECT {COLUMNS} {filter} ORDER BY {column} {order}, rowid {order} LIMIT ?4 OFFSET ?5"
     );
     let offset = i64::try_from(page.offset).unwrap_or(i64::MAX);
     let sandboxes = connection
         .prepare_cached(&sql)?
         .query_map(
-            params![words, page.was_started, page.limit, offset],
+            params![words, page.was_started, owner, page.limit, offset],
             read_row,
         )?
         .collect::<rusqlite::Result<_>>()?;

@@ -107,6 +107,8 @@ pub struct FakeHost {
     /// A merge has come to where the daemon is to end.
     pub is_stuck: AtomicBool,
     pub last_upload: Mutex<Option<u64>>,
+    /// The permission bits of the last file that was written, if any were given.
+    pub last_mode: Mutex<Option<u32>>,
     /// The networks of its sandboxes.
     pub networks: Mutex<Vec<NetworkInfo>>,
     /// What sandboxes were to reach, in order.
@@ -528,6 +530,7 @@ impl Host for FakeHost {
             "/bin/sh" => match request.argv[2].as_str() {
                 "fail" => vec![err("it fails\n"), exited(3, false)],
                 "hang" => return Ok(stream::pending().boxed()),
+                "late" => vec![out("so far"), exited(137, true)],
                 script => vec![out(format!("ran {script}\n")), exited(0, false)],
             },
             // Succeeds the second time.
@@ -616,6 +619,7 @@ impl Host for FakeHost {
             }
         }
         *self.last_upload.lock().unwrap() = Some(len);
+        *self.last_mode.lock().unwrap() = request.mode;
         self.files.lock().unwrap().insert(request.path, file);
         Ok(())
     }
@@ -705,6 +709,7 @@ impl Host for FakeHost {
             name: "example.org".into(),
         };
         Ok(NetworkActivity {
+            interface: "chbr0-0001".into(),
             traffic: Traffic {
                 denied: Counter {
                     packets: 3,

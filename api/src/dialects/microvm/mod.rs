@@ -1,14 +1,23 @@
 //! `/api/v1`.
 
 mod accounts;
+mod at_vm;
+mod body;
 mod error;
+mod exec;
 mod fields;
+mod files;
+mod guest;
 mod health;
+mod network;
+mod snapshots;
+mod vms;
 
 use axum::Router;
+use axum::extract::DefaultBodyLimit;
 use axum::http::StatusCode;
 use axum::middleware;
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
 use jiff::Timestamp;
 use utoipa::OpenApi;
 
@@ -22,7 +31,33 @@ pub const BASE: &str = "/api/v1";
 
 #[derive(OpenApi)]
 #[openapi(
-    paths(accounts::register, accounts::login, health::health),
+    paths(
+        accounts::register,
+        accounts::login,
+        health::health,
+        vms::list,
+        vms::create,
+        vms::get,
+        vms::start,
+        vms::stop,
+        vms::restart,
+        vms::delete,
+        exec::execute,
+        files::upload,
+        files::download,
+        files::list,
+        guest::command,
+        guest::upload,
+        guest::download,
+        snapshots::list,
+        snapshots::create,
+        snapshots::restore,
+        snapshots::delete,
+        network::networks,
+        network::get,
+        network::open_forward,
+        network::close_forward,
+    ),
     components(schemas(
         ErrorBody,
         accounts::RegisterRequest,
@@ -45,10 +80,43 @@ pub fn router() -> Router<AppState> {
         .route("/auth/register", post(accounts::register))
         .route("/auth/login", post(accounts::login))
         .route("/health", get(health::health))
+        .route("/vms", get(vms::list).post(vms::create))
+        .route("/vms/{vm_name}", get(vms::get).delete(vms::delete))
+        .nest("/vms/{vm_name}", of_one())
+        .route("/networks", get(network::networks))
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(middleware::from_fn(error::name_failures));
     Router::new().nest(BASE, routes)
+}
+
+/// The routes of one virtual machine.
+fn of_one() -> Router<AppState> {
+    let upload = post(files::upload).layer(DefaultBodyLimit::disable());
+    let guest_upload = post(guest::upload).layer(DefaultBodyLimit::disable());
+    Router::new()
+        .route("/start", post(vms::start))
+        .route("/stop", post(vms::stop))
+        .route("/restart", post(vms::restart))
+        .route("/execute", post(exec::execute))
+        .route("/files", get(files::list))
+        .route("/files/upload", upload)
+        .route("/files/download", get(files::download))
+        .route("/guest/command", post(guest::command))
+        .route("/guest/upload", guest_upload)
+        .route("/guest/download", post(guest::download))
+        .route("/snapshots", get(snapshots::list).post(snapshots::create))
+        .route("/snapshots/{snapshot_name}", delete(snapshots::delete))
+        .route(
+            "/snapshots/{snapshot_name}/restore",
+            post(snapshots::restore),
+        )
+        .route("/network", get(network::get))
+        .route("/network/port-forward", post(network::open_forward))
+        .route(
+            "/network/port-forward/{host_port}",
+            delete(network::close_forward),
+        )
 }
 
 /// RFC 3339 in UTC, to the second.

@@ -1,30 +1,21 @@
 //! Execute a command.
-//!
-//! The output may be far larger than memory, so the answer is written as a stream: each piece of
-//! output is escaped or encoded as it is read back from the spool.
 
 use std::collections::BTreeMap;
-use std::io;
 
 use axum::Json;
-use axum::body::{Body, Bytes};
+use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{Path, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
-use futures_util::stream;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::error::{ApiError, parse};
 use super::processes::BackgroundExecBody;
-use crate::domain::{Command, ExecEnd, ExecOutput, ProcessSpec, Spooled};
+use crate::dialects::output::{self, Encoding};
+use crate::domain::{Command, ExecEnd, ExecOutput, ProcessSpec};
 use crate::http::{AppState, ErrorBody, ErrorDetail};
-
-/// Output that is encoded at a time, in bytes: a multiple of 3, so that base64 pads the end only.
-const CHUNK: usize = 48 * 1024;
 
 /// A command to run.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -81,17 +72,6 @@ pub struct ExecResponseBody {
     pub duration_ms: u64,
     /// Output encoding. `base64`, of both streams, when one of them is not UTF-8.
     pub encoding: Encoding,
-}
-
-/// How output is written into JSON.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
-pub enum Encoding {
-    /// As it is.
-    #[serde(rename = "utf-8")]
-    Utf8,
-    /// RFC 4648, section 4.
-    #[serde(rename = "base64")]
-    Base64,
 }
 
 /// Execute a command
@@ -190,12 +170,7 @@ fn answer(
     } else {
         StatusCode::OK
     };
-    let is_utf8 = output.stdout.is_utf8() && output.stderr.is_utf8();
-    let encoding = if is_utf8 {
-        Encoding::Utf8
-    } else {
-        Encoding::Base64
-    };
+    let encoding = output::encoding(&output.stdout, &output.stderr);
     let head = Head {
         error: problem.map(|message| ErrorDetail {
             code: "agent_error".to_owned(),
@@ -207,25 +182,9 @@ fn answer(
         duration_ms: u64::try_from(output.duration.as_millis()).unwrap_or(u64::MAX),
         encoding,
     };
-    let mut head = serde_json::to_vec(&head)
+    let body = output::body(&head, output.stdout, output.stderr)
         .map_err(|error| ApiError::internal(format!("the answer cannot be written: {error}")))?;
-    // The object goes on: its last fields are the two that may be long.
-    head.pop();
-    head.extend_from_slice(b",\"stdout\":\"");
-    let pieces = stream::try_unfold(
-        Piece::Head {
-            head,
-            stdout: output.stdout,
-            stderr: output.stderr,
-        },
-        move |piece| piece.next(encoding),
-    );
-    Ok((
-        status,
-        [(header::CONTENT_TYPE, "application/json")],
-        Body::from_stream(pieces),
-    )
-        .into_response())
+    Ok((status, [(header::CONTENT_TYPE, "application/json")], body).into_response())
 }
 
 /// The fields of an answer that are short.
@@ -238,107 +197,4 @@ struct Head<'a> {
     exit_code: i32,
     duration_ms: u64,
     encoding: Encoding,
-}
-
-/// What is still to be written.
-enum Piece {
-    Head {
-        head: Vec<u8>,
-        stdout: Spooled,
-        stderr: Spooled,
-    },
-    Stdout {
-        stdout: Spooled,
-        stderr: Spooled,
-    },
-    Stderr {
-        stderr: Spooled,
-    },
-    Done,
-}
-
-impl Piece {
-    async fn next(self, encoding: Encoding) -> io::Result<Option<(Bytes, Self)>> {
-        Ok(match self {
-            Self::Head {
-                head,
-                stdout,
-                stderr,
-            } => Some((head.into(), Self::Stdout { stdout, stderr })),
-            Self::Stdout { mut stdout, stderr } => Some(match stdout.next_chunk(CHUNK).await? {
-                Some(chunk) => (encode(&chunk, encoding), Self::Stdout { stdout, stderr }),
-                None => (
-                    Bytes::from_static(b"\",\"stderr\":\""),
-                    Self::Stderr { stderr },
-                ),
-            }),
-            Self::Stderr { mut stderr } => Some(match stderr.next_chunk(CHUNK).await? {
-                Some(chunk) => (encode(&chunk, encoding), Self::Stderr { stderr }),
-                None => (Bytes::from_static(b"\"}"), Self::Done),
-            }),
-            Self::Done => None,
-        })
-    }
-}
-
-fn encode(chunk: &[u8], encoding: Encoding) -> Bytes {
-    match encoding {
-        Encoding::Utf8 => escape(chunk).into(),
-        Encoding::Base64 => STANDARD.encode(chunk).into(),
-    }
-}
-
-/// Escapes text for a JSON string (RFC 8259, section 7). Works on bytes, for a chunk may end
-/// within a character: all that is escaped is ASCII, and no other byte of UTF-8 looks like it.
-fn escape(chunk: &[u8]) -> Vec<u8> {
-    const HEX: &[u8; 16] = b"0123456789abcdef";
-    let mut out = Vec::with_capacity(chunk.len() + chunk.len() / 8);
-    for &byte in chunk {
-        match byte {
-            b'"' => out.extend_from_slice(b"\\\""),
-            b'\\' => out.extend_from_slice(b"\\\\"),
-            b'\n' => out.extend_from_slice(b"\\n"),
-            b'\r' => out.extend_from_slice(b"\\r"),
-            b'\t' => out.extend_from_slice(b"\\t"),
-            0..0x20 => {
-                out.extend_from_slice(b"\\u00");
-                out.push(HEX[usize::from(byte >> 4)]);
-                out.push(HEX[usize::from(byte & 15)]);
-            }
-            _ => out.push(byte),
-        }
-    }
-    out
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    proptest! {
-        #[test]
-        fn escaped_text_is_read_back_by_any_json_parser(text: String, cut in 1..8usize) {
-            let mut json = b"\"".to_vec();
-            for chunk in text.as_bytes().chunks(cut) {
-                json.extend(escape(chunk));
-            }
-            json.push(b'"');
-            prop_assert_eq!(serde_json::from_slice::<String>(&json).unwrap(), text);
-        }
-    }
-
-    #[test]
-    fn every_control_character_is_escaped() {
-        let all: Vec<u8> = (0..0x80).collect();
-        let json = [b"\"".as_slice(), &escape(&all), b"\""].concat();
-        let text: String = serde_json::from_slice(&json).unwrap();
-        assert_eq!(text.as_bytes(), all);
-    }
-
-    #[test]
-    fn chunks_of_base64_join_without_padding() {
-        assert_eq!(CHUNK % 3, 0);
-    }
 }

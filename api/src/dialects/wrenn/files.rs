@@ -1,8 +1,6 @@
 //! Upload and download a file.
 
 use std::io;
-use std::task::Poll;
-use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::extract::multipart::{Field, Multipart, MultipartError};
@@ -10,27 +8,22 @@ use axum::extract::rejection::BytesRejection;
 use axum::extract::{FromRequest, Path, Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use futures_util::stream::{self, BoxStream, Stream, StreamExt};
+use futures_util::stream::{self, StreamExt};
 use serde::Deserialize;
 use tokio::sync::mpsc;
 use utoipa::ToSchema;
 
 use super::error::{ApiError, parse};
 use crate::chain;
+use crate::dialects::forms::{
+    FORM_OVERHEAD, PIECES_IN_FLIGHT, SPOOL_MEMORY, announced, content, drain, ends_with_none,
+    one_at_a_time,
+};
 use crate::domain::{InUse, Manager, Spool, Spooled};
 use crate::http::{AppState, ErrorBody};
 
 /// The longest `path` field that is read, in bytes; the domain allows less.
 const MAX_PATH_FIELD: usize = 8 * 1024;
-/// What a form has around its file, at most, in bytes.
-const FORM_OVERHEAD: u64 = 64 * 1024;
-/// Pieces of a file that wait for the guest to take them.
-const PIECES_IN_FLIGHT: usize = 2;
-/// How long the rest of a refused upload is read, so that its sender gets to read the answer.
-const DRAIN_TIME: Duration = Duration::from_secs(5);
-/// How much of an upload stays in memory if its `path` comes last, in bytes.
-const SPOOL_MEMORY: usize = 256 * 1024;
-
 /// A file to upload.
 #[derive(ToSchema)]
 #[allow(
@@ -78,11 +71,9 @@ pub async fn write(
     request: Request,
 ) -> Result<StatusCode, ApiError> {
     let in_use = state.manager.running(&id).await?;
-    let announced = request
-        .headers()
-        .get(header::CONTENT_LENGTH)
-        .and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
-    if announced.is_some_and(|length| length > state.max_upload.saturating_add(FORM_OVERHEAD)) {
+    if announced(&request)
+        .is_some_and(|length| length > state.max_upload.saturating_add(FORM_OVERHEAD))
+    {
         // A sender that asked first, and is now told no, sends nothing.
         if !request.headers().contains_key(header::EXPECT) {
             drain(request.into_body().into_data_stream(), state.max_upload).await;
@@ -192,7 +183,7 @@ impl Upload<'_> {
         let file = waiting.ok_or_else(|| ApiError::invalid("file is required"))?;
         Ok(self
             .manager
-            .write_file(self.in_use, path, content(file))
+            .write_file(self.in_use, path, None, content(file))
             .await?)
     }
 
@@ -219,7 +210,7 @@ impl Upload<'_> {
                 }
             }
         };
-        let write = self.manager.write_file(self.in_use, path, content);
+        let write = self.manager.write_file(self.in_use, path, None, content);
         let (pumped, written) = tokio::join!(pump, write);
         pumped?;
         Ok(written?)
@@ -240,48 +231,6 @@ impl Upload<'_> {
     }
 }
 
-/// The same pieces, of which only one is ready each time that it is polled. The parser of forms
-/// takes, and keeps in memory, all that is ready, which from a fast sender may be everything.
-pub(super) fn one_at_a_time<S: Stream + Unpin>(mut pieces: S) -> impl Stream<Item = S::Item> {
-    let mut pause = false;
-    stream::poll_fn(move |context| {
-        pause = !pause;
-        if pause {
-            return pieces.poll_next_unpin(context);
-        }
-        context.waker().wake_by_ref();
-        Poll::Pending
-    })
-}
-
-/// The pieces up to the `None` that ends them. If they end without it, their sender was dropped
-/// half way through, and the content must not pass for complete.
-fn ends_with_none(
-    pieces: BoxStream<'static, Option<Bytes>>,
-) -> BoxStream<'static, io::Result<Bytes>> {
-    stream::try_unfold(pieces, |mut pieces| async move {
-        match pieces.next().await {
-            Some(Some(piece)) => Ok(Some((piece, pieces))),
-            Some(None) => Ok(None),
-            None => Err(io::Error::new(
-                io::ErrorKind::UnexpectedEof,
-                "its sender went away or sent too much",
-            )),
-        }
-    })
-    .boxed()
-}
-
-fn content(file: Spooled) -> BoxStream<'static, io::Result<Bytes>> {
-    stream::try_unfold(file, |mut file| async move {
-        Ok(file
-            .next_chunk(SPOOL_MEMORY)
-            .await?
-            .map(|piece| (piece, file)))
-    })
-    .boxed()
-}
-
 async fn read_text(field: &mut Field<'_>) -> Result<String, ApiError> {
     let mut text = Vec::new();
     while let Some(piece) = field.chunk().await.map_err(|error| bad_form(&error))? {
@@ -295,22 +244,4 @@ async fn read_text(field: &mut Field<'_>) -> Result<String, ApiError> {
 
 pub(super) fn bad_form(error: &MultipartError) -> ApiError {
     ApiError::invalid(format!("the form cannot be read: {}", chain(error)))
-}
-
-/// Reads and drops up to `limit` bytes: most clients read no answer before they have sent all.
-pub(super) async fn drain<E>(
-    mut rest: impl StreamExt<Item = Result<Bytes, E>> + Unpin,
-    limit: u64,
-) {
-    let read = async {
-        let mut total = 0;
-        while let Some(Ok(piece)) = rest.next().await {
-            total += piece.len() as u64;
-            if total > limit {
-                break;
-            }
-        }
-    };
-    // Whether it came to the end makes no difference to the answer.
-    let _ = tokio::time::timeout(DRAIN_TIME, read).await;
 }

@@ -169,6 +169,7 @@ pub async fn create(
         name: request.name,
         description: request.description,
         include_memory: request.include_memory.unwrap_or(true),
+        is_own: false,
     };
     let snapshot = state.manager.snapshot(&request.sandbox_id, spec).await?;
     Ok((StatusCode::CREATED, Json(snapshot.into())))

@@ -411,6 +411,7 @@ impl Manager {
             start: Start::Cold,
             nic: None,
             scratch_mb,
+            disk_mb: None,
         };
         self.inner.host.create(created.clone()).await?;
         let digest = match scratch_mb {
@@ -482,6 +483,7 @@ impl Manager {
             start: Start::Fork,
             nic,
             scratch_mb: None,
+            disk_mb: None,
         };
         self.inner.host.create(created.clone()).await?;
         Ok(Machine {

@@ -48,13 +48,15 @@ use super::idle::Idle;
 use super::layer::Layers;
 use super::network::Connection;
 use super::principal::Principal;
-use super::request::{self, Command, CreateSpec};
+use super::request::{self, Command, CreateSpec, Problem};
 use super::sandbox::{Sandbox, Spec, Status, Transition};
 use super::store::{Page, Store, StoreError};
+use super::template::Settings;
 use super::timings::Start;
 use super::turns::{Turn, Turns};
 use crate::chain;
 use builds::Builds;
+pub use directories::MAX_DEPTH;
 pub use idle::{InUse, WhenIdle};
 use merge::Merges;
 pub use network::SandboxNetwork;
@@ -289,10 +291,12 @@ impl Manager {
         spec: &Spec,
         wishes: &Wishes,
     ) -> Result<Option<Ipv4Addr>, InsertError> {
-        if let Some(name) = &wishes.name
-            && self.inner.store.find(name).await?.is_some()
-        {
-            return Err(InsertError::NameTaken(name.clone()));
+        if let Some(name) = &wishes.name {
+            let others = self.inner.store.find(name).await?;
+            let mut others = others.iter();
+            if others.any(|other| self.principal.owns(other.owner.as_ref())) {
+                return Err(InsertError::NameTaken(name.clone()));
+            }
         }
         Ok(match &spec.network {
             Some(connection) => Some(self.allocate(connection, wishes.address).await?),
@@ -331,7 +335,41 @@ impl Manager {
             .await
             .map_err(CreateError::Describe)?;
         let ground = self.checked_ground(&spec.template, &host).await?;
-        request::check_spec(spec, &ground.settings, &host).map_err(CreateError::Invalid)
+        let spec = request::check_spec(spec, &ground.settings, &host);
+        let spec = spec.map_err(CreateError::Invalid)?;
+        match self.disk_problem(&spec.template, spec.disk_mb).await? {
+            Some(sentence) => Err(CreateError::Invalid(sentence)),
+            None => Ok(spec),
+        }
+    }
+
+    /// All that is wrong with a sandbox as it is asked for, but for what only its creation shows.
+    ///
+    /// # Errors
+    /// The host or the store cannot tell.
+    pub async fn problems(&self, spec: &CreateSpec) -> Result<Vec<Problem>, CreateError> {
+        let host = self.inner.host.describe().await;
+        let host = host.map_err(CreateError::Describe)?;
+        let (settings, problem) = match self.checked_ground(&spec.template, &host).await {
+            Ok(ground) => (ground.settings, None),
+            Err(CreateError::Invalid(sentence)) => (Settings::default(), Some(sentence)),
+            Err(other) => return Err(other),
+        };
+        let template = problem.map(|sentence| Problem {
+            field: "template",
+            sentence,
+        });
+        let mut others = request::problems(spec, &settings, &host);
+        if template.is_none()
+            && let Some(disk_mb) = spec.disk_mb.and_then(|size| u32::try_from(size).ok())
+            && let Some(sentence) = self.disk_problem(&spec.template, Some(disk_mb)).await?
+        {
+            others.push(Problem {
+                field: "disk_mb",
+                sentence,
+            });
+        }
+        Ok(template.into_iter().chain(others).collect())
     }
 
     fn is_closing(&self) -> bool {
@@ -352,19 +390,37 @@ impl Manager {
     /// # Errors
     /// The store failed.
     pub async fn page(&self, page: &Page) -> Result<(Vec<Sandbox>, u64), StoreError> {
-        self.inner.store.page(page).await
+        let owner = match self.principal.is_admin() {
+            true => page.owner.clone(),
+            // Of one who is none, there is an owner.
+            false => self.principal.owner().cloned(),
+        };
+        let page = Page {
+            owner,
+            ..page.clone()
+        };
+        self.inner.store.page(&page).await
     }
 
-    /// One sandbox, by its id, gone ones included, or by its name, if it is not deleted.
+    /// One sandbox, by its id, gone ones included, or by its name, if it is not deleted. One of somebody
+    /// else is not there, unless the principal sees all.
     ///
     /// # Errors
     /// There is none, or the store failed.
     pub async fn get(&self, id: &str) -> Result<Sandbox, LookupError> {
         let found = match id.parse() {
             Ok(id) => self.inner.store.get(&id).await?,
-            Err(_) => self.inner.store.find(id).await?,
+            Err(_) => {
+                let mut named = self.inner.store.find(id).await?;
+                let owns = |sandbox: &Sandbox| self.principal.owns(sandbox.owner.as_ref());
+                // One's own comes before those of others.
+                let at = named.iter().position(owns).unwrap_or(0);
+                (at < named.len()).then(|| named.swap_remove(at))
+            }
         };
-        found.ok_or(LookupError::NotFound)
+        found
+            .filter(|sandbox| self.principal.may_see(sandbox.owner.as_ref()))
+            .ok_or(LookupError::NotFound)
     }
 
     /// Ends a sandbox. Its record stays. It goes on if the caller goes away.
@@ -445,7 +501,8 @@ impl Manager {
         events.map_err(ExecError::Host)
     }
 
-    /// Writes a file in a sandbox.
+    /// Writes a file in a sandbox, with these permission bits, or those of the file that is replaced,
+    /// or 0644.
     ///
     /// # Errors
     /// The file is as it was.
@@ -453,10 +510,11 @@ impl Manager {
         &self,
         in_use: &InUse,
         path: String,
+        mode: Option<u32>,
         content: BoxStream<'static, std::io::Result<Bytes>>,
     ) -> Result<(), FileError> {
         request::check_path(&path).map_err(FileError::Invalid)?;
-        let (id, request) = (&in_use.sandbox.id, WriteFileRequest { path, mode: None });
+        let (id, request) = (&in_use.sandbox.id, WriteFileRequest { path, mode });
         let result = self.inner.host.write_file(id, request, content).await;
         self.used(id).await;
         result.map_err(FileError::Host)
@@ -623,6 +681,7 @@ fn request_for(sandbox: &Sandbox, start: Start) -> CreateRequest {
             connection,
         }),
         scratch_mb: None,
+        disk_mb: sandbox.spec.disk_mb,
     }
 }
 

@@ -30,6 +30,15 @@ pub struct SandboxNetwork {
 }
 
 impl Manager {
+    /// The networks that the host has for sandboxes; the first is for those that ask for none in
+    /// particular.
+    ///
+    /// # Errors
+    /// The host cannot tell.
+    pub async fn host_networks(&self) -> Result<Vec<NetworkInfo>, HostError> {
+        Ok(self.inner.host.describe().await?.networks)
+    }
+
     /// How a sandbox is connected, and what it does.
     ///
     /// # Errors

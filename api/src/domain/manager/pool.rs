@@ -342,6 +342,7 @@ impl Manager {
                 layers: layers.clone(),
                 nic: self.unconnected_nic().await?,
                 scratch_mb: None,
+                disk_mb: None,
             };
             self.inner.host.prepare(request).await
         };

@@ -101,10 +101,15 @@ impl Manager {
             Status::Off if !sandbox.layers.disk.is_empty() => None,
             status => return Err(SnapshotError::NotSaveable(status)),
         };
-        if let Some(name) = &spec.name
+        let name = match spec.name {
+            Some(name) if spec.is_own => Some(Snapshot::name_of(id, &name)),
+            name => name,
+        };
+        if let Some(name) = &name
             && self.inner.store.find_snapshot(name).await?.is_some()
         {
-            return Err(SnapshotError::NameTaken(name.clone()));
+            let name = name.rsplit('/').next().unwrap_or_default();
+            return Err(SnapshotError::NameTaken(name.to_owned()));
         }
         let layers = save.as_ref().map_or(&sandbox.layers, |save| &save.layers);
         let layers = match spec.include_memory {
@@ -114,7 +119,7 @@ impl Manager {
         let mut snapshot = Snapshot {
             id: SnapshotId::random(),
             owner: self.principal.owner().cloned(),
-            name: spec.name,
+            name,
             description: spec.description,
             sandbox: id.clone(),
             spec: sandbox.spec,
@@ -204,6 +209,26 @@ impl Manager {
         found
             .filter(|snapshot| snapshot.content.is_some())
             .ok_or(SnapshotError::NotFound)
+    }
+
+    /// The snapshot of this sandbox, by its id or name.
+    ///
+    /// # Errors
+    /// There is none, or the store failed.
+    pub async fn snapshot_of(
+        &self,
+        sandbox: &SandboxId,
+        name: &str,
+    ) -> Result<Snapshot, SnapshotError> {
+        let own = Snapshot::name_of(sandbox, name);
+        let found = match self.get_snapshot(&own).await {
+            Err(SnapshotError::NotFound) => self.get_snapshot(name).await?,
+            found => found?,
+        };
+        match found.sandbox == *sandbox {
+            true => Ok(found),
+            false => Err(SnapshotError::NotFound),
+        }
     }
 
     /// Deletes a snapshot. Sandboxes that were made from it are as before.

@@ -86,6 +86,31 @@ impl Manager {
         }
     }
 
+    /// What is wrong with a disk of this size for a sandbox of a template, if anything is: a disk can
+    /// be larger than its template's, and not smaller.
+    pub(super) async fn disk_problem(
+        &self,
+        template: &str,
+        disk_mb: Option<u32>,
+    ) -> Result<Option<String>, CreateError> {
+        let Some(disk_mb) = disk_mb else {
+            return Ok(None);
+        };
+        let found = self.inner.store.find_template(template).await?;
+        let least = match found.and_then(|template| template.content) {
+            Some(content) => content.disk_bytes,
+            None => {
+                let image = self.inner.host.image(template, false).await;
+                image.map_err(CreateError::Describe)?.disk_bytes
+            }
+        };
+        let is_enough = u64::from(disk_mb) << 20 >= least;
+        Ok((!is_enough).then(|| {
+            let least_mb = least.div_ceil(1 << 20);
+            format!("the disk must be at least {least_mb} MiB, as that of template {template:?} is")
+        }))
+    }
+
     /// Checks that the template of this name is still the same. The caller holds the lock of the
     /// records.
     pub(super) async fn check_unchanged(

@@ -293,6 +293,7 @@ impl Manager {
             start: Start::Cold,
             nic: self.unconnected_nic().await?,
             scratch_mb: None,
+            disk_mb: None,
         };
         host.create(request).await?;
         let layers = ground.layers.saved(LayerId::random(), LayerId::random());
@@ -366,6 +367,7 @@ impl Manager {
                 start: Start::Warm,
                 nic: self.unconnected_nic().await?,
                 scratch_mb: None,
+                disk_mb: None,
             };
             host.create(request).await?;
             self.run_first_command(&id).await;

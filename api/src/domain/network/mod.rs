@@ -169,6 +169,8 @@ pub enum DeniedWhat {
 /// What a running sandbox does in the network.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct NetworkActivity {
+    /// Name of the host's end of its card.
+    pub interface: String,
     /// How much.
     pub traffic: Traffic,
     /// The last things that it was not allowed to do, oldest first. Of many at once, only some

@@ -1,0 +1,705 @@
+//! Virtual machines: list, create, get, start, stop, restart, delete.
+
+use std::collections::HashMap;
+use std::net::Ipv4Addr;
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{Path, Query};
+use axum::http::StatusCode;
+use jiff::Timestamp;
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::at_vm::{AtVm, no_vm};
+use super::body::{FromFields, parse};
+use super::error::{ApiError, ErrorBody};
+use super::fields::Fields;
+use super::rfc3339;
+use crate::domain::{
+    CreateSpec, MacAddress, Manager, NetworkSpec, Page, PowerError, Problem, Sandbox, SortBy,
+    Status, StopSpec,
+};
+use crate::http::Caller;
+
+/// How many machines a list has unless it is asked for.
+const DEFAULT_LIMIT: u32 = 50;
+/// The most machines of one list.
+const MAX_LIMIT: u32 = 100;
+/// How long a guest has to shut down unless it is asked for, in seconds.
+const DEFAULT_STOP_SEC: i64 = 30;
+/// How long it can have, in seconds.
+const STOP_SEC: RangeInclusive<i64> = 0..=3600;
+/// The largest disk, in GiB: 1 TiB.
+const MAX_DISK_GB: i64 = 1024;
+/// What the default template is called here.
+const DEFAULT_TEMPLATE: &str = "linux-default";
+/// What it is called by the domain.
+const PLAIN_TEMPLATE: &str = "minimal";
+/// Of one GB of a disk, MiB.
+const MB_PER_GB: i64 = 1024;
+
+/// The machine that is asked for.
+#[derive(Debug, Default, ToSchema)]
+pub struct CreateVmRequest {
+    /// Its name: 1 to 64 letters, digits, `_` or `-`. Without one, it gets its id as its name and is
+    /// started at once.
+    #[schema(nullable = false)]
+    pub name: Option<String>,
+    /// `linux`.
+    #[schema(nullable = false)]
+    pub os_type: Option<String>,
+    /// Virtual CPUs, 1 to 32. What the template says if not given, or 1.
+    #[schema(nullable = false)]
+    pub vcpus: Option<i64>,
+    /// RAM in MiB, 128 to what the host has. What the template says if not given, or 512.
+    #[schema(nullable = false)]
+    pub memory_mb: Option<i64>,
+    /// Template of its disk; `linux-default` is the template `minimal`.
+    #[schema(default = "linux-default", nullable = false)]
+    pub template: Option<String>,
+    /// How it shall be connected.
+    #[schema(nullable = false)]
+    pub network_config: Option<NetworkConfigRequest>,
+    /// Its disk.
+    #[schema(nullable = false)]
+    pub storage_config: Option<StorageConfigRequest>,
+}
+
+/// How a machine shall be connected.
+#[derive(Debug, Default, ToSchema)]
+pub struct NetworkConfigRequest {
+    /// A bridge of the host; its first if not given.
+    #[schema(nullable = false)]
+    pub bridge: Option<String>,
+    /// Its address; one that is free if not given.
+    #[schema(nullable = false, value_type = Option<String>, format = Ipv4)]
+    pub ip: Option<String>,
+}
+
+/// What disk a machine shall have.
+#[derive(Debug, Default, ToSchema)]
+pub struct StorageConfigRequest {
+    /// Size of its disk in GiB; that of its template if not given, and not less. The file system on it
+    /// keeps the template's size until it is grown in the machine, as by `resize2fs /dev/vda`.
+    #[schema(nullable = false)]
+    pub disk_size_gb: Option<i64>,
+    /// `ssd`: there is one kind of disk.
+    #[schema(nullable = false)]
+    pub disk_type: Option<String>,
+}
+
+impl FromFields for CreateVmRequest {
+    fn read(fields: &mut Fields) -> Self {
+        Self {
+            name: fields.string("name"),
+            os_type: fields.string("os_type"),
+            vcpus: fields.integer("vcpus", i64::MIN..=i64::MAX),
+            memory_mb: fields.integer("memory_mb", i64::MIN..=i64::MAX),
+            template: fields.string("template"),
+            network_config: fields.object("network_config", |fields| NetworkConfigRequest {
+                bridge: fields.string("bridge"),
+                ip: fields.string("ip"),
+            }),
+            storage_config: fields.object("storage_config", |fields| StorageConfigRequest {
+                disk_size_gb: fields.integer("disk_size_gb", 1..=MAX_DISK_GB),
+                disk_type: fields.string("disk_type"),
+            }),
+        }
+    }
+}
+
+/// A machine.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Vm)]
+pub struct VmBody {
+    /// Its name; its id, if it was given none.
+    pub name: String,
+    /// Its id, which it never shares.
+    #[schema(example = "sb-0a1b2c3d")]
+    pub id: String,
+    /// `created`, `running` or `stopped`; also `paused` and `error`.
+    pub status: &'static str,
+    /// The same in other words: `running`, `stopped` or `error`.
+    pub state: &'static str,
+    /// Why it is `error`, or was stopped otherwise than by a request.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub status_reason: Option<String>,
+    /// `linux`.
+    pub os_type: &'static str,
+    /// Virtual CPUs.
+    pub vcpus: u8,
+    /// RAM in MiB.
+    pub memory_mb: u32,
+    /// Template of its disk.
+    pub template: String,
+    /// When it was asked for.
+    #[schema(format = DateTime)]
+    pub created_at: String,
+    /// When its record last changed.
+    #[schema(format = DateTime)]
+    pub updated_at: String,
+    /// When its agent answered after its last start.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false, format = DateTime)]
+    pub started_at: Option<String>,
+    /// When it was last stopped.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false, format = DateTime)]
+    pub stopped_at: Option<String>,
+    /// Seconds since `started_at`, if it runs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub uptime_seconds: Option<u64>,
+    /// Its address, if it has a network card.
+    #[schema(format = Ipv4)]
+    pub ip_address: Option<String>,
+    /// How it is connected, if it has a network card.
+    pub network_config: Option<NetworkConfigBody>,
+}
+
+/// How a machine is connected.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = NetworkConfig)]
+pub struct NetworkConfigBody {
+    /// Its address.
+    #[schema(format = Ipv4)]
+    pub ip: String,
+    /// The bridge that it is in, if the host has a network now.
+    pub bridge: Option<String>,
+    /// Address of its card.
+    pub mac_address: String,
+}
+
+/// A page of the list of machines.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = VmList)]
+pub struct VmListBody {
+    /// Those of this page.
+    pub vms: Vec<VmBody>,
+    /// How many there are on all pages.
+    pub total: u64,
+    /// How many a page has at most.
+    pub limit: u32,
+    /// How many come before this page.
+    pub offset: u64,
+}
+
+/// How a machine shall be stopped.
+#[derive(Debug, Default, ToSchema)]
+pub struct StopRequest {
+    /// Whether its power is cut at once. Its disk is then as after a power failure.
+    #[schema(default = false, nullable = false)]
+    pub force: Option<bool>,
+    /// Seconds that it has to shut down before its power is cut, 0 to 3600.
+    #[schema(default = 30, nullable = false)]
+    pub timeout_seconds: Option<i64>,
+}
+
+impl FromFields for StopRequest {
+    fn read(fields: &mut Fields) -> Self {
+        Self {
+            force: fields.boolean("force"),
+            timeout_seconds: fields.integer("timeout_seconds", STOP_SEC),
+        }
+    }
+}
+
+/// A machine was started.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct StartedBody {
+    /// A sentence.
+    pub message: &'static str,
+    /// Which.
+    pub vm_name: String,
+    /// `running`.
+    pub status: &'static str,
+    /// When its agent answered.
+    #[schema(format = DateTime)]
+    pub started_at: String,
+}
+
+/// A machine was stopped.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct StoppedBody {
+    /// A sentence.
+    pub message: &'static str,
+    /// Which.
+    pub vm_name: String,
+    /// `stopped`.
+    pub status: &'static str,
+    /// When.
+    #[schema(format = DateTime)]
+    pub stopped_at: String,
+}
+
+/// A machine was restarted.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct RestartedBody {
+    /// A sentence.
+    pub message: &'static str,
+    /// Which.
+    pub vm_name: String,
+    /// `running`.
+    pub status: &'static str,
+    /// When its agent answered.
+    #[schema(format = DateTime)]
+    pub restarted_at: String,
+}
+
+/// What a machine is called: its name, or its id.
+pub fn name_of(sandbox: &Sandbox) -> String {
+    let name = sandbox.name.clone();
+    name.unwrap_or_else(|| sandbox.id.to_string())
+}
+
+/// The word for a state; `created` is for [`status_of`] to tell.
+pub fn word_of(status: Status) -> &'static str {
+    match status {
+        Status::Pending | Status::Off | Status::Stopping | Status::Stopped => "stopped",
+        Status::Running => "running",
+        Status::Pausing | Status::Paused | Status::Resuming => "paused",
+        Status::Error => "error",
+    }
+}
+
+/// The word for the state of a machine.
+pub fn status_of(sandbox: &Sandbox) -> &'static str {
+    let was_on = sandbox.started_at.or(sandbox.stopped_at).is_some();
+    match sandbox.status {
+        Status::Off | Status::Pending if !was_on => "created",
+        status => word_of(status),
+    }
+}
+
+/// A machine, on a host whose first bridge this is.
+pub fn vm(sandbox: Sandbox, bridge: Option<&str>) -> VmBody {
+    let runs = sandbox.status == Status::Running;
+    let started = sandbox.started_at.filter(|_| runs);
+    let connection = sandbox.spec.network.as_ref();
+    let connected = connection.and_then(|connection| connection.network.clone());
+    let uptime = started.map(|at| Timestamp::now().as_second().saturating_sub(at.as_second()));
+    VmBody {
+        name: name_of(&sandbox),
+        status: status_of(&sandbox),
+        state: match sandbox.status {
+            Status::Running => "running",
+            Status::Error => "error",
+            _ => "stopped",
+        },
+        status_reason: sandbox.status_reason,
+        os_type: "linux",
+        vcpus: sandbox.spec.vcpus,
+        memory_mb: sandbox.spec.memory_mb,
+        template: sandbox.spec.template,
+        created_at: rfc3339(sandbox.created_at),
+        updated_at: rfc3339(sandbox.updated_at),
+        started_at: sandbox.started_at.map(rfc3339),
+        stopped_at: sandbox.stopped_at.map(rfc3339),
+        uptime_seconds: uptime.and_then(|seconds| u64::try_from(seconds).ok()),
+        ip_address: sandbox.address.map(|address| address.to_string()),
+        network_config: sandbox.address.map(|address| NetworkConfigBody {
+            ip: address.to_string(),
+            bridge: connected.or_else(|| bridge.map(str::to_owned)),
+            mac_address: MacAddress::of(address).to_string(),
+        }),
+        id: sandbox.id.into(),
+    }
+}
+
+/// The machine of this name or id, unless it is deleted.
+pub async fn find(manager: &Manager, name: &str) -> Result<Sandbox, ApiError> {
+    match manager.get(name).await {
+        Ok(sandbox) if sandbox.status != Status::Stopped => Ok(sandbox),
+        Ok(_) => Err(no_vm(name)),
+        Err(error) => Err(error.at_vm(name)),
+    }
+}
+
+/// The bridge of the network that machines are in which ask for none, if the host has one.
+async fn bridge(manager: &Manager) -> Result<Option<String>, ApiError> {
+    let networks = manager.host_networks().await;
+    let networks = networks.map_err(|error| ApiError::internal(&error))?;
+    Ok(networks.into_iter().next().map(|network| network.name))
+}
+
+/// List virtual machines
+#[utoipa::path(
+    get, path = "/api/v1/vms", operation_id = "listVms", tag = "vms",
+    params(
+        ("status" = Option<String>, Query, description = "Only those: `created`, `running`, `stopped`, `paused` or `error`"),
+        ("os_type" = Option<String>, Query, description = "Only those: `linux` or `windows`"),
+        ("limit" = Option<u32>, Query, description = "At most so many, 1 to 100; 50 if not given"),
+        ("offset" = Option<u64>, Query, description = "Leave out so many"),
+        ("sort" = Option<String>, Query, description = "`created_at`, `name`, `status`, `vcpus` or `memory_mb`"),
+        ("order" = Option<String>, Query, description = "`asc` or `desc`; `desc` for `created_at` if not given"),
+    ),
+    responses(
+        (status = 200, description = "A page of them", body = VmListBody),
+        (status = 400, description = "A parameter makes no sense", body = ErrorBody),
+    ),
+)]
+pub async fn list(
+    caller: Caller,
+    Query(query): Query<HashMap<String, String>>,
+) -> Result<Json<VmListBody>, ApiError> {
+    let (page, is_empty) = page(&query)?;
+    let (sandboxes, total) = match is_empty {
+        true => (Vec::new(), 0),
+        false => caller.manager.page(&page).await?,
+    };
+    let bridge = bridge(&caller.manager).await?;
+    let vms = sandboxes.into_iter();
+    Ok(Json(VmListBody {
+        vms: vms.map(|sandbox| vm(sandbox, bridge.as_deref())).collect(),
+        total,
+        limit: page.limit,
+        offset: page.offset,
+    }))
+}
+
+/// The page that is asked for, and whether nothing can be on it.
+fn page(query: &HashMap<String, String>) -> Result<(Page, bool), ApiError> {
+    let get = |name: &str| query.get(name).map(String::as_str);
+    let (statuses, was_started) = match get("status") {
+        None => (None, None),
+        Some("created") => (Some(vec![Status::Off, Status::Pending]), Some(false)),
+        Some("running") => (Some(vec![Status::Running]), None),
+        Some("stopped") => (
+            Some(vec![Status::Off, Status::Pending, Status::Stopping]),
+            Some(true),
+        ),
+        Some("paused") => (
+            Some(vec![Status::Pausing, Status::Paused, Status::Resuming]),
+            None,
+        ),
+        Some("error") => (Some(vec![Status::Error]), None),
+        Some(_) => {
+            let issue = "must be created, running, stopped, paused or error";
+            return Err(ApiError::bad_parameter("status", issue));
+        }
+    };
+    let is_empty = match get("os_type") {
+        None | Some("linux") => false,
+        Some("windows") => true,
+        Some(_) => {
+            return Err(ApiError::bad_parameter(
+                "os_type",
+                "must be linux or windows",
+            ));
+        }
+    };
+    let limit = match get("limit") {
+        None => DEFAULT_LIMIT,
+        Some(text) => text
+            .parse()
+            .ok()
+            .filter(|limit| (1..=MAX_LIMIT).contains(limit))
+            .ok_or_else(|| {
+                ApiError::bad_parameter("limit", format!("must be between 1 and {MAX_LIMIT}"))
+            })?,
+    };
+    let offset = match get("offset") {
+        None => 0,
+        Some(text) => text
+            .parse()
+            .map_err(|_| ApiError::bad_parameter("offset", "must be a number, 0 or more"))?,
+    };
+    let sort = match get("sort") {
+        None | Some("created_at") => SortBy::CreatedAt,
+        Some("name") => SortBy::Name,
+        Some("status") => SortBy::Status,
+        Some("vcpus") => SortBy::Vcpus,
+        Some("memory_mb") => SortBy::MemoryMb,
+        Some(_) => {
+            let issue = "must be created_at, name, status, vcpus or memory_mb";
+            return Err(ApiError::bad_parameter("sort", issue));
+        }
+    };
+    let is_descending = match get("order") {
+        None => sort == SortBy::CreatedAt,
+        Some("asc") => false,
+        Some("desc") => true,
+        Some(_) => return Err(ApiError::bad_parameter("order", "must be asc or desc")),
+    };
+    let page = Page {
+        owner: None,
+        statuses,
+        was_started,
+        sort,
+        is_descending,
+        limit,
+        offset,
+    };
+    Ok((page, is_empty))
+}
+
+/// Create a virtual machine
+///
+/// One with a name is `created` until it is started. One without gets its id as its name, and is
+/// started at once.
+#[utoipa::path(
+    post, path = "/api/v1/vms", operation_id = "createVm", tag = "vms",
+    request_body = CreateVmRequest,
+    responses(
+        (status = 201, description = "It is there", body = VmBody),
+        (status = 400, description = "The body is not JSON", body = ErrorBody),
+        (status = 409, description = "The name or address is taken", body = ErrorBody),
+        (status = 422, description = "Fields are wrong; all of them are named", body = ErrorBody),
+        (status = 502, description = "It did not start", body = ErrorBody),
+        (status = 503, description = "The daemon is shutting down", body = ErrorBody),
+    ),
+)]
+pub async fn create(
+    caller: Caller,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<(StatusCode, Json<VmBody>), ApiError> {
+    let mut fields = Fields::parse_optional(body)?;
+    let request = CreateVmRequest::read(&mut fields);
+    let bridge = bridge(&caller.manager).await?;
+    let spec = spec(&caller.manager, request, fields).await?;
+    let name = spec.name.clone().unwrap_or_default();
+    let created = match spec.name {
+        Some(_) => caller.manager.create_off(spec).await,
+        None => caller.manager.create(spec).await,
+    };
+    let sandbox = created.map_err(|error| error.at_vm(&name))?;
+    Ok((StatusCode::CREATED, Json(vm(sandbox, bridge.as_deref()))))
+}
+
+/// What is asked for, or all that is wrong with it.
+async fn spec(
+    manager: &Manager,
+    request: CreateVmRequest,
+    mut fields: Fields,
+) -> Result<CreateSpec, ApiError> {
+    let mut note = |field: &str, error: String| fields.wrong(field, error);
+    match request.os_type.as_deref() {
+        None | Some("linux") => {}
+        Some("windows") => note(
+            "os_type",
+            "windows needs UEFI firmware and a PCI bus, which this VMM does not have; only linux \
+             can run"
+                .to_owned(),
+        ),
+        Some(other) => note("os_type", format!("must be linux, not {other:?}")),
+    }
+    let network = request.network_config.unwrap_or_default();
+    let address = match network.ip.as_deref().map(str::parse::<Ipv4Addr>) {
+        None => None,
+        Some(Ok(address)) => Some(address),
+        Some(Err(_)) => {
+            note("network_config.ip", "must be an IPv4 address".to_owned());
+            None
+        }
+    };
+    let storage = request.storage_config.unwrap_or_default();
+    if let Some(kind) = storage.disk_type.filter(|kind| kind != "ssd") {
+        let problem = format!("must be \"ssd\", not {kind:?}: there is one kind of disk");
+        note("storage_config.disk_type", problem);
+    }
+    let template = match request.template.as_deref() {
+        None | Some(DEFAULT_TEMPLATE) => PLAIN_TEMPLATE.to_owned(),
+        Some(other) => other.to_owned(),
+    };
+    let spec = CreateSpec {
+        template,
+        vcpus: request.vcpus,
+        memory_mb: request.memory_mb,
+        timeout_sec: 0,
+        network: NetworkSpec {
+            name: network.bridge,
+            address,
+            ..NetworkSpec::default()
+        },
+        name: request.name,
+        disk_mb: storage
+            .disk_size_gb
+            .map(|size| size.saturating_mul(MB_PER_GB)),
+        is_kept: true,
+    };
+    let problems = manager.problems(&spec).await;
+    let problems = problems.map_err(|error| error.at_vm(""))?;
+    for Problem { field, sentence } in problems {
+        let field = match field {
+            "network" => "network_config.bridge",
+            "disk_mb" => "storage_config.disk_size_gb",
+            other => other,
+        };
+        fields.wrong(field, sentence);
+    }
+    fields.finish(Some(spec))
+}
+
+/// Get a virtual machine
+#[utoipa::path(
+    get, path = "/api/v1/vms/{vm_name}", operation_id = "getVm", tag = "vms",
+    params(("vm_name" = String, Path, description = "Its name or id")),
+    responses(
+        (status = 200, description = "What there is to say of it", body = VmBody),
+        (status = 404, description = "No such machine", body = ErrorBody),
+    ),
+)]
+pub async fn get(caller: Caller, Path(name): Path<String>) -> Result<Json<VmBody>, ApiError> {
+    let sandbox = find(&caller.manager, &name).await?;
+    let bridge = bridge(&caller.manager).await?;
+    Ok(Json(vm(sandbox, bridge.as_deref())))
+}
+
+/// Start a virtual machine
+#[utoipa::path(
+    post, path = "/api/v1/vms/{vm_name}/start", operation_id = "startVm", tag = "vms",
+    params(("vm_name" = String, Path, description = "Its name or id")),
+    responses(
+        (status = 200, description = "It runs, and its agent has answered", body = StartedBody),
+        (status = 404, description = "No such machine", body = ErrorBody),
+        (status = 409, description = "It is neither created nor stopped", body = ErrorBody),
+        (status = 502, description = "It did not start, and is as before", body = ErrorBody),
+    ),
+)]
+pub async fn start(
+    caller: Caller,
+    Path(name): Path<String>,
+) -> Result<Json<StartedBody>, ApiError> {
+    find(&caller.manager, &name).await?;
+    let started = caller.manager.power_on(&name).await;
+    let sandbox = match started {
+        Ok(sandbox) => sandbox,
+        Err(error) => return Err(power_error(&caller.manager, &name, error).await),
+    };
+    Ok(Json(StartedBody {
+        message: "VM started successfully",
+        vm_name: name_of(&sandbox),
+        status: status_of(&sandbox),
+        started_at: rfc3339(sandbox.started_at.unwrap_or(sandbox.updated_at)),
+    }))
+}
+
+/// Stop a virtual machine
+///
+/// Its guest shuts down; if that takes too long, its power is cut. Its disk is kept.
+#[utoipa::path(
+    post, path = "/api/v1/vms/{vm_name}/stop", operation_id = "stopVm", tag = "vms",
+    params(("vm_name" = String, Path, description = "Its name or id")),
+    request_body = StopRequest,
+    responses(
+        (status = 200, description = "It is stopped", body = StoppedBody),
+        (status = 404, description = "No such machine", body = ErrorBody),
+        (status = 409, description = "It does not run", body = ErrorBody),
+        (status = 422, description = "Fields are wrong", body = ErrorBody),
+    ),
+)]
+pub async fn stop(
+    caller: Caller,
+    Path(name): Path<String>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Json<StoppedBody>, ApiError> {
+    let stop = stop_spec(body)?;
+    find(&caller.manager, &name).await?;
+    let stopped = caller.manager.power_off(&name, stop).await;
+    let sandbox = match stopped {
+        Ok(sandbox) => sandbox,
+        Err(error) => return Err(power_error(&caller.manager, &name, error).await),
+    };
+    Ok(Json(StoppedBody {
+        message: "VM stopped successfully",
+        vm_name: name_of(&sandbox),
+        status: status_of(&sandbox),
+        stopped_at: rfc3339(sandbox.stopped_at.unwrap_or(sandbox.updated_at)),
+    }))
+}
+
+fn stop_spec(body: Result<Bytes, BytesRejection>) -> Result<StopSpec, ApiError> {
+    let request: StopRequest = parse(body)?;
+    let seconds = request.timeout_seconds.unwrap_or(DEFAULT_STOP_SEC);
+    Ok(StopSpec {
+        force: request.force.unwrap_or(false),
+        timeout: Duration::from_secs(seconds.cast_unsigned()),
+    })
+}
+
+/// Restart a virtual machine
+///
+/// As a stop and a start.
+#[utoipa::path(
+    post, path = "/api/v1/vms/{vm_name}/restart", operation_id = "restartVm", tag = "vms",
+    params(("vm_name" = String, Path, description = "Its name or id")),
+    request_body = StopRequest,
+    responses(
+        (status = 200, description = "It runs, and its agent has answered", body = RestartedBody),
+        (status = 404, description = "No such machine", body = ErrorBody),
+        (status = 409, description = "It does not run", body = ErrorBody),
+        (status = 502, description = "It did not start, and is stopped", body = ErrorBody),
+    ),
+)]
+pub async fn restart(
+    caller: Caller,
+    Path(name): Path<String>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Json<RestartedBody>, ApiError> {
+    let stop = stop_spec(body)?;
+    find(&caller.manager, &name).await?;
+    let restarted = caller.manager.restart(&name, stop).await;
+    let sandbox = match restarted {
+        Ok(sandbox) => sandbox,
+        Err(error) => return Err(power_error(&caller.manager, &name, error).await),
+    };
+    Ok(Json(RestartedBody {
+        message: "VM restarted successfully",
+        vm_name: name_of(&sandbox),
+        status: status_of(&sandbox),
+        restarted_at: rfc3339(sandbox.started_at.unwrap_or(sandbox.updated_at)),
+    }))
+}
+
+/// Delete a virtual machine
+///
+/// With its disk. Its snapshots stay.
+#[utoipa::path(
+    delete, path = "/api/v1/vms/{vm_name}", operation_id = "deleteVm", tag = "vms",
+    params(("vm_name" = String, Path, description = "Its name or id")),
+    responses(
+        (status = 204, description = "It is gone"),
+        (status = 404, description = "No such machine", body = ErrorBody),
+    ),
+)]
+pub async fn delete(caller: Caller, Path(name): Path<String>) -> Result<StatusCode, ApiError> {
+    find(&caller.manager, &name).await?;
+    let destroyed = caller.manager.destroy(&name).await;
+    destroyed.map_err(|error| error.at_vm(&name))?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Why a machine is not what it should be now.
+pub async fn power_error(manager: &Manager, name: &str, error: PowerError) -> ApiError {
+    match error {
+        PowerError::Lookup(source) => source.at_vm(name),
+        PowerError::NoSnapshot => ApiError::not_found(format!("VM '{name}' has no such snapshot")),
+        PowerError::WrongState {
+            verb,
+            status,
+            needed,
+        } => {
+            let word = match manager.get(name).await {
+                Ok(sandbox) if sandbox.status == status => status_of(&sandbox),
+                _ => word_of(status),
+            };
+            let needed = match needed {
+                "off" => "created or stopped",
+                "running, paused or off" => "running, paused or stopped",
+                other => other,
+            };
+            ApiError::conflict(format!(
+                "VM '{name}' is {word} and cannot be {verb}: it must be {needed}"
+            ))
+        }
+        PowerError::TooManyLayers(_) => ApiError::conflict(error.to_string()),
+        PowerError::ShuttingDown => ApiError::unavailable(error.to_string()),
+        PowerError::NotStarted(source) => source.at_vm(name),
+        PowerError::Host { .. } | PowerError::Interrupted => ApiError::internal(&error),
+    }
+}
