@@ -34,6 +34,8 @@ pub struct Config {
     pub boot_timeout_sec: u64,
     /// Seconds that requests in flight have at shutdown.
     pub shutdown_timeout_sec: u64,
+    /// Seconds from one comparison of records and host to the next.
+    pub reconcile_sec: u64,
     /// What becomes of a sandbox that was idle for its `timeout_sec`.
     pub when_idle: WhenIdle,
     /// Accounts.
@@ -351,6 +353,7 @@ impl Default for Config {
             vmm: None,
             boot_timeout_sec: 60,
             shutdown_timeout_sec: 10,
+            reconcile_sec: 30,
             when_idle: WhenIdle::default(),
             auth: AuthConfig::default(),
             images: ImagesConfig::default(),
@@ -443,6 +446,9 @@ pub struct Flags {
     /// Seconds that requests in flight have at shutdown [default: 10]
     #[arg(long, env = "SANDBOXD_SHUTDOWN_TIMEOUT_SEC", value_name = "SECONDS")]
     shutdown_timeout_sec: Option<u64>,
+    /// Seconds from one comparison of records and host to the next [default: 30]
+    #[arg(long, env = "SANDBOXD_RECONCILE_SEC", value_name = "SECONDS")]
+    reconcile_sec: Option<u64>,
     /// What becomes of a sandbox that was idle for its timeout_sec: pause or delete
     /// [default: pause]
     #[arg(long, env = "SANDBOXD_WHEN_IDLE", value_name = "WHAT", value_parser = parse_when_idle)]
@@ -622,6 +628,7 @@ impl Config {
         self.images.templates.extend(flags.templates);
         set(&mut self.boot_timeout_sec, flags.boot_timeout_sec);
         set(&mut self.shutdown_timeout_sec, flags.shutdown_timeout_sec);
+        set(&mut self.reconcile_sec, flags.reconcile_sec);
         set(&mut self.when_idle, flags.when_idle);
         set(&mut self.jail.enabled, flags.jail);
         set(&mut self.jail.first_uid, flags.jail_first_uid);
@@ -672,6 +679,7 @@ impl Config {
         for (name, seconds) in [
             ("boot_timeout_sec", self.boot_timeout_sec),
             ("shutdown_timeout_sec", self.shutdown_timeout_sec),
+            ("reconcile_sec", self.reconcile_sec),
         ] {
             if !(1..=3600).contains(&seconds) {
                 return invalid(format!("{name} must be 1 to 3600, not {seconds}"));

@@ -189,6 +189,9 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
     tokio::spawn(async move { follower.follow(events).await });
     let reaper = manager.clone();
     tokio::spawn(async move { reaper.set_aside_idle().await });
+    let reconciler = manager.clone();
+    let period = Duration::from_secs(config.reconcile_sec);
+    tokio::spawn(async move { reconciler.reconcile_every(period).await });
     let keeper = manager.clone();
     tokio::spawn(async move { keeper.keep_pool().await });
 

@@ -21,7 +21,7 @@ enum Command {
     ///
     /// Each setting comes from its flag, else from its environment variable, else from the
     /// settings file, else from its default. api/sandboxd.example.toml is a settings file with all
-    /// of them. Sandboxes end with the daemon.
+    /// of them. Sandboxes end with the daemon, unless it is killed: then the next one takes them over.
     #[command(args_override_self = true)]
     Serve(Box<Flags>),
     #[command(flatten)]

@@ -5,204 +5,22 @@
 
 #[path = "support/agent.rs"]
 mod agent;
+#[path = "support/daemon.rs"]
+mod daemon;
 #[path = "support/vmm.rs"]
 mod vmm;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
-use std::process::{Child, ChildStderr, Command, Output, Stdio};
+use std::process::Command;
 use std::thread;
 
-use rustix::process::{Pid, Signal, kill_process};
+use daemon::{Daemon, Place, answer, runs};
+use rustix::process::Signal;
 use serde_json::{Value, json};
-
-/// A directory with all that a daemon needs.
-struct Place {
-    dir: tempfile::TempDir,
-}
-
-impl Place {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path();
-        fs::create_dir(path.join("images")).unwrap();
-        for image in ["vmlinux", "initramfs.cpio", "minimal.ext4"] {
-            fs::write(path.join("images").join(image), [0; 4096]).unwrap();
-        }
-        for fifo in ["up", "never"] {
-            let status = Command::new("mkfifo")
-                .arg(path.join(fifo))
-                .status()
-                .unwrap();
-            assert!(status.success());
-        }
-        let script = format!(
-            "#!/bin/sh\nPATH=/usr/bin:/bin\necho $$ > {dir}/pid\necho up > {dir}/up\n\
-             read word < {dir}/never\n",
-            dir = path.display()
-        );
-        fs::write(path.join("vmm"), script).unwrap();
-        fs::set_permissions(path.join("vmm"), fs::Permissions::from_mode(0o755)).unwrap();
-        Self { dir }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn command(&self) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_sandboxd"));
-        command
-            .env_clear()
-            .arg("serve")
-            .args(["--listen=127.0.0.1:0", "--log-format=json"])
-            // What boots in the background is told of elsewhere.
-            .arg("--warm-disk-bytes=0")
-            // These tests have no part of this host for themselves but directories.
-            .arg("--network=off");
-        for (flag, name) in [
-            ("--data-dir", "data"),
-            ("--runtime-dir", "run"),
-            ("--vmm", "vmm"),
-            ("--images-dir", "images"),
-        ] {
-            command.arg(flag).arg(self.path(name));
-        }
-        command
-    }
-
-    /// What a daemon says that cannot start.
-    fn refusal(&self, arguments: &[&str]) -> String {
-        let Output { status, stderr, .. } = self.command().args(arguments).output().unwrap();
-        assert_eq!(status.code(), Some(1));
-        let text = String::from_utf8(stderr).unwrap();
-        text.lines().last().unwrap().to_owned()
-    }
-
-    /// Waits until a VMM is up, and returns its process id.
-    fn vmm(&self) -> String {
-        assert_eq!(fs::read_to_string(self.path("up")).unwrap(), "up\n");
-        fs::read_to_string(self.path("pid"))
-            .unwrap()
-            .trim()
-            .to_owned()
-    }
-
-    /// The only sandbox's id.
-    fn id(&self) -> String {
-        let mut entries = fs::read_dir(self.path("run/sandboxes")).unwrap();
-        entries
-            .next()
-            .unwrap()
-            .unwrap()
-            .file_name()
-            .into_string()
-            .unwrap()
-    }
-
-    fn assert_nothing_is_left(&self, vmm: &str) {
-        assert!(!runs(vmm), "process {vmm} is left");
-        for dir in ["run/sandboxes", "data/sandboxes", "data/spool"] {
-            let mut entries = fs::read_dir(self.path(dir)).unwrap();
-            assert!(entries.next().is_none(), "something is left in {dir}");
-        }
-    }
-}
-
-impl Drop for Place {
-    /// Ends the VMMs of a test that has failed: they outlive their daemon.
-    fn drop(&mut self) {
-        if !thread::panicking() {
-            return;
-        }
-        let pids = fs::read_to_string(self.path("pid")).unwrap_or_default();
-        for pid in pids.lines().filter_map(|line| line.parse().ok()) {
-            let _ = Pid::from_raw(pid).map(|pid| kill_process(pid, Signal::KILL));
-        }
-    }
-}
-
-/// Whether a process runs. One that has ended may have to wait for its parent.
-fn runs(pid: &str) -> bool {
-    let state = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    state
-        .lines()
-        .any(|line| line.starts_with("State:") && !line.contains('Z'))
-}
-
-/// A daemon, which is killed if the test ends before it.
-struct Daemon {
-    process: Child,
-    address: String,
-    /// Open for as long as somebody is to read its log.
-    stderr: Option<BufReader<ChildStderr>>,
-}
-
-impl Daemon {
-    /// A daemon that is ready.
-    fn start(place: &Place) -> Self {
-        let mut process = place.command().stderr(Stdio::piped()).spawn().unwrap();
-        let mut stderr = BufReader::new(process.stderr.take().unwrap());
-        let mut address = None;
-        let mut log = String::new();
-        loop {
-            let mut line = String::new();
-            assert!(
-                stderr.read_line(&mut line).unwrap() > 0,
-                "it did not start: {log}"
-            );
-            log.push_str(&line);
-            let line: Value = serde_json::from_str(&line).unwrap_or_default();
-            match line["fields"]["message"].as_str() {
-                Some("listening") => {
-                    address = line["fields"]["address"].as_str().map(str::to_owned);
-                }
-                Some("sandboxd is ready") => break,
-                _ => {}
-            }
-        }
-        Self {
-            process,
-            address: address.unwrap(),
-            stderr: Some(stderr),
-        }
-    }
-
-    fn signal(&self, signal: Signal) {
-        let pid = Pid::from_child(&self.process);
-        kill_process(pid, signal).unwrap();
-    }
-
-    /// Sends a request; the answer is read later.
-    fn send(&self, method: &str, path: &str, body: &str) -> TcpStream {
-        let mut stream = TcpStream::connect(&self.address).unwrap();
-        let length = body.len();
-        write!(
-            stream,
-            "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
-             Content-Length: {length}\r\n\r\n{body}"
-        )
-        .unwrap();
-        stream
-    }
-
-    fn get(&self, path: &str) -> Value {
-        answer(self.send("GET", path, "")).1
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        if thread::panicking() {
-            let _ = self.process.kill();
-        }
-        let _ = self.process.wait();
-    }
-}
 
 /// Does as an agent that takes its identity, and returns what it is told.
 fn take_identity(listener: UnixListener) -> Value {
@@ -241,14 +59,6 @@ fn take_identity(listener: UnixListener) -> Value {
     serde_json::from_slice(&body).unwrap()
 }
 
-fn answer(mut stream: TcpStream) -> (u16, Value) {
-    let mut text = String::new();
-    stream.read_to_string(&mut text).unwrap();
-    let (head, body) = text.split_once("\r\n\r\n").unwrap();
-    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
-    (status, serde_json::from_str(body).unwrap_or_default())
-}
-
 /// What the script of [`vmm::install`] starts; does nothing in a run of the tests.
 #[test]
 fn as_a_vmm() {
@@ -266,17 +76,21 @@ fn after_a_crash_in_a_pause_the_sandbox_is_as_before_or_as_after() {
         format!("/v1/sandboxes/{}", sandbox["id"].as_str().unwrap())
     };
     let layers = || fs::read_dir(place.path("data/layers")).unwrap().count();
-    let (paused, lost) = (create(&daemon), create(&daemon));
+    let (paused, running) = (create(&daemon), create(&daemon));
     let (status, _) = answer(daemon.send("POST", &format!("{paused}/pause"), ""));
     assert_eq!((status, layers()), (200, 2));
 
     let fifo = place.path("hang");
     let made = Command::new("mkfifo").arg(&fifo).status().unwrap();
     assert!(made.success());
-    let pausing = daemon.send("POST", &format!("{lost}/pause"), "");
+    let pausing = daemon.send("POST", &format!("{running}/pause"), "");
     // Opening it waits until the VMM is at it.
     let hung = fs::File::options().write(true).open(&fifo).unwrap();
-    assert_eq!(daemon.get(&lost)["status"], "paused", "or on the way there");
+    assert_eq!(
+        daemon.get(&running)["status"],
+        "paused",
+        "or on the way there"
+    );
     daemon.signal(Signal::KILL);
     daemon.process.wait().unwrap();
     drop((pausing, hung));
@@ -284,13 +98,9 @@ fn after_a_crash_in_a_pause_the_sandbox_is_as_before_or_as_after() {
 
     let daemon = Daemon::start(&place);
     assert_eq!(layers(), 2, "what was not complete is gone");
-    let row = daemon.get(&lost);
-    assert_eq!(row["status"], "error");
-    let reason = row["status_reason"].as_str().unwrap();
-    assert!(
-        reason.contains("while the sandbox was being paused"),
-        "{reason}"
-    );
+    assert_eq!(daemon.get(&running)["status"], "running");
+    let (status, row) = answer(daemon.send("POST", &format!("{running}/pause"), ""));
+    assert_eq!((status, &row["status"]), (200, &json!("paused")), "{row}");
     assert_eq!(daemon.get(&paused)["status"], "paused");
     let (status, row) = answer(daemon.send("POST", &format!("{paused}/resume"), ""));
     assert_eq!((status, &row["status"]), (200, &json!("running")), "{row}");
@@ -369,17 +179,7 @@ fn asked_to_end_it_ends_its_sandboxes_first() {
 }
 
 #[test]
-fn it_outlives_who_reads_its_log() {
-    let place = Place::new();
-    let mut daemon = Daemon::start(&place);
-    drop(daemon.stderr.take());
-    assert_eq!(daemon.get("/health")["status"], "healthy");
-    daemon.signal(Signal::TERM);
-    assert_eq!(daemon.process.wait().unwrap().code(), Some(0));
-}
-
-#[test]
-fn after_a_crash_the_next_daemon_cleans_up() {
+fn what_cannot_be_taken_over_after_a_crash_is_ended_and_says_why() {
     let place = Place::new();
     let mut daemon = Daemon::start(&place);
     let request = daemon.send("POST", "/v1/sandboxes", "{}");
@@ -406,16 +206,15 @@ fn after_a_crash_the_next_daemon_cleans_up() {
     daemon.process.wait().unwrap();
     assert!(runs(&vmm), "the VMM has ended with the daemon");
 
-    let daemon = Daemon::start(&place);
+    // This VMM does not answer.
+    let daemon = Daemon::start_with(&place, &["--boot-timeout-sec=1"]);
     place.assert_nothing_is_left(&vmm);
     let row = daemon.get(&format!("/v1/sandboxes/{id}"));
     assert_eq!(row["status"], "error");
-    assert!(
-        row["status_reason"]
-            .as_str()
-            .unwrap()
-            .contains("the daemon ended without notice")
-    );
+    let reason = row["status_reason"].as_str().unwrap();
+    for part in ["the daemon ended without notice", "could not be taken over"] {
+        assert!(reason.contains(part), "{reason}");
+    }
     assert_eq!(daemon.get("/v1/sandboxes"), json!([]));
     daemon.signal(Signal::TERM);
 }

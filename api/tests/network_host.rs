@@ -7,7 +7,7 @@ use std::net::Ipv4Addr;
 use std::process::{Command, Stdio};
 
 use api::domain::{AllowRule, Destination, Egress, SandboxId};
-use api::network::{LinkError, Network, NetworkConfig, NetworkError};
+use api::network::{Counters, LinkError, Network, NetworkConfig, NetworkError};
 
 /// Set for this program when it runs in the namespace.
 const INSIDE: &str = "NETWORK_TEST_INSIDE";
@@ -100,7 +100,9 @@ fn what_a_hundred_sandboxes_need_is_made_and_removed_with_nothing_left() {
                 let id = SandboxId::random();
                 let address = Ipv4Addr::new(192, 168, 200, u8::try_from(index).unwrap() + 2);
                 let port = (tap.name.as_str(), tap.index);
-                network.attach(&id, port, address, policy).await.unwrap();
+                let counters = Counters::default();
+                let attached = network.attach(&id, port, address, policy, counters);
+                attached.await.unwrap();
                 taps.push((id, address, tap));
             }
             let full = output("nft", "list ruleset");
@@ -152,7 +154,9 @@ fn what_a_killed_daemon_leaves_is_found_by_the_next_and_by_no_other() {
             let tap = first.tap().await.unwrap();
             let address = Ipv4Addr::new(192, 168, 200, 9);
             let port = (tap.name.as_str(), tap.index);
-            first.attach(&id, port, address, Egress::All).await.unwrap();
+            let counters = Counters::default();
+            let attached = first.attach(&id, port, address, Egress::All, counters);
+            attached.await.unwrap();
             let left = output("ip", "link show chbr0");
 
             // Another daemon, with other directories, leaves it alone and says whose it is.
@@ -274,7 +278,8 @@ fn two_networks_are_side_by_side() {
             assert!(tap.name.starts_with("chbr1-"));
             let address = Ipv4Addr::new(192, 168, 201, 2);
             let port = (tap.name.as_str(), tap.index);
-            other.attach(&id, port, address, Egress::All).await.unwrap();
+            let attached = other.attach(&id, port, address, Egress::All, Counters::default());
+            attached.await.unwrap();
             assert!(other.has(&id) && !one.has(&id));
             other.detach(&id).await.unwrap();
             drop(tap);

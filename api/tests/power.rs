@@ -187,6 +187,13 @@ async fn a_crash_of_the_daemon_leaves_machines_off_with_their_disks() {
             tokio::task::yield_now().await;
         }
         let api = api.restart().await;
+        if fault.is_none() {
+            // It has outlived the daemon.
+            let runs = api.manager.get("box").await.unwrap();
+            assert_eq!(runs.status, Status::Running);
+            is_tidy(&api).await;
+            api.manager.power_off("box", STOP).await.unwrap();
+        }
         let off = api.manager.get("box").await.unwrap();
         assert_eq!(off.status, Status::Off, "{fault:?}");
         assert_eq!(off.layers.disk.len(), disks, "{fault:?}");

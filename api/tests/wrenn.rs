@@ -643,9 +643,10 @@ async fn after_a_shutdown_nothing_runs_and_nothing_starts() {
 }
 
 #[tokio::test]
-async fn a_daemon_that_crashed_leaves_no_row_running() {
+async fn a_daemon_that_crashed_leaves_no_row_running_without_a_machine() {
     let api = api().await;
     let id = api.create().await;
+    api.host.sandboxes.lock().unwrap().clear();
     api.manager.recover().await.unwrap();
     let (_, row) = api.call("GET", &format!("/v1/sandboxes/{id}"), "").await;
     assert_eq!(row["status"], "error");

@@ -355,6 +355,39 @@ fn ports_lead_into_sandboxes_over_pauses_and_clones_find_their_own_way() {
     assert_eq!(address_of(&sandbox), before);
     assert_eq!(ask(udp_port, "again"), "AGAIN");
 
+    // One that runs outlives the daemon, with its processes, its address, its ports, its policy, what it
+    // was allowed to reach, and what was counted of it.
+    let counted = |daemon: &Daemon, sandbox: &Sandbox<'_>| {
+        let traffic = daemon.call("GET", &sandbox.path("/network"), "").1["traffic"].clone();
+        ["sent", "received"].map(|way| traffic[way]["packets"].as_u64().unwrap())
+    };
+    sandbox.must("setsid sh -c 'n=0; while :; do n=$((n + 1)); echo $n >>/root/count; sleep 0.1; done' </dev/null >/dev/null 2>&1 &");
+    assert!(calls(&sandbox, FAR[0], 80));
+    let (boot, pid) = (
+        sandbox.must("cat /proc/sys/kernel/random/boot_id"),
+        sandbox.outer_pid(),
+    );
+    let (packets, last) = (
+        counted(&daemon, &sandbox),
+        sandbox.must("tail -n 1 /root/count"),
+    );
+    daemon = daemon.crash();
+    let sandbox = daemon.sandbox(&id);
+    assert_eq!(sandbox.get()["status"], "running");
+    assert_eq!(sandbox.outer_pid(), pid);
+    assert_eq!(sandbox.must("cat /proc/sys/kernel/random/boot_id"), boot);
+    let number = |text: String| text.parse::<u64>().unwrap();
+    assert!(number(sandbox.must("sleep 1; tail -n 1 /root/count")) > number(last));
+    sandbox.must("perl -ne 'exit 1 if $_ != $.' /root/count");
+    assert_eq!(address_of(&sandbox), before);
+    assert_eq!(ask(udp_port, "still"), "STILL");
+    let after = counted(&daemon, &sandbox);
+    assert!(
+        after[0] >= packets[0] && after[1] >= packets[1],
+        "{packets:?} and then {after:?}"
+    );
+    assert!(calls(&sandbox, FAR[0], 80));
+
     // One program waits for what it is sent, and keeps what came of it.
     let listener = outside.run(|| TcpListener::bind((FAR[0], 9001)).unwrap());
     let script = format!(

@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use crate::PATIENCE;
 use crate::http::{Request, Response};
 use crate::log::print_tail;
-use crate::process::{Process, children_of, innermost};
+use crate::process::{Process, children_of, innermost, with_argument};
 use crate::setup::{scratch, setup};
 
 /// A running daemon. Dropping it asks it to end, and fails the scenario if it does not end well.
@@ -526,17 +526,18 @@ impl Sandbox<'_> {
         innermost(self.outer_pid())
     }
 
-    /// The id of its process that is the daemon's child.
+    /// The id of its process that the daemon, or an earlier one, has started.
     ///
     /// # Panics
     /// There is none.
     pub fn outer_pid(&self) -> u32 {
-        let children = children_of(self.daemon.process.pid());
-        let is_ours = |pid: &u32| {
-            let arguments = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            String::from_utf8_lossy(&arguments).contains(&self.id)
-        };
-        children.into_iter().find(is_ours).expect("its vmm process")
+        self.find_outer_pid().expect("its vmm process")
+    }
+
+    /// The same, if there is one.
+    pub fn find_outer_pid(&self) -> Option<u32> {
+        let socket = format!("/{}/vsock.sock", self.id);
+        with_argument(&socket).first().copied()
     }
 
     /// Deletes it.

@@ -230,7 +230,23 @@ pub fn innermost(vmm: u32) -> u32 {
 
 /// Ids of the processes whose parent is `parent`.
 pub fn children_of(parent: u32) -> Vec<u32> {
-    let mut children = Vec::new();
+    let children = all().into_iter().filter(|(_, of)| *of == parent);
+    children.map(|(pid, _)| pid).collect()
+}
+
+/// Ids of the processes that have `text` in their arguments, and whose parent has not.
+pub fn with_argument(text: &str) -> Vec<u32> {
+    let has = |pid: u32| {
+        let arguments = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&arguments).contains(text)
+    };
+    let found = all().into_iter().filter(|(pid, of)| has(*pid) && !has(*of));
+    found.map(|(pid, _)| pid).collect()
+}
+
+/// All processes, each with its parent.
+fn all() -> Vec<(u32, u32)> {
+    let mut processes = Vec::new();
     for entry in std::fs::read_dir("/proc").unwrap().flatten() {
         let Some(pid) = entry
             .file_name()
@@ -246,10 +262,8 @@ pub fn children_of(parent: u32) -> Vec<u32> {
         // proc_pid_stat(5): the name, which may hold anything, ends with the last parenthesis.
         let after_name = stat.rsplit_once(')').map(|(_, rest)| rest);
         let ppid = after_name.and_then(|rest| rest.split_whitespace().nth(1)?.parse().ok());
-        if ppid == Some(parent) {
-            children.push(pid);
-        }
+        processes.extend(ppid.map(|ppid| (pid, ppid)));
     }
-    children.sort_unstable();
-    children
+    processes.sort_unstable();
+    processes
 }

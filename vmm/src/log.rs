@@ -46,7 +46,9 @@ pub fn start(verbosity: u8, file: Option<BoundedLog>) {
     };
     let lines = tracing_subscriber::fmt::layer()
         .with_ansi(colours)
-        .with_writer(writer);
+        .with_writer(writer)
+        // They would be told to standard error, whose own errors end the thread.
+        .log_internal_errors(false);
     tracing_subscriber::registry()
         .with(lines)
         .with(filter)

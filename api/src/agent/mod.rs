@@ -9,6 +9,7 @@ mod directories;
 mod exec;
 mod files;
 mod freeze;
+mod health;
 mod identity;
 mod ports;
 mod processes;

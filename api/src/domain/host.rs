@@ -31,6 +31,31 @@ pub trait Host: GuestHost {
     /// It cannot tell.
     async fn describe(&self) -> Result<HostInfo, HostError>;
 
+    /// Takes over sandboxes that an earlier daemon has left running on this machine, and ends and
+    /// removes whatever else it has left but layers. Once, before anything is started. Returns what came
+    /// of each: one that was not taken over, with [`HostError::NotRunning`] if it has no process any more,
+    /// is ended.
+    ///
+    /// # Errors
+    /// Something is left that cannot be ended or removed.
+    async fn adopt(
+        &self,
+        requests: Vec<AdoptRequest>,
+    ) -> Result<Vec<(SandboxId, Result<Adopted, HostError>)>, HostError>;
+
+    /// What it has of which sandboxes, of all that it has anything of but layers.
+    ///
+    /// # Errors
+    /// It cannot tell.
+    async fn present(&self) -> Result<Vec<(SandboxId, Presence)>, HostError>;
+
+    /// Ends a sandbox as [`Host::destroy`] does, and removes what is left of one that is nobody's any
+    /// more. Only by whoever has the turn at it.
+    ///
+    /// # Errors
+    /// Something is left.
+    async fn sweep(&self, id: &SandboxId) -> Result<(), HostError>;
+
     /// Boots a sandbox, or starts it from layers, and waits until its agent has answered and the
     /// guest knows who it is. The start goes on if the caller goes away.
     ///
@@ -323,6 +348,40 @@ pub struct CreateRequest {
     pub scratch_mb: Option<u32>,
     /// Size of its disk in MiB; `None` for that of the layers or the template.
     pub disk_mb: Option<u32>,
+}
+
+/// Take this sandbox over, which an earlier daemon has started.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AdoptRequest {
+    /// Its name.
+    pub id: SandboxId,
+    /// What it is made of.
+    pub shape: Shape,
+    /// What it is based on, as far as is known.
+    pub layers: Layers,
+    /// Its network card, if it has one.
+    pub nic: Option<Nic>,
+    /// Size of its disk in MiB; `None` for that of its template.
+    pub disk_mb: Option<u32>,
+}
+
+/// A sandbox was taken over, and runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Adopted {
+    /// What it is based on: as in the request, or, if the earlier daemon ended after it had saved it
+    /// and before that was told, after that.
+    pub layers: Layers,
+}
+
+/// What a host has of a sandbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Presence {
+    /// It runs, and its agent has answered.
+    Runs,
+    /// It is starting, is ready but nobody's, or is ending.
+    OnTheWay,
+    /// Processes, files or rules are left of it, which nobody looks after.
+    Left,
 }
 
 /// The network card of a sandbox.

@@ -110,13 +110,21 @@ impl Idle {
         result
     }
 
-    /// A sandbox runs, and is idle from now on if nobody uses it.
-    pub fn watch(&self, id: &SandboxId, timeout: Duration) {
+    /// A sandbox runs, and has been idle for this long already, if nobody uses it.
+    pub fn watch_since(&self, id: &SandboxId, timeout: Duration, idle_for: Duration) {
+        let now = Instant::now();
         self.change(id, |entry| {
             entry.timeout = Some(timeout);
-            entry.since = Instant::now();
+            // The clock may have begun later than that, with the machine; then there is no better.
+            entry.since = now.checked_sub(idle_for).unwrap_or(now);
         });
         self.changed.notify_one();
+    }
+
+    /// Whether a sandbox is watched.
+    pub fn is_watched(&self, id: &SandboxId) -> bool {
+        let watched = self.watched();
+        watched.get(id).is_some_and(|entry| entry.timeout.is_some())
     }
 
     /// A sandbox runs no more.
@@ -210,7 +218,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_sandbox_is_set_aside_after_its_timeout_and_never_in_use() {
         let (idle, id) = (Arc::new(Idle::default()), SandboxId::random());
-        idle.watch(&id, TIMEOUT);
+        idle.watch_since(&id, TIMEOUT, Duration::ZERO);
         idle.changed().await;
         advance(TIMEOUT / 2).await;
         let (first, second) = (using(&idle, &id), using(&idle, &id));
@@ -240,7 +248,7 @@ mod tests {
         let idle = Arc::new(Idle::default());
         let ids: Vec<_> = (0..3).map(|_| SandboxId::random()).collect();
         for id in &ids {
-            idle.watch(id, TIMEOUT);
+            idle.watch_since(id, TIMEOUT, Duration::ZERO);
             advance(Duration::from_secs(1)).await;
         }
         idle.forget(&ids[0]);
@@ -257,7 +265,7 @@ mod tests {
     async fn what_is_used_but_not_watched_is_forgotten_with_its_last_user() {
         let (idle, id) = (Arc::new(Idle::default()), SandboxId::random());
         let users = [using(&idle, &id), using(&idle, &id)];
-        idle.watch(&id, TIMEOUT);
+        idle.watch_since(&id, TIMEOUT, Duration::ZERO);
         idle.forget(&id);
         assert_eq!(idle.watched().len(), 1);
         drop(users);

@@ -86,6 +86,18 @@ impl Layers {
         next
     }
 
+    /// Whether a machine that was based on `before` is based on these after it was saved once, of its
+    /// memory and disk or of its disk alone.
+    pub fn is_one_save_after(&self, before: &Self) -> bool {
+        let Some((disk, below)) = self.disk.split_last() else {
+            return false;
+        };
+        let memory = self.memory.last();
+        below == before.disk
+            && (*self == before.saved_disk(disk.clone())
+                || memory.is_some_and(|memory| *self == before.saved(memory.clone(), disk.clone())))
+    }
+
     /// Those of its disk alone, which a machine boots from.
     pub fn without_memory(&self) -> Self {
         Self {
@@ -126,6 +138,29 @@ mod tests {
         assert!(all.has(&ids[3..]) && !all.has(&[ids[1].clone(), ids[3].clone()]));
         assert_eq!(of(&ids[..3]).merged(&ids[1..4], &into), None);
         assert_eq!(of(&[]).merged(&[], &into), None);
+    }
+
+    #[test]
+    fn one_save_is_told_from_others_and_from_a_merge() {
+        let ids: Vec<_> = (0..4).map(|_| LayerId::random()).collect();
+        let mut before = Layers::default();
+        for generation in 0..6 {
+            let saved = before.saved(LayerId::random(), LayerId::random());
+            assert!(saved.is_one_save_after(&before), "{generation}");
+            assert!(before.saved_disk(ids[0].clone()).is_one_save_after(&before));
+            assert!(!before.is_one_save_after(&before));
+            assert!(!before.is_one_save_after(&saved));
+            let twice = saved.saved(LayerId::random(), LayerId::random());
+            assert!(!twice.is_one_save_after(&before));
+            if generation > 1 {
+                let merged = before.merged(&before.disk[1..], &ids[1]).unwrap();
+                assert!(!before.is_one_save_after(&merged) && !merged.is_one_save_after(&before));
+                let mut other = saved.clone();
+                other.memory[0] = ids[2].clone();
+                assert!(!other.is_one_save_after(&before));
+            }
+            before = saved;
+        }
     }
 
     #[test]

@@ -27,15 +27,15 @@ pub use error::{
 };
 pub use exec::{CollectError, ExecEnd, ExecLimits, ExecOutput};
 pub use host::{
-    ClaimRequest, CreateRequest, Created, End, ExecEvent, ExecRequest, ExitInfo, FileContent,
-    FileInfo, FileKind, Host, HostError, HostEvent, HostInfo, Identity, ImageInfo, KeepDiskRequest,
-    KeptDisk, MergeRequest, Nic, PowerOffRequest, PrepareRequest, ReadFileRequest, SaveRequest,
-    Saved, Shape, WriteFileRequest,
+    AdoptRequest, Adopted, ClaimRequest, CreateRequest, Created, End, ExecEvent, ExecRequest,
+    ExitInfo, FileContent, FileInfo, FileKind, Host, HostError, HostEvent, HostInfo, Identity,
+    ImageInfo, KeepDiskRequest, KeptDisk, MergeRequest, Nic, PowerOffRequest, PrepareRequest,
+    Presence, ReadFileRequest, SaveRequest, Saved, Shape, WriteFileRequest,
 };
 pub use id::{Id, KeyId, Kind, LayerId, ParseIdError, SandboxId, SnapshotId, TemplateId, UserId};
 pub use layer::{Layers, MAX_DISK};
 pub use manager::{
-    Forked, InUse, Limits, MAX_DEPTH, Manager, PoolLimits, PortConnection, ProcessSpec,
+    Divergence, Forked, InUse, Limits, MAX_DEPTH, Manager, PoolLimits, PortConnection, ProcessSpec,
     RecoverError, SandboxNetwork, StopSpec, WhenIdle, check_size,
 };
 pub use network::{

@@ -19,7 +19,16 @@ pub type Turn = OwnedMutexGuard<()>;
 impl Turns {
     /// Waits for the turn at a sandbox.
     pub async fn take(&self, id: &SandboxId) -> Turn {
-        let turn = {
+        self.turn(id).lock_owned().await
+    }
+
+    /// The turn at a sandbox, if nobody has it.
+    pub fn try_take(&self, id: &SandboxId) -> Option<Turn> {
+        self.turn(id).try_lock_owned().ok()
+    }
+
+    fn turn(&self, id: &SandboxId) -> Arc<tokio::sync::Mutex<()>> {
+        {
             let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
             match taken.get(id).and_then(Weak::upgrade) {
                 Some(turn) => turn,
@@ -30,8 +39,7 @@ impl Turns {
                     turn
                 }
             }
-        };
-        turn.lock_owned().await
+        }
     }
 }
 
@@ -47,9 +55,11 @@ mod tests {
         let (a, b) = (SandboxId::random(), SandboxId::random());
         let first = turns.take(&a).await;
         assert!(turns.take(&a).now_or_never().is_none());
+        assert!(turns.try_take(&a).is_none());
         let other = turns.take(&b).now_or_never();
         assert!(other.is_some());
         drop(first);
+        assert!(turns.try_take(&a).is_some());
         assert!(turns.take(&a).now_or_never().is_some());
         drop(other);
         let _last = turns.take(&SandboxId::random()).await;

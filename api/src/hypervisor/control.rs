@@ -15,6 +15,9 @@ use tokio::net::UnixStream;
 
 /// How long a VMM may take to stop or start its guest.
 const PAUSE_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a VMM may take to tell of its machine, once it is done with what it is at: such as writing
+/// a guest's memory for a daemon that has ended since.
+const INFO_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a VMM may take to write a guest's memory: a tebibyte at 1 GiB/s, and some more.
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(30 * 60);
 /// The longest head, and the longest body, of an answer that is read, in bytes.
@@ -64,6 +67,28 @@ impl Control {
         Self { socket }
     }
 
+    /// Whether the guest is stopped, or runs.
+    pub async fn is_paused(&self) -> Result<bool, ControlError> {
+        #[derive(serde::Deserialize)]
+        struct Info {
+            state: String,
+        }
+        let what = "vm.info";
+        let body = self.ask("GET", what, "", &[], INFO_TIMEOUT).await?;
+        let info: Info = serde_json::from_slice(&body).map_err(|error| ControlError::Io {
+            what,
+            source: error.into(),
+        })?;
+        match info.state.as_str() {
+            "Running" => Ok(false),
+            "Paused" => Ok(true),
+            _ => Err(ControlError::Refused {
+                what,
+                reason: "it has no machine that was started".to_owned(),
+            }),
+        }
+    }
+
     /// Stops the guest.
     pub async fn pause(&self) -> Result<(), ControlError> {
         self.put("vm.pause", "", &[], PAUSE_TIMEOUT).await
@@ -110,10 +135,22 @@ impl Control {
         files: &[BorrowedFd<'_>],
         timeout: Duration,
     ) -> Result<(), ControlError> {
+        self.ask("PUT", what, body, files, timeout).await.map(drop)
+    }
+
+    /// The body of the answer to a request.
+    async fn ask(
+        &self,
+        method: &str,
+        what: &'static str,
+        body: &str,
+        files: &[BorrowedFd<'_>],
+        timeout: Duration,
+    ) -> Result<Vec<u8>, ControlError> {
         let failed = |source| ControlError::Io { what, source };
         let exchange = async {
             let mut stream = UnixStream::connect(&self.socket).await?;
-            send(&mut stream, &request(what, body), files).await?;
+            send(&mut stream, &request(method, what, body), files).await?;
             read_answer(BufReader::new(stream.take(2 * MAX_ANSWER))).await
         };
         let (status, body) = tokio::time::timeout(timeout, exchange)
@@ -121,7 +158,7 @@ impl Control {
             .map_err(|_| ControlError::Timeout { what, timeout })?
             .map_err(failed)?;
         if (200..300).contains(&status) {
-            return Ok(());
+            return Ok(body);
         }
         let reason = match serde_json::from_slice::<Vec<String>>(&body) {
             Ok(sentences) if !sentences.is_empty() => sentences.join(": "),
@@ -131,8 +168,8 @@ impl Control {
     }
 }
 
-fn request(what: &str, body: &str) -> String {
-    let mut text = format!("PUT /api/v1/{what} HTTP/1.1\r\nHost: localhost\r\n");
+fn request(method: &str, what: &str, body: &str) -> String {
+    let mut text = format!("{method} /api/v1/{what} HTTP/1.1\r\nHost: localhost\r\n");
     if !body.is_empty() {
         text.push_str("Content-Type: application/json\r\n");
         text.push_str(&format!("Content-Length: {}\r\n", body.len()));

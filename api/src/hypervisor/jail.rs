@@ -71,6 +71,19 @@ impl Users {
     }
 }
 
+impl Users {
+    /// This user, for the sandbox that has been it. `None` if it is not one for sandboxes now, or
+    /// is taken.
+    pub(super) fn take_over(self: &Arc<Self>, uid: u32) -> Option<User> {
+        let is_for_sandboxes = uid.checked_sub(self.first).is_some_and(|it| it < USERS);
+        let is_free = is_for_sandboxes && self.taken().insert(uid);
+        is_free.then(|| User {
+            users: Arc::clone(self),
+            uid,
+        })
+    }
+}
+
 impl User {
     /// Its number, which is also that of its group.
     pub(super) fn id(&self) -> u32 {
@@ -96,6 +109,17 @@ mod tests {
         drop(a);
         let c = users.take().unwrap();
         assert_eq!(c.id(), 100);
+    }
+
+    #[test]
+    fn a_user_that_was_somebodys_stays_so() {
+        let users = Users::new(100);
+        let found = users.take_over(100).unwrap();
+        assert!(users.take_over(100).is_none());
+        assert!(users.take_over(99).is_none() && users.take_over(100 + USERS).is_none());
+        assert_eq!(users.take().unwrap().id(), 101);
+        drop(found);
+        assert_eq!(users.take().unwrap().id(), 100);
     }
 
     #[test]

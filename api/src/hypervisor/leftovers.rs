@@ -1,5 +1,6 @@
 //! What a daemon that crashed left behind: `vmm` processes and files.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -9,8 +10,10 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tracing::warn;
 
-use super::cgroup::Cgroups;
+use super::cgroup::{Cgroup, Cgroups};
+use super::note::Note;
 use super::paths::Paths;
+use crate::domain::SandboxId;
 
 /// How long a killed process may take to disappear.
 const KILL_TIMEOUT: Timespec = Timespec {
@@ -50,8 +53,13 @@ pub enum LeftoverError {
     Interrupted,
 }
 
-/// Ends the processes and removes the files and cgroups of all sandboxes below `paths`.
-pub fn remove(paths: &Paths, cgroups: Option<&Cgroups>) -> Result<(), LeftoverError> {
+/// Ends the processes and removes the files and cgroups of all sandboxes below `paths` but those that
+/// are to be kept.
+pub fn remove(
+    paths: &Paths,
+    cgroups: Option<&Cgroups>,
+    keep: &BTreeSet<SandboxId>,
+) -> Result<(), LeftoverError> {
     let prefix = paths.vsock_arg_prefix();
     for pid in processes().map_err(|source| LeftoverError::Files {
         path: "/proc".into(),
@@ -61,12 +69,16 @@ pub fn remove(paths: &Paths, cgroups: Option<&Cgroups>) -> Result<(), LeftoverEr
             pid: pid.as_raw_nonzero().get(),
             source,
         };
-        if let Some(process) = ours(pid, &prefix) {
+        let Some((process, argument)) = ours(pid, &prefix) else {
+            continue;
+        };
+        let id = paths.of_vsock_arg(&argument);
+        if id.is_none_or(|id| !keep.contains(&id)) {
             warn!(
                 pid = pid.as_raw_nonzero().get(),
                 "ending the vmm process of an earlier daemon"
             );
-            end(&process).map_err(failed)?;
+            end(&process).map_err(&failed)?;
         }
     }
     remove_drafts(paths.empty()).map_err(|source| LeftoverError::Files {
@@ -74,15 +86,16 @@ pub fn remove(paths: &Paths, cgroups: Option<&Cgroups>) -> Result<(), LeftoverEr
         source,
     })?;
     for parent in paths.parents() {
-        let failed = |source| LeftoverError::Files {
-            path: parent.to_owned(),
-            source,
-        };
-        for entry in fs::read_dir(parent).map_err(failed)? {
-            let path = entry.map_err(failed)?.path();
+        let failed = files_of(parent);
+        for entry in fs::read_dir(parent).map_err(&failed)? {
+            let path = entry.map_err(&failed)?.path();
             let id = path.file_name().and_then(|name| name.to_str());
-            if let (Some(cgroups), Some(id)) = (cgroups, id.and_then(|id| id.parse().ok())) {
-                cgroups.of(&id).remove().map_err(failed)?;
+            let id: Option<SandboxId> = id.and_then(|id| id.parse().ok());
+            if let Some(id) = &id {
+                if keep.contains(id) {
+                    continue;
+                }
+                remove_cgroups(paths, cgroups, id).map_err(&failed)?;
             }
             warn!(path = %path.display(), "removing files of an earlier daemon");
             fs::remove_dir_all(&path).map_err(|source| LeftoverError::Files {
@@ -92,6 +105,83 @@ pub fn remove(paths: &Paths, cgroups: Option<&Cgroups>) -> Result<(), LeftoverEr
         }
     }
     Ok(())
+}
+
+fn files_of(path: &Path) -> impl Fn(io::Error) -> LeftoverError {
+    move |source| LeftoverError::Files {
+        path: path.to_owned(),
+        source,
+    }
+}
+
+/// The sandboxes below `paths` that there are processes or files of.
+pub fn list(paths: &Paths) -> Result<BTreeSet<SandboxId>, LeftoverError> {
+    let mut ids = BTreeSet::new();
+    let prefix = paths.vsock_arg_prefix();
+    for pid in processes().map_err(files_of(Path::new("/proc")))? {
+        let argument = ours(pid, &prefix).map(|(_, argument)| argument);
+        ids.extend(argument.and_then(|argument| paths.of_vsock_arg(&argument)));
+    }
+    for parent in paths.parents() {
+        for entry in fs::read_dir(parent).map_err(files_of(parent))? {
+            let name = entry.map_err(files_of(parent))?.file_name();
+            ids.extend(
+                name.to_str()
+                    .and_then(|name| name.parse::<SandboxId>().ok()),
+            );
+        }
+    }
+    Ok(ids)
+}
+
+/// Ends the processes and removes the files and the cgroup of one sandbox.
+pub fn remove_one(
+    paths: &Paths,
+    cgroups: Option<&Cgroups>,
+    id: &SandboxId,
+) -> Result<(), LeftoverError> {
+    let prefix = paths.vsock_arg_prefix();
+    for pid in processes().map_err(files_of(Path::new("/proc")))? {
+        if let Some((process, argument)) = ours(pid, &prefix)
+            && paths.of_vsock_arg(&argument).as_ref() == Some(id)
+        {
+            end(&process).map_err(|source| LeftoverError::Process {
+                pid: pid.as_raw_nonzero().get(),
+                source,
+            })?;
+        }
+    }
+    for parent in paths.parents() {
+        let path = parent.join(id.as_str());
+        remove_cgroups(paths, cgroups, id).map_err(files_of(&path))?;
+        match fs::remove_dir_all(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(files_of(&path)(error));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Removes the cgroup of a sandbox, where it is now or where an earlier daemon has made it.
+fn remove_cgroups(paths: &Paths, cgroups: Option<&Cgroups>, id: &SandboxId) -> io::Result<()> {
+    // What cannot be read says nothing.
+    let note = Note::read(paths, id).ok().flatten();
+    let noted = note
+        .and_then(|note| note.cgroup)
+        .map(|path| Cgroup { path });
+    let now = cgroups.map(|cgroups| cgroups.of(id));
+    noted
+        .into_iter()
+        .chain(now)
+        .try_for_each(|cgroup| cgroup.remove())
+}
+
+/// The sandbox of ours whose VMM this process is, if it is one.
+pub fn sandbox_of(paths: &Paths, pid: i32) -> Option<SandboxId> {
+    let (_, argument) = ours(Pid::from_raw(pid)?, &paths.vsock_arg_prefix())?;
+    paths.of_vsock_arg(&argument)
 }
 
 /// Removes empty file systems that were not made to the end.
@@ -121,13 +211,12 @@ fn processes() -> io::Result<Vec<Pid>> {
 /// The process, if it is a VMM for a sandbox of ours: the arguments that it was started with
 /// name a socket in our private directory. The handle is taken first. So should the process end
 /// and its id be used again, the handle still means the one that ended, and signals to it fail.
-fn ours(pid: Pid, prefix: &[u8]) -> Option<OwnedFd> {
+fn ours(pid: Pid, prefix: &[u8]) -> Option<(OwnedFd, Vec<u8>)> {
     let process = pidfd_open(pid, PidfdFlags::empty()).ok()?;
     let arguments = fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).ok()?;
     let mut arguments = arguments.split(|&byte| byte == 0);
-    arguments
-        .any(|argument| argument.starts_with(prefix))
-        .then_some(process)
+    let argument = arguments.find(|argument| argument.starts_with(prefix))?;
+    Some((process, argument.to_vec()))
 }
 
 fn end(process: &OwnedFd) -> io::Result<()> {
@@ -155,7 +244,6 @@ mod tests {
     use std::process::{Command, Stdio};
 
     use super::*;
-    use crate::domain::SandboxId;
 
     #[test]
     fn only_processes_and_files_of_these_directories_are_ended() {
@@ -187,7 +275,20 @@ mod tests {
         };
         let (mut our_vmm, mut other_vmm) = (spawn(&ours), spawn(&others));
 
-        remove(&ours, None).unwrap();
+        let pid = our_vmm.id().cast_signed();
+        assert_eq!(sandbox_of(&ours, pid), Some(id.clone()));
+        assert_eq!(sandbox_of(&others, pid), None);
+        remove(&ours, None, &BTreeSet::from([id.clone()])).unwrap();
+        assert_eq!(our_vmm.try_wait().unwrap(), None);
+        assert!(ours.disk(&id).exists());
+
+        assert_eq!(list(&ours).unwrap(), BTreeSet::from([id.clone()]));
+        remove_one(&ours, None, &SandboxId::random()).unwrap();
+        assert_eq!(our_vmm.try_wait().unwrap(), None);
+        remove_one(&ours, None, &id).unwrap();
+        // Until it was waited for, it has its number, but no arguments.
+        assert_eq!(list(&ours).unwrap(), BTreeSet::new());
+        remove(&ours, None, &BTreeSet::new()).unwrap();
 
         assert_eq!(our_vmm.wait().unwrap().signal(), Some(9));
         assert_eq!(other_vmm.try_wait().unwrap(), None);

@@ -26,9 +26,10 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use futures_util::StreamExt;
 use futures_util::stream::{self, BoxStream};
+use rustix::process::Signal;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, error};
+use tracing::{debug, error, info};
 
 use super::Inner;
 use super::cgroup::Cgroup;
@@ -36,11 +37,13 @@ use super::command::{Goes, Jail};
 use super::jail::User;
 use super::machine::{Greeting, Launch, Machine, NotReady};
 use super::nic::Nic;
+use super::note::Note;
+use super::process::Process;
 use super::save::{SaveError, Saving};
 use crate::agent::AgentClient;
 use crate::domain::{
-    Created, End, HostError, HostEvent, Identity, Nic as NicRequest, PrepareRequest, SaveRequest,
-    Saved, Start,
+    Adopted, Created, End, HostError, HostEvent, Identity, Nic as NicRequest, PrepareRequest,
+    SandboxId, SaveRequest, Saved, Start,
 };
 use crate::images::{Base, Chain};
 
@@ -89,6 +92,16 @@ pub enum Begin {
     Now(Greeting, Started),
     /// It is held until it is claimed. That it can be is told here.
     Held(oneshot::Sender<Result<(), HostError>>),
+    /// An earlier daemon has started it. That it was taken over is told here.
+    Found(oneshot::Sender<Result<Adopted, HostError>>),
+}
+
+/// A machine that an earlier daemon has started.
+pub struct Found {
+    /// What is written down of it.
+    pub note: Note,
+    /// Its process.
+    pub process: Process,
 }
 
 /// Save this sandbox.
@@ -151,6 +164,11 @@ impl Entry {
         let (sender, claim) = oneshot::channel();
         *self.claims.lock().unwrap_or_else(PoisonError::into_inner) = Some(sender);
         claim
+    }
+
+    /// Waits until it is asked to end.
+    pub async fn end_asked(&self) {
+        self.end.cancelled().await;
     }
 
     fn set_running(&self, is_running: bool) {
@@ -221,6 +239,17 @@ struct Held {
     cgroup: Option<Cgroup>,
 }
 
+impl Found {
+    /// Ends it, without a word of why.
+    async fn end(mut self, id: &SandboxId) {
+        let killed = self.process.signal(Signal::KILL);
+        let ended = self.process.wait().await;
+        if let Err(error) = killed.and(ended.map(drop)) {
+            error!(sandbox = %id, %error, "the vmm of an earlier daemon is not ended");
+        }
+    }
+}
+
 /// Removes a sandbox's cgroup, whose processes have been ended. The error is a sentence.
 async fn remove_cgroup(cgroup: Option<Cgroup>) -> Result<(), String> {
     let Some(cgroup) = cgroup else { return Ok(()) };
@@ -261,16 +290,34 @@ impl Inner {
         chain: Chain,
         orders: mpsc::Receiver<Order>,
         begin: Begin,
+        found: Option<Found>,
     ) {
         let id = request.id.clone();
         let mut begin = Some(begin);
         // The user stays this sandbox's until its last file is gone.
         let mut user = None;
-        let outcome = match self.prepare_jail(&request) {
+        let jail = match &found {
+            Some(found) => self.jail_of(&found.note).map(Some),
+            None => self.prepare_jail(&request),
+        };
+        let outcome = match jail {
             Ok(jail) => {
-                let outcome = self
-                    .connect_and_start(entry, request, chain, jail.as_ref(), orders, &mut begin)
-                    .await;
+                let started = async {
+                    match found {
+                        Some(found) => {
+                            self.connect_and_take_over(
+                                entry, request, chain, found, orders, &mut begin,
+                            )
+                            .await
+                        }
+                        None => {
+                            let jail = jail.as_ref();
+                            self.connect_and_start(entry, request, chain, jail, orders, &mut begin)
+                                .await
+                        }
+                    }
+                };
+                let outcome = started.await;
                 let (held, cgroup) = jail.map(|jail| (jail.user, jail.cgroup)).unzip();
                 user = held.flatten();
                 let cgroup = cgroup.flatten();
@@ -280,7 +327,12 @@ impl Inner {
                 }
                 outcome
             }
-            Err(reason) => Outcome::NotStarted(HostError::Start { reason }),
+            Err(reason) => {
+                if let Some(found) = found {
+                    found.end(&id).await;
+                }
+                Outcome::NotStarted(HostError::Start { reason })
+            }
         };
         if let Err(reason) = self.config.paths.remove(&id).await {
             error!(sandbox = %id, reason, "files of the sandbox are left");
@@ -314,6 +366,7 @@ impl Inner {
         match begin {
             Some(Begin::Now(_, started)) => drop(started.send(Err(failure))),
             Some(Begin::Held(ready)) => drop(ready.send(Err(failure))),
+            Some(Begin::Found(reply)) => drop(reply.send(Err(failure))),
             None => {}
         }
     }
@@ -336,6 +389,96 @@ impl Inner {
             None => None,
         };
         Ok(Some(Held { user, cgroup }))
+    }
+
+    /// What a machine that was found has for its jail. The error is a sentence.
+    fn jail_of(&self, note: &Note) -> Result<Held, String> {
+        let user = match (&self.users, note.user) {
+            (Some(users), Some(uid)) => {
+                let user = users.take_over(uid);
+                Some(user.ok_or("its user is none of those that sandboxes have now")?)
+            }
+            _ => None,
+        };
+        let cgroup = note.cgroup.clone().map(|path| Cgroup { path });
+        Ok(Held { user, cgroup })
+    }
+
+    /// Takes a machine over, with its network card.
+    async fn connect_and_take_over(
+        &self,
+        entry: &Entry,
+        request: PrepareRequest,
+        chain: Chain,
+        found: Found,
+        orders: mpsc::Receiver<Order>,
+        begin: &mut Option<Begin>,
+    ) -> Outcome {
+        let network = self.config.networks.as_deref();
+        let (id, tap) = (&request.id, found.note.tap.clone());
+        let nic = match Nic::take_over(network, id, request.nic.as_ref(), tap).await {
+            Ok(nic) => nic,
+            Err(reason) => {
+                found.end(id).await;
+                return Outcome::NotStarted(HostError::Start { reason });
+            }
+        };
+        let outcome = self
+            .take_over(entry, request, chain, found, nic.as_ref(), orders, begin)
+            .await;
+        if let Some(nic) = nic
+            && let Err(reason) = nic.close().await
+        {
+            entry.left(reason);
+        }
+        outcome
+    }
+
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the parts of one sandbox, each with a life of its own"
+    )]
+    async fn take_over(
+        &self,
+        entry: &Entry,
+        request: PrepareRequest,
+        chain: Chain,
+        Found { note, process }: Found,
+        nic: Option<&Nic<'_>>,
+        orders: mpsc::Receiver<Order>,
+        begin: &mut Option<Begin>,
+    ) -> Outcome {
+        let (id, paths) = (&request.id, &self.config.paths);
+        let mut machine = match Machine::take_over(paths, id, process, note.is_jailed) {
+            Ok(machine) => machine,
+            Err(failed) => {
+                let (process, error) = *failed;
+                Found { note, process }.end(id).await;
+                return Outcome::NotStarted(HostError::Start {
+                    reason: format!("its pipes cannot be opened: {error}"),
+                });
+            }
+        };
+        let settled = async {
+            self.settle(entry, &mut machine, &note, (id, &chain))
+                .await?;
+            match nic {
+                Some(nic) => nic.attach().await.map_err(NotReady::Network),
+                None => Ok(()),
+            }
+        };
+        if let Err(why) = settled.await {
+            return not_started(&mut machine, why).await;
+        }
+        info!(sandbox = %id, pid = note.process.pid(), "a running sandbox is taken over");
+        entry.set_running(true);
+        if let Some(Begin::Found(reply)) = begin.take() {
+            let layers = request.layers.clone();
+            let _ = reply.send(Ok(Adopted { layers }));
+        }
+        let outcome = self.follow(entry, &mut machine, chain, orders).await;
+        entry.set_running(false);
+        outcome
     }
 
     /// Gives the sandbox its network card, and takes it away when the sandbox has ended.

@@ -11,12 +11,12 @@ use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 use agent_protocol::{GuestNetwork, Ready};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::fs::{Mode, OFlags};
+use rustix::process::Signal;
 use tokio::fs::File;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncSeekExt, BufReader};
 use tokio::net::UnixListener;
 use tokio::net::unix::pipe;
-use tokio::process::Child;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tracing::{debug, info, warn};
@@ -24,9 +24,11 @@ use tracing::{debug, info, warn};
 use super::HostConfig;
 use super::command::{self, Goes, Inherited, Jail};
 use super::control::{Control, ControlError};
-use super::monitor::{self, Seen};
+use super::monitor::{self, Seen, Told};
 use super::nic::Nic;
-use super::paths;
+use super::note::{self, Note};
+use super::paths::{self, Paths};
+use super::process::{Process, ProcessId};
 use crate::agent::AgentClient;
 use crate::domain::{Created, End, HostError, Identity, PrepareRequest, SandboxId, Start, Timings};
 use crate::images::{Chain, OverlayError};
@@ -92,6 +94,9 @@ pub enum SpawnError {
         #[source]
         source: io::Error,
     },
+    /// What a later daemon has to know of it cannot be written down.
+    #[error("the machine cannot be written down")]
+    Note(#[source] io::Error),
     /// It cannot be executed.
     #[error("{vmm} cannot be executed", vmm = vmm.display())]
     Execute {
@@ -109,15 +114,19 @@ pub enum NotReady {
     /// It took too long.
     TimedOut(Duration),
     /// The process ended.
-    Exited(io::Result<ExitStatus>),
+    Exited(io::Result<Option<ExitStatus>>),
     /// The socket that it should have answered on failed.
     Listener(io::Error),
-    /// It was restored, and could not be told to go on.
+    /// Its VMM could not be asked, or told to go on.
     Control(ControlError),
     /// It was there, and then did not take its identity.
     Identity(HostError),
     /// It was there, and could not be connected.
     Network(HostError),
+    /// It was found, and its disk is not the one that it is to have. Why, as a sentence.
+    Disk(String),
+    /// It was found, and its agent does not answer.
+    Silent(HostError),
     /// The sandbox is to be destroyed.
     Destroyed,
 }
@@ -125,7 +134,7 @@ pub enum NotReady {
 /// A `vmm` process.
 pub struct Machine {
     id: SandboxId,
-    child: Child,
+    process: Process,
     is_jailed: bool,
     /// Where the agent of a booted guest says that it is ready.
     listener: Option<UnixListener>,
@@ -138,7 +147,7 @@ pub struct Machine {
     stderr: JoinHandle<String>,
     created: Instant,
     spawned: Instant,
-    status: Option<io::Result<ExitStatus>>,
+    status: Option<io::Result<Option<ExitStatus>>>,
 }
 
 impl Machine {
@@ -177,7 +186,10 @@ impl Machine {
         } else {
             None
         };
-        let (events, event_writer) = event_pipe().map_err(channel("event pipe"))?;
+        let (events, event_writer) =
+            make_fifo(&paths.events(&id)).map_err(channel("event pipe"))?;
+        let (stderr, stderr_writer) =
+            make_fifo(&paths.stderr(&id)).map_err(channel("pipe for its standard error"))?;
         let api = paths.api(&id);
         let api_listener = private_listener(&api).map_err(channel("vmm's API socket"))?;
 
@@ -195,42 +207,71 @@ impl Machine {
             card,
             inherited,
         );
+        command.stderr(stderr_writer);
         let spawned = Instant::now();
-        let mut child = command.spawn().map_err(|source| SpawnError::Execute {
+        let child = command.spawn().map_err(|source| SpawnError::Execute {
             vmm: config.vmm.clone(),
             source,
         })?;
         // The process has its own; with ours gone, pipe and socket end when the process does.
-        drop((event_writer, api_listener));
+        drop((command, event_writer, api_listener));
         if let Some(nic) = &mut nic {
             nic.handed_over();
         }
         info!(sandbox = %id, pid = child.id(), "vmm started");
+        let process = Process::Child(child);
+        write_down(paths, request, &process, jail, nic.as_deref()).map_err(SpawnError::Note)?;
 
+        let mut machine = Self::new(paths, &id, process, jail.is_some(), events, stderr);
+        machine.goes = goes;
+        machine.listener = listener;
+        machine.created = created;
+        machine.spawned = spawned;
+        Ok(machine)
+    }
+
+    /// Takes over the process of a sandbox that an earlier daemon has started.
+    pub fn take_over(
+        paths: &Paths,
+        id: &SandboxId,
+        process: Process,
+        is_jailed: bool,
+    ) -> Result<Self, Box<(Process, io::Error)>> {
+        let open = |path: PathBuf| pipe::OpenOptions::new().open_receiver(path);
+        match (open(paths.events(id)), open(paths.stderr(id))) {
+            (Ok(events), Ok(stderr)) => {
+                Ok(Self::new(paths, id, process, is_jailed, events, stderr))
+            }
+            (Err(error), _) | (_, Err(error)) => Err(Box::new((process, error))),
+        }
+    }
+
+    fn new(
+        paths: &Paths,
+        id: &SandboxId,
+        process: Process,
+        is_jailed: bool,
+        events: pipe::Receiver,
+        stderr: pipe::Receiver,
+    ) -> Self {
         let (seen_sender, seen) = watch::channel(Seen::default());
-        let stderr = child.stderr.take();
-        let stderr_id = id.clone();
-        Ok(Self {
-            console: paths.console(&id),
-            control: Control::new(api),
-            goes,
-            listener,
-            ready_path,
+        let now = Instant::now();
+        Self {
+            id: id.clone(),
+            process,
+            is_jailed,
+            listener: None,
+            ready_path: paths.ready(id),
+            console: paths.console(id),
+            control: Control::new(paths.api(id)),
+            goes: Goes::On,
             seen,
             events: tokio::spawn(monitor::follow_events(id.clone(), events, seen_sender)),
-            stderr: tokio::spawn(async move {
-                match stderr {
-                    Some(stderr) => monitor::follow_stderr(stderr_id, stderr).await,
-                    None => String::new(),
-                }
-            }),
-            child,
-            is_jailed: jail.is_some(),
-            id,
-            created,
-            spawned,
+            stderr: tokio::spawn(monitor::follow_stderr(id.clone(), stderr)),
+            created: now,
+            spawned: now,
             status: None,
-        })
+        }
     }
 
     /// Waits until a machine that only goes on when told is restored; or for the process's end, or
@@ -247,7 +288,7 @@ impl Machine {
         tokio::select! {
             biased;
             () = restored => Ok(()),
-            status = self.child.wait() => Err(NotReady::Exited(status)),
+            status = self.process.wait() => Err(NotReady::Exited(status)),
             () = tokio::time::sleep_until(deadline.into()) => Err(NotReady::TimedOut(timeout)),
         }
     }
@@ -308,7 +349,7 @@ impl Machine {
         let spoke = tokio::select! {
             biased;
             spoke = words => spoke?,
-            status = self.child.wait() => return Err(NotReady::Exited(status)),
+            status = self.process.wait() => return Err(NotReady::Exited(status)),
             () = tokio::time::sleep_until(deadline.into()) => {
                 return Err(NotReady::TimedOut(timeout));
             }
@@ -348,28 +389,28 @@ impl Machine {
 
     /// Waits for the end of the process.
     pub async fn exited(&mut self) {
-        self.status = Some(self.child.wait().await);
+        self.status = Some(self.process.wait().await);
     }
 
     /// Ends the process, whatever it does, and waits until it is gone.
     pub async fn kill(&mut self) {
-        // A jailed VMM is two processes. Of this signal, the one that is our child ends the other,
+        // A jailed VMM is two processes. Of this signal, the one that is known here ends the other,
         // and itself only when that is gone.
-        let pid = self
-            .child
-            .id()
-            .and_then(|id| Pid::from_raw(id.cast_signed()));
-        if let Some(pid) = pid.filter(|_| self.is_jailed) {
-            let _ = kill_process(pid, Signal::QUIT);
-            if tokio::time::timeout(QUIT_TIMEOUT, self.child.wait())
+        if self.is_jailed {
+            let _ = self.process.signal(Signal::QUIT);
+            if tokio::time::timeout(QUIT_TIMEOUT, self.process.wait())
                 .await
                 .is_ok()
             {
                 return;
             }
         }
-        if let Err(error) = self.child.kill().await {
+        let killed = self.process.signal(Signal::KILL);
+        if let Err(error) = killed {
             debug!(sandbox = %self.id, %error, "vmm not killed");
+        }
+        if let Err(error) = self.process.wait().await {
+            debug!(sandbox = %self.id, %error, "vmm not waited for");
         }
     }
 
@@ -389,7 +430,10 @@ impl Machine {
             },
             NotReady::Listener(error) => format!("the agent's ready socket failed: {error}"),
             NotReady::Control(error) => crate::chain(&error),
-            NotReady::Identity(error) | NotReady::Network(error) => error.to_string(),
+            NotReady::Identity(error) | NotReady::Network(error) | NotReady::Silent(error) => {
+                error.to_string()
+            }
+            NotReady::Disk(reason) => reason,
             NotReady::Destroyed => "the sandbox was destroyed in the meantime".to_owned(),
         };
         self.add_console(&mut text).await;
@@ -401,7 +445,7 @@ impl Machine {
         let status = self.status.take();
         let status = status.unwrap_or_else(|| Err(io::ErrorKind::NotFound.into()));
         let mut end = self.describe(&status).await;
-        let code = status.ok().and_then(|status| status.code());
+        let code = status.ok().flatten().and_then(|status| status.code());
         // What the guest did to end itself, its console may explain.
         if let (Some(exit::PANIC | exit::TRIPLE_FAULT), End::Failed { reason }) = (code, &mut end) {
             self.add_console(reason).await;
@@ -409,7 +453,7 @@ impl Machine {
         end
     }
 
-    async fn describe(&mut self, status: &io::Result<ExitStatus>) -> End {
+    async fn describe(&mut self, status: &io::Result<Option<ExitStatus>>) -> End {
         // Both pipes end with the process, unless it has given them to another.
         let last_words = async {
             let stderr = (&mut self.stderr).await.unwrap_or_default();
@@ -457,9 +501,41 @@ fn private_listener(path: &Path) -> io::Result<std::os::unix::net::UnixListener>
     Ok(listener)
 }
 
-fn event_pipe() -> io::Result<(pipe::Receiver, OwnedFd)> {
-    let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
-    Ok((pipe::Receiver::from_owned_fd(reader)?, writer))
+/// Makes a pipe with a name, and returns both of its ends.
+///
+/// Who holds the end that is written to can read it as well: so the pipe has a reader, and what is
+/// written waits, while there is no daemon. What has no room is lost, rather than that anybody waits.
+fn make_fifo(path: &Path) -> io::Result<(pipe::Receiver, OwnedFd)> {
+    let owner = Mode::RUSR | Mode::WUSR;
+    rustix::fs::mknodat(rustix::fs::CWD, path, rustix::fs::FileType::Fifo, owner, 0)?;
+    let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let writer = rustix::fs::open(path, flags, Mode::empty())?;
+    let reader = pipe::OpenOptions::new().open_receiver(path)?;
+    Ok((reader, writer))
+}
+
+/// Writes down what a later daemon has to know of a machine.
+fn write_down(
+    paths: &Paths,
+    request: &PrepareRequest,
+    process: &Process,
+    jail: Option<Jail<'_>>,
+    nic: Option<&Nic<'_>>,
+) -> io::Result<()> {
+    let Process::Child(child) = process else {
+        return Ok(());
+    };
+    let pid = child.id().ok_or(io::ErrorKind::NotFound)?;
+    let note = Note {
+        process: ProcessId::of(pid.cast_signed())?,
+        is_jailed: jail.is_some(),
+        user: jail.and_then(|jail| jail.user),
+        cgroup: jail.and_then(|jail| jail.cgroup).map(Path::to_owned),
+        tap: nic.map(Nic::note),
+        layers: request.layers.clone(),
+        disk: note::inode(&paths.disk(&request.id))?,
+    };
+    note.write(paths, &request.id)
 }
 
 /// Waits until someone in the guest says that the agent is ready. What else is said there is
@@ -498,10 +574,24 @@ pub(super) async fn console_end(path: &Path, max: u64) -> io::Result<String> {
 
 /// What an exit status means. The VMM's own sentence, `told` by its event monitor, comes before
 /// one made here; the end of its standard error is for ends that it could not tell of.
-fn describe_end(status: &io::Result<ExitStatus>, told: Option<String>, stderr: &str) -> End {
-    let status = match status {
-        Ok(status) => status,
-        Err(error) => {
+fn describe_end(status: &io::Result<Option<ExitStatus>>, told: Option<Told>, stderr: &str) -> End {
+    let status = match (status, &told) {
+        (Ok(Some(status)), _) => status,
+        (Ok(None), Some(Told { is_orderly, reason })) => {
+            let reason = reason.clone();
+            return match is_orderly {
+                true => End::Orderly { reason },
+                false => End::Failed { reason },
+            };
+        }
+        (Ok(None), None) => {
+            let mut reason = "the vmm ended without a word, as when it is killed".to_owned();
+            if !stderr.is_empty() {
+                let _ = write!(reason, ": {stderr}");
+            }
+            return End::Failed { reason };
+        }
+        (Err(error), _) => {
             return End::Failed {
                 reason: format!("the vmm's exit status is unknown: {error}"),
             };
@@ -523,7 +613,7 @@ fn describe_end(status: &io::Result<ExitStatus>, told: Option<String>, stderr: &
         (None, None) => "the vmm ended",
     };
     let reason = match (told, stderr) {
-        (Some(told), _) => told,
+        (Some(told), _) => told.reason,
         (None, "") => what.to_owned(),
         (None, stderr) => format!("{what}: {stderr}"),
     };
@@ -539,13 +629,28 @@ mod tests {
 
     #[test]
     fn exit_statuses_have_their_meaning() {
-        let end = |raw, told: Option<&str>, stderr| {
-            let status = Ok(ExitStatus::from_raw(raw));
-            match describe_end(&status, told.map(str::to_owned), stderr) {
-                End::Orderly { reason } => (true, reason),
-                End::Failed { reason } => (false, reason),
-            }
+        let told = |is_orderly, reason: &str| Told {
+            is_orderly,
+            reason: reason.to_owned(),
         };
+        let describe = |status, told, stderr| match describe_end(&Ok(status), told, stderr) {
+            End::Orderly { reason } => (true, reason),
+            End::Failed { reason } => (false, reason),
+        };
+        let end = |raw, reason: Option<&str>, stderr| {
+            let told = reason.map(|reason| told(false, reason));
+            describe(Some(ExitStatus::from_raw(raw)), told, stderr)
+        };
+        // Of one that an earlier daemon has started, nothing is known but what it says.
+        for (orderly, reason) in [(true, "the guest powered off"), (false, "it panicked")] {
+            let told = Some(told(orderly, reason));
+            assert_eq!(describe(None, told, ""), (orderly, reason.to_owned()));
+        }
+        let killed = "the vmm ended without a word, as when it is killed: last words";
+        assert_eq!(
+            describe(None, None, "last words"),
+            (false, killed.to_owned())
+        );
         let exit = |code: i32| code << 8;
         for (raw, told, stderr, orderly, reason) in [
             (exit(0), None, "", true, "the guest powered off"),

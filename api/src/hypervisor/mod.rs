@@ -3,6 +3,7 @@
 //! Each sandbox has one task that owns it from its start to the removal of its last file
 //! ([`life`]); what was saved of sandboxes are [`layers`], which nobody owns.
 
+mod adopt;
 mod cgroup;
 mod command;
 mod control;
@@ -18,8 +19,11 @@ mod machine;
 mod merge;
 mod monitor;
 mod nic;
+mod note;
 mod paths;
+mod process;
 mod save;
+mod sweep;
 mod warm_key;
 
 use std::collections::{BTreeSet, HashMap};
@@ -38,11 +42,11 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, warn};
 
 use crate::domain::{
-    AddressError, ClaimRequest, CreateRequest, Created, Egress, ExecEvent, ExecRequest,
-    FileContent, FileInfo, Forward, ForwardSpec, Host, HostError, HostEvent, HostInfo, ImageInfo,
-    KeepDiskRequest, KeptDisk, LayerId, Layers, LayersInfo, MergeRequest, NetworkActivity,
-    PowerOffRequest, PrepareRequest, ReadFileRequest, SandboxId, SaveRequest, Saved, Shape,
-    WriteFileRequest,
+    AddressError, AdoptRequest, Adopted, ClaimRequest, CreateRequest, Created, Egress, ExecEvent,
+    ExecRequest, FileContent, FileInfo, Forward, ForwardSpec, Host, HostError, HostEvent, HostInfo,
+    ImageInfo, KeepDiskRequest, KeptDisk, LayerId, Layers, LayersInfo, MergeRequest,
+    NetworkActivity, PowerOffRequest, PrepareRequest, Presence, ReadFileRequest, SandboxId,
+    SaveRequest, Saved, Shape, WriteFileRequest,
 };
 use crate::images::{Base, Chain, Images};
 use crate::network::{ForwardError, NetworkError};
@@ -53,7 +57,7 @@ use jail::Users;
 pub use jail::{CgroupParent, JailConfig};
 use layers::LayerFiles;
 pub use leftovers::LeftoverError;
-use life::{Begin, Claim, Entry, Order, Then};
+use life::{Begin, Claim, Entry, Found, Order, Then};
 use machine::Greeting;
 pub use nic::{HostNetwork, HostNetworks};
 pub use paths::{Paths, PathsError};
@@ -108,13 +112,13 @@ struct State {
 }
 
 impl LocalHost {
-    /// Makes this machine a host. Ends and removes what an earlier daemon left behind in the same
-    /// directories; the caller holds the locks that prove it is gone.
+    /// Makes this machine a host. What an earlier daemon left behind in the same directories is there
+    /// until [`Host::adopt`]; the caller holds the locks that prove that daemon to be gone.
     ///
     /// # Errors
-    /// Something cannot be ended or removed.
+    /// The place for cgroups cannot be used.
     pub async fn start(config: HostConfig) -> Result<Self, LeftoverError> {
-        let paths = config.paths.clone();
+        let paths = &config.paths;
         let cgroups = match &config.jail {
             Some(jail) => {
                 Cgroups::prepare(jail, paths.parents()[1]).map_err(LeftoverError::Cgroups)?
@@ -127,11 +131,6 @@ impl LocalHost {
                 None
             }
         };
-        let cgroups = tokio::task::spawn_blocking(move || {
-            leftovers::remove(&paths, cgroups.as_ref()).map(|()| cgroups)
-        })
-        .await
-        .map_err(|_| LeftoverError::Interrupted)??;
         let is_root = rustix::process::geteuid().is_root();
         let users = match &config.jail {
             Some(jail) if is_root => Some(Users::new(jail.first_uid)),
@@ -171,29 +170,7 @@ impl LocalHost {
         if let Some(disk_mb) = request.disk_mb {
             chain.base.grow(disk_mb);
         }
-        let (entry, orders) = Entry::new(
-            self.inner.config.paths.vsock(&request.id),
-            chain.base.clone(),
-        );
-        {
-            let mut state = self.inner.state();
-            if state.closing {
-                return Err(HostError::Start {
-                    reason: "the daemon is shutting down".into(),
-                });
-            }
-            if state.sandboxes.contains_key(&request.id) {
-                return Err(HostError::Internal {
-                    reason: format!("sandbox {} is there already", request.id),
-                });
-            }
-            state
-                .sandboxes
-                .insert(request.id.clone(), Arc::clone(&entry));
-        }
-        let inner = Arc::clone(&self.inner);
-        tokio::spawn(async move { inner.live(&entry, request, chain, orders, begin).await });
-        Ok(())
+        self.inner.enter(request, chain, begin, None)
     }
 
     async fn save(&self, request: SaveRequest, then: Then) -> Result<Saved, HostError> {
@@ -221,6 +198,41 @@ impl Inner {
     /// No holder of this lock can panic half way through a change.
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives a sandbox its task.
+    fn enter(
+        self: &Arc<Self>,
+        request: PrepareRequest,
+        chain: Chain,
+        begin: Begin,
+        found: Option<Found>,
+    ) -> Result<(), HostError> {
+        let vsock = self.config.paths.vsock(&request.id);
+        let (entry, orders) = Entry::new(vsock, chain.base.clone());
+        {
+            let mut state = self.state();
+            if state.closing {
+                return Err(HostError::Start {
+                    reason: "the daemon is shutting down".into(),
+                });
+            }
+            if state.sandboxes.contains_key(&request.id) {
+                return Err(HostError::Internal {
+                    reason: format!("sandbox {} is there already", request.id),
+                });
+            }
+            state
+                .sandboxes
+                .insert(request.id.clone(), Arc::clone(&entry));
+        }
+        let inner = Arc::clone(self);
+        tokio::spawn(async move {
+            inner
+                .live(&entry, request, chain, orders, begin, found)
+                .await;
+        });
+        Ok(())
     }
 
     /// What the disk of a sandbox is made on. The error is a sentence.
@@ -311,6 +323,25 @@ impl Host for LocalHost {
                 .map(|networks| networks.describe())
                 .unwrap_or_default(),
         })
+    }
+
+    async fn adopt(
+        &self,
+        requests: Vec<AdoptRequest>,
+    ) -> Result<Vec<(SandboxId, Result<Adopted, HostError>)>, HostError> {
+        let adopted = self.inner.adopt(requests).await;
+        adopted.map_err(|error| HostError::Internal {
+            reason: crate::chain(&error),
+        })
+    }
+
+    async fn present(&self) -> Result<Vec<(SandboxId, Presence)>, HostError> {
+        self.inner.present().await
+    }
+
+    async fn sweep(&self, id: &SandboxId) -> Result<(), HostError> {
+        self.destroy(id).await?;
+        self.inner.sweep(id).await
     }
 
     async fn create(&self, request: CreateRequest) -> Result<Created, HostError> {

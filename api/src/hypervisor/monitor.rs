@@ -24,8 +24,17 @@ pub struct Seen {
     pub restored: bool,
     /// When a restored guest ran again, in microseconds since the start of the process.
     pub resumed_us: Option<u64>,
-    /// Why the machine ended, as a sentence.
-    pub end: Option<String>,
+    /// How the machine ended.
+    pub end: Option<Told>,
+}
+
+/// How a machine ended, as its VMM tells it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Told {
+    /// Whether the guest, or whoever holds it, wanted it to end.
+    pub is_orderly: bool,
+    /// Why, as a sentence.
+    pub reason: String,
 }
 
 /// One line of the event monitor.
@@ -61,7 +70,10 @@ pub async fn follow_events(id: SandboxId, pipe: impl AsyncRead + Unpin, seen: wa
             ("device_error", reason) => {
                 warn!(sandbox = %id, reason, "the guest can no longer use a device");
             }
-            (_, Some(reason)) => seen.send_modify(|seen| seen.end = Some(reason)),
+            (event, Some(reason)) => {
+                let is_orderly = matches!(event, "shutdown" | "reboot");
+                seen.send_modify(|seen| seen.end = Some(Told { is_orderly, reason }));
+            }
             (_, None) => {}
         }
     }
@@ -164,7 +176,10 @@ mod tests {
             booting_us: Some(5123),
             restored: true,
             resumed_us: Some(9010),
-            end: Some("it panicked".into()),
+            end: Some(Told {
+                is_orderly: false,
+                reason: "it panicked".into(),
+            }),
         };
         assert_eq!(*seen.borrow(), expected);
     }

@@ -6,11 +6,12 @@ use std::os::fd::OwnedFd;
 use agent_protocol::GuestNetwork;
 use tracing::error;
 
+use super::note::TapNote;
 use crate::chain;
 use crate::domain::{
     Egress, HostError, MacAddress, NetworkInfo, Nic as Request, RateLimits, SandboxId,
 };
-use crate::network::{Forwards, Network};
+use crate::network::{Counters, Forwards, Network};
 
 /// The networks of a host, and what its sandboxes are told of them.
 pub struct HostNetworks {
@@ -80,6 +81,11 @@ impl HostNetworks {
         format!("network card, MTU {}", self.first.network.mtu())
     }
 
+    /// The sandboxes that are attached, or on the way there.
+    pub fn attached(&self) -> impl Iterator<Item = SandboxId> {
+        self.all().flat_map(|one| one.network.attached())
+    }
+
     /// Removes all of them.
     pub async fn stop(&self) {
         // The first has found the host as it was before.
@@ -97,6 +103,8 @@ pub struct Nic<'a> {
     tap: Option<OwnedFd>,
     name: String,
     index: u32,
+    /// What it has counted under an earlier daemon.
+    counters: Counters,
     request: Request,
 }
 
@@ -110,17 +118,7 @@ impl<'a> Nic<'a> {
         let Some(request) = request else {
             return Ok(None);
         };
-        let host = host.ok_or(
-            "it has a network card, and this host has no network now; the daemon's log says why",
-        )?;
-        let name = request.connection.network.as_deref();
-        let network = host.named(name).ok_or_else(|| {
-            let name = name.unwrap_or_default();
-            format!(
-                "it is in the network {name:?}, and this host has none of that name now; configure \
-                 it again as one of network.further"
-            )
-        })?;
+        let (host, network) = network_for(host, request)?;
         let tap = network.tap().await.map_err(|error| chain(&error))?;
         Ok(Some(Self {
             network,
@@ -129,8 +127,45 @@ impl<'a> Nic<'a> {
             tap: Some(tap.file),
             name: tap.name,
             index: tap.index,
+            counters: Counters::default(),
             request: request.clone(),
         }))
+    }
+
+    /// The card of a sandbox whose VMM was started by an earlier daemon. The error is a sentence.
+    pub async fn take_over(
+        host: Option<&'a HostNetworks>,
+        id: &SandboxId,
+        request: Option<&Request>,
+        tap: Option<TapNote>,
+    ) -> Result<Option<Self>, String> {
+        let (request, tap) = match (request, tap) {
+            (None, None) => return Ok(None),
+            (Some(request), Some(tap)) => (request, tap),
+            _ => return Err("its card is not as it is written down".to_owned()),
+        };
+        let (host, network) = network_for(host, request)?;
+        let TapNote { name, index } = tap;
+        let taken = network.take_over_tap(id, &name, index, request.address);
+        let counters = taken.await.map_err(|error| chain(&error))?;
+        Ok(Some(Self {
+            network,
+            forwards: &host.forwards,
+            id: id.clone(),
+            tap: None,
+            name,
+            index,
+            counters,
+            request: request.clone(),
+        }))
+    }
+
+    /// What a later daemon has to know of it.
+    pub fn note(&self) -> TapNote {
+        TapNote {
+            name: self.name.clone(),
+            index: self.index,
+        }
     }
 
     /// The descriptor that the VMM inherits, for as long as it was not handed over.
@@ -184,7 +219,8 @@ impl<'a> Nic<'a> {
         };
         let egress = self.request.connection.egress.clone();
         let port = (self.name.as_str(), self.index);
-        let attached = self.network.attach(&self.id, port, address, egress);
+        let counters = self.counters;
+        let attached = (self.network).attach(&self.id, port, address, egress, counters);
         attached.await.map_err(|error| HostError::Internal {
             reason: format!("the sandbox cannot be connected: {}", chain(&error)),
         })?;
@@ -205,6 +241,25 @@ impl<'a> Nic<'a> {
             format!("rules of the packet filter are left: {}", chain(&source))
         })
     }
+}
+
+/// The network that a sandbox is to be in. The error is a sentence.
+fn network_for<'a>(
+    host: Option<&'a HostNetworks>,
+    request: &Request,
+) -> Result<(&'a HostNetworks, &'a Network), String> {
+    let host = host.ok_or(
+        "it has a network card, and this host has no network now; the daemon's log says why",
+    )?;
+    let name = request.connection.network.as_deref();
+    let network = host.named(name).ok_or_else(|| {
+        let name = name.unwrap_or_default();
+        format!(
+            "it is in the network {name:?}, and this host has none of that name now; configure \
+                 it again as one of network.further"
+        )
+    })?;
+    Ok((host, network))
 }
 
 /// The options of the VMM's flag that limit a card. As much can be sent at once as flows in within the

@@ -6,6 +6,9 @@
 //! | `<runtime_dir>/sandboxes/<id>/vsock.sock_1025` | where the agent says that it is ready |
 //! | `<runtime_dir>/sandboxes/<id>/console.log` | what the guest writes to its serial console |
 //! | `<runtime_dir>/sandboxes/<id>/api.sock` | the API of its VMM, for the daemon alone |
+//! | `<runtime_dir>/sandboxes/<id>/events` | the FIFO that its VMM writes its events to |
+//! | `<runtime_dir>/sandboxes/<id>/stderr` | the FIFO that is its VMM's standard error |
+//! | `<runtime_dir>/sandboxes/<id>/machine.json` | what a later daemon has to know of it |
 //! | `<data_dir>/sandboxes/<id>/disk.qcow2` | its own disk |
 //! | `<data_dir>/sandboxes/<id>/scratch.qcow2` | its second disk, while a template is built in it |
 //! | `<data_dir>/empty/` | empty file systems, which second disks are made on |
@@ -164,6 +167,13 @@ impl Paths {
         prefix
     }
 
+    /// The sandbox below these directories whose VMM's argument that names the vsock this is.
+    pub(super) fn of_vsock_arg(&self, argument: &[u8]) -> Option<SandboxId> {
+        let rest = argument.strip_prefix(self.vsock_arg_prefix().as_slice())?;
+        let id = rest.split(|&byte| byte == b'/').next()?;
+        std::str::from_utf8(id).ok()?.parse().ok()
+    }
+
     /// The VMM's argument that names the vsock.
     pub(super) fn vsock_arg(&self, id: &SandboxId) -> String {
         format!("{VSOCK_ARG}{}", self.vsock(id).display())
@@ -189,6 +199,26 @@ impl Paths {
     /// The API of its VMM.
     pub fn api(&self, id: &SandboxId) -> PathBuf {
         self.runtime.join(id.as_str()).join("api.sock")
+    }
+
+    /// The FIFO that its VMM writes its events to.
+    pub(super) fn events(&self, id: &SandboxId) -> PathBuf {
+        self.runtime.join(id.as_str()).join("events")
+    }
+
+    /// The FIFO that is its VMM's standard error.
+    pub(super) fn stderr(&self, id: &SandboxId) -> PathBuf {
+        self.runtime.join(id.as_str()).join("stderr")
+    }
+
+    /// What a later daemon has to know of its machine.
+    pub(super) fn note(&self, id: &SandboxId) -> PathBuf {
+        self.runtime.join(id.as_str()).join("machine.json")
+    }
+
+    /// Where that is written before it gets its name.
+    pub(super) fn note_draft(&self, id: &SandboxId) -> PathBuf {
+        self.runtime.join(id.as_str()).join("machine.json.new")
     }
 
     /// The sandbox's second disk, if it has one.

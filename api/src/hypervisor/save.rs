@@ -16,7 +16,7 @@
 
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use tracing::{debug, warn};
@@ -24,6 +24,7 @@ use tracing::{debug, warn};
 use super::control::{Control, ControlError};
 use super::layers::{Draft, LayerFiles};
 use super::machine::micros;
+use super::note::{self, Note};
 use super::paths::Paths;
 use crate::agent::{AgentClient, Freeze};
 use crate::chain;
@@ -52,8 +53,8 @@ enum StepError {
     },
     #[error(transparent)]
     Overlay(#[from] OverlayError),
-    #[error("the frozen images of the disk cannot be opened")]
-    Open(#[source] std::io::Error),
+    #[error(transparent)]
+    HandOver(#[from] HandOverError),
     #[error("the request makes no sense: it names no new layers")]
     NoLayers,
     #[error("the task that wrote it is gone")]
@@ -218,6 +219,10 @@ impl Saving<'_> {
             let _ = std::fs::remove_file(&next);
             return Ok(result?);
         }
+        // From here on, a daemon that takes the machine over has it go on from this save.
+        self.note_disk(&next).map_err(|error| {
+            Failure::Broken(format!("its new disk cannot be written down: {error}"))
+        })?;
         // The old name is not the only one of the old disk.
         std::fs::rename(&next, self.paths.disk(&self.request.id)).map_err(|error| {
             Failure::Broken(format!("its new disk cannot be put in place: {error}"))
@@ -226,17 +231,19 @@ impl Saving<'_> {
 
     async fn replace_disk(&self, chain: &Chain, next: PathBuf) -> Result<(), StepError> {
         chain.overlay(next.clone()).await?;
-        let open = || {
-            let mut files = vec![File::options().read(true).write(true).open(&next)?];
-            for layer in chain.layers.iter().rev() {
-                files.push(File::open(layer)?);
-            }
-            files.push(File::open(&chain.base.path)?);
-            Ok(files)
+        Ok(hand_over_disk(self.control, chain, &next).await?)
+    }
+
+    /// Writes down that the machine writes to the file `disk`, and what that is made on.
+    fn note_disk(&self, disk: &Path) -> std::io::Result<()> {
+        let id = &self.request.id;
+        let note = Note::read(self.paths, id)?.ok_or(std::io::ErrorKind::NotFound)?;
+        let note = Note {
+            layers: self.request.layers.clone(),
+            disk: note::inode(disk)?,
+            ..note
         };
-        let files = open().map_err(StepError::Open)?;
-        let descriptors: Vec<_> = files.iter().map(AsFd::as_fd).collect();
-        Ok(self.control.replace_disk(&descriptors).await?)
+        note.write(self.paths, id)
     }
 
     fn begin(&self, what: &'static str, id: &LayerId) -> Result<Draft, StepError> {
@@ -246,6 +253,36 @@ impl Saving<'_> {
     fn files(&self) -> LayerFiles<'_> {
         LayerFiles(self.paths.layers())
     }
+}
+
+/// Why a machine has no other disk than before.
+#[derive(Debug, thiserror::Error)]
+pub enum HandOverError {
+    /// An image cannot be opened.
+    #[error("the images of the disk cannot be opened")]
+    Open(#[source] std::io::Error),
+    /// The VMM does not take it.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+}
+
+/// Gives a stopped machine the disk `top`, an overlay on `chain`.
+pub async fn hand_over_disk(
+    control: &Control,
+    chain: &Chain,
+    top: &Path,
+) -> Result<(), HandOverError> {
+    let open = || {
+        let mut files = vec![File::options().read(true).write(true).open(top)?];
+        for layer in chain.layers.iter().rev() {
+            files.push(File::open(layer)?);
+        }
+        files.push(File::open(&chain.base.path)?);
+        Ok(files)
+    };
+    let files = open().map_err(HandOverError::Open)?;
+    let descriptors: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+    Ok(control.replace_disk(&descriptors).await?)
 }
 
 enum Failure {

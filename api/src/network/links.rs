@@ -100,8 +100,9 @@ impl Links {
         })
     }
 
-    /// Makes the bridge anew, without taps, with the gateway's address, for the daemon of this data
-    /// directory. `is_forwarding` tells whether the host forwards packets.
+    /// Makes the bridge with the gateway's address, for the daemon of this data directory. One that an
+    /// earlier daemon has made is kept, with its taps, if it has that address and no other; or else it is
+    /// made anew, without taps. `is_forwarding` tells whether the host forwards packets.
     ///
     /// # Errors
     /// The name or the addresses are taken, or the kernel refuses.
@@ -115,28 +116,49 @@ impl Links {
     ) -> Result<Bridge, LinkError> {
         let mac = MacAddress::of(subnet.gateway());
         let mut was_not_forwarding = !is_forwarding;
+        let mut kept = None;
         if let Some(found) = self.find(name).await? {
             let alias = self.check_owner(name, &found, owner, mac)?;
             was_not_forwarding |= alias.is_some_and(|alias| alias.ends_with(WAS_NOT_FORWARDING));
-            self.delete(name, found.header.index).await?;
+            let index = found.header.index;
+            let has_mac = found
+                .attributes
+                .iter()
+                .any(|it| matches!(it, LinkAttribute::Address(found) if found[..] == mac.0));
+            if has_mac && self.has_address_alone(index, subnet).await? {
+                kept = Some(index);
+            } else {
+                self.delete(name, index).await?;
+            }
         }
-        self.check_overlap(subnet).await?;
+        self.check_overlap(subnet, kept).await?;
         let mut alias = format!("{ALIAS}{}", owner.display());
         if was_not_forwarding {
             alias.push_str(WAS_NOT_FORWARDING);
         }
         // The kernel takes an alias only of an interface that is there. The hardware address is what
         // tells ours before that.
-        let message = LinkBridge::new(name).address(mac.0.to_vec()).build();
-        let add = self.handle.link().add(message).execute().await;
-        add.map_err(kernel(format!("make the bridge {name}")))?;
-        let index = self.find(name).await?.map_or(0, |link| link.header.index);
+        let index = match kept {
+            Some(index) => index,
+            None => {
+                let message = LinkBridge::new(name).address(mac.0.to_vec()).build();
+                let add = self.handle.link().add(message).execute().await;
+                add.map_err(kernel(format!("make the bridge {name}")))?;
+                self.find(name).await?.map_or(0, |link| link.header.index)
+            }
+        };
         let change = LinkUnspec::new_with_index(index)
             .alias(alias)
             .mtu(mtu.into())
             .up();
         let change = self.handle.link().change(change.build()).execute().await;
         change.map_err(kernel(format!("set up the bridge {name}")))?;
+        if kept.is_some() {
+            return Ok(Bridge {
+                index,
+                was_not_forwarding,
+            });
+        }
         let address = IpAddr::V4(subnet.gateway());
         let add = self.handle.address().add(index, address, subnet.prefix());
         let add = add.execute().await;
@@ -164,6 +186,38 @@ impl Links {
             }
             _ => Ok(()),
         }
+    }
+
+    /// The number of the interface of this name, if there is one.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub async fn index_of(&self, name: &str) -> Result<Option<u32>, LinkError> {
+        let found = self.find(name).await?;
+        Ok(found.map(|link| link.header.index))
+    }
+
+    /// Whether a link has the gateway's address and no other one of version 4.
+    async fn has_address_alone(&self, index: u32, subnet: Subnet) -> Result<bool, LinkError> {
+        let get = self.handle.address().get();
+        let found: Vec<_> = get
+            .set_link_index_filter(index)
+            .execute()
+            .try_collect()
+            .await
+            .map_err(kernel("list the addresses of the bridge"))?;
+        let addresses: Vec<_> = found
+            .iter()
+            .filter(|found| found.header.index == index)
+            .flat_map(|found| {
+                let prefix = found.header.prefix_len;
+                found.attributes.iter().filter_map(move |it| match it {
+                    AddressAttribute::Address(IpAddr::V4(address)) => Some((*address, prefix)),
+                    _ => None,
+                })
+            })
+            .collect();
+        Ok(addresses == [(subnet.gateway(), subnet.prefix())])
     }
 
     async fn delete(&self, name: &str, index: u32) -> Result<(), LinkError> {
@@ -213,10 +267,14 @@ impl Links {
         }
     }
 
-    async fn check_overlap(&self, subnet: Subnet) -> Result<(), LinkError> {
+    /// `ours` is a bridge of ours, whose address is no other's.
+    async fn check_overlap(&self, subnet: Subnet, ours: Option<u32>) -> Result<(), LinkError> {
         let mut addresses = self.handle.address().get().execute();
         while let Some(found) = addresses.next().await {
             let found = found.map_err(kernel("list the addresses of this host"))?;
+            if Some(found.header.index) == ours {
+                continue;
+            }
             for attribute in &found.attributes {
                 let AddressAttribute::Address(IpAddr::V4(address)) = attribute else {
                     continue;

@@ -41,7 +41,7 @@ use tracing::{debug, info, warn};
 
 use crate::chain;
 use crate::domain::{
-    Denied, DeniedWhat, Egress, MacAddress, NetworkActivity, SandboxId, Subnet, Traffic,
+    Counter, Denied, DeniedWhat, Egress, MacAddress, NetworkActivity, SandboxId, Subnet, Traffic,
 };
 use denied::DeniedPackets;
 use dns::{Names, QUESTIONS_AT_A_TIME, Upstreams, Verdict};
@@ -52,7 +52,8 @@ use namespace::Namespace;
 pub use namespace::NamespaceError;
 use nft::Nft;
 pub use nft::NftError;
-use rules::{Mark, Member, Tables};
+pub use rules::Counters;
+use rules::{COUNTERS, Mark, Member, Tables};
 pub use tap::Tap;
 
 /// How many taps are kept ready.
@@ -115,6 +116,15 @@ pub enum NetworkError {
     /// There is no such sandbox.
     #[error("the sandbox is not connected")]
     NotConnected,
+    /// A tap is gone.
+    #[error("the tap of the sandbox is gone")]
+    NoTap,
+    /// An address is not one of this network.
+    #[error("the address of the sandbox is not one of {subnet}, which network.subnet is now")]
+    OtherSubnet {
+        /// The addresses of this network.
+        subnet: Subnet,
+    },
 }
 
 /// The network; clones share it.
@@ -135,6 +145,8 @@ struct Inner {
     changes: tokio::sync::Mutex<()>,
     members: Mutex<Members>,
     taps: Mutex<VecDeque<Tap>>,
+    /// What an earlier daemon's packet filter had counted.
+    counted_before: HashMap<String, Counter>,
     tap_taken: Arc<Notify>,
     tasks: Mutex<JoinSet<()>>,
 }
@@ -170,7 +182,8 @@ fn setup(action: &'static str) -> impl FnOnce(io::Error) -> NetworkError {
 }
 
 impl Network {
-    /// Sets the network up, in place of what an earlier daemon has left of it.
+    /// Sets the network up, in place of what an earlier daemon has left of it. Nothing passes the taps of
+    /// sandboxes that it has left until they are taken over, and attached.
     ///
     /// # Errors
     /// It cannot be set up; nothing of it is there.
@@ -188,7 +201,7 @@ impl Network {
             .make_bridge(&config.bridge, subnet, mtu, &config.owner, forwarding)
             .await?;
         match Self::start_on(&config, &namespace, nft, &links, &bridge).await {
-            Ok((tables, nft, packets, sockets, dhcp)) => {
+            Ok((tables, nft, packets, sockets, dhcp, counted_before)) => {
                 let network = Self {
                     inner: Arc::new(Inner {
                         config,
@@ -200,6 +213,7 @@ impl Network {
                         changes: tokio::sync::Mutex::default(),
                         members: Mutex::default(),
                         taps: Mutex::default(),
+                        counted_before,
                         tap_taken: Arc::default(),
                         tasks: Mutex::default(),
                     }),
@@ -231,6 +245,7 @@ impl Network {
             Option<DeniedPackets>,
             dns::Sockets,
             tokio::net::UdpSocket,
+            HashMap<String, Counter>,
         ),
         NetworkError,
     > {
@@ -253,6 +268,8 @@ impl Network {
             only_ours: bridge.was_not_forwarding,
             log_group: packets.as_ref().map_or(u16::MAX, |packets| packets.group),
         };
+        // There may be none.
+        let counted_before = nft.counters(&tables.name()).await.unwrap_or_default();
         nft.apply(tables.replace()).await?;
         // From here on, a failure leaves tables that do nothing; the bridge is gone.
         let started = async {
@@ -270,7 +287,7 @@ impl Network {
             Ok((sockets, dhcp))
         };
         match started.await {
-            Ok((sockets, dhcp)) => Ok((tables, nft, packets, sockets, dhcp)),
+            Ok((sockets, dhcp)) => Ok((tables, nft, packets, sockets, dhcp, counted_before)),
             Err(error) => {
                 if let Err(error) = nft.apply(tables.remove()).await {
                     warn!(error = %chain(&error), "tables of the packet filter are left");
@@ -390,6 +407,38 @@ impl Network {
         }
     }
 
+    /// Makes a tap that a sandbox has from an earlier daemon a port of this network. Its frames are dropped
+    /// until it is attached. Returns what was counted of it.
+    ///
+    /// # Errors
+    /// There is no such tap, or the address is not one of this network.
+    pub async fn take_over_tap(
+        &self,
+        id: &SandboxId,
+        name: &str,
+        index: u32,
+        address: Option<Ipv4Addr>,
+    ) -> Result<Counters, NetworkError> {
+        let inner = &self.inner;
+        let subnet = inner.config.subnet;
+        if address.is_some_and(|address| !subnet.contains(address)) {
+            return Err(NetworkError::OtherSubnet { subnet });
+        }
+        if inner.links.index_of(name).await? != Some(index) {
+            return Err(NetworkError::NoTap);
+        }
+        inner
+            .links
+            .add_port(inner.bridge.index, index, inner.config.mtu)
+            .await?;
+        let prefix = rules::prefix(id);
+        let counted = COUNTERS.map(|what| {
+            let name = format!("{prefix}_{what}");
+            inner.counted_before.get(&name).copied().unwrap_or_default()
+        });
+        Ok(Counters(counted))
+    }
+
     /// Lets a sandbox behind a tap use this address, and nothing else.
     ///
     /// # Errors
@@ -400,6 +449,7 @@ impl Network {
         (tap, index): (&str, u32),
         address: Ipv4Addr,
         egress: Egress,
+        counters: Counters,
     ) -> Result<(), NetworkError> {
         let inner = &self.inner;
         let member = Member {
@@ -424,7 +474,7 @@ impl Network {
         }
         // To its end, whoever waits: what is half done, nobody could undo.
         let inner = Arc::clone(inner);
-        let applied = tokio::spawn(async move { inner.apply(member, index).await });
+        let applied = tokio::spawn(async move { inner.apply(member, index, counters).await });
         applied.await.unwrap_or(Err(NetworkError::NotConnected))
     }
 
@@ -504,6 +554,11 @@ impl Network {
             connected.resolved = resolved;
         }
         Ok(())
+    }
+
+    /// The sandboxes that are attached, or on the way there.
+    pub fn attached(&self) -> Vec<SandboxId> {
+        self.inner.members().by_id.keys().cloned().collect()
     }
 
     /// What a sandbox does in the network.
@@ -592,7 +647,12 @@ impl Inner {
     }
 
     /// Puts a sandbox into the packet filter, if it is still to be there.
-    async fn apply(&self, member: Member, index: u32) -> Result<(), NetworkError> {
+    async fn apply(
+        &self,
+        member: Member,
+        index: u32,
+        counters: Counters,
+    ) -> Result<(), NetworkError> {
         let _changes = self.changes.lock().await;
         let is_current = |connected: &Connected| connected.member.mark == member.mark;
         if !self.members().by_id.get(&member.id).is_some_and(is_current) {
@@ -602,7 +662,9 @@ impl Inner {
         self.links
             .bind(self.bridge.index, index, address, mac)
             .await?;
-        self.nft.apply(self.tables.attach(&member)).await?;
+        self.nft
+            .apply(self.tables.attach(&member, counters))
+            .await?;
         if let Some(connected) = self.members().by_id.get_mut(&member.id) {
             connected.is_applied = true;
         }

@@ -23,7 +23,7 @@ use std::fmt::{self, Write as _};
 use std::net::Ipv4Addr;
 
 use crate::domain::{
-    AllowRule, Destination, Egress, MacAddress, PortRange, SandboxId, Subnet, Transport,
+    AllowRule, Counter, Destination, Egress, MacAddress, PortRange, SandboxId, Subnet, Transport,
 };
 
 /// Addresses that are not the Internet's, or not one host's (IANA's registry of special addresses);
@@ -83,6 +83,13 @@ pub struct Member {
     /// Names it and the version of its policy.
     pub mark: Mark,
 }
+
+/// What is counted of each sandbox.
+pub const COUNTERS: [&str; 3] = ["sent", "received", "denied"];
+
+/// What was counted of a sandbox before it is added, in the order of [`COUNTERS`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counters(pub [Counter; COUNTERS.len()]);
 
 /// The mark of connections that a sandbox has opened under one version of its policy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -222,15 +229,17 @@ table inet {name} {{
     }
 
     /// Adds a sandbox.
-    pub fn attach(&self, member: &Member) -> String {
+    pub fn attach(&self, member: &Member, counters: Counters) -> String {
         let (table, own) = (self.name(), member.prefix());
         let Member { tap, address, .. } = member;
         let mac = MacAddress::of(*address);
         let mut script = String::new();
-        for counter in ["sent", "received", "denied"] {
+        for (name, Counter { packets, bytes }) in COUNTERS.into_iter().zip(counters.0) {
             line(
                 &mut script,
-                format_args!("add counter inet {table} {own}_{counter}"),
+                format_args!(
+                    "add counter inet {table} {own}_{name} {{ packets {packets} bytes {bytes} ; }}"
+                ),
             );
         }
         for chain in ["denied", "out", "in"] {
@@ -311,7 +320,7 @@ table inet {name} {{
                 format_args!("delete chain inet {table} {own}_{chain}"),
             );
         }
-        for counter in ["sent", "received", "denied"] {
+        for counter in COUNTERS {
             line(
                 &mut script,
                 format_args!("delete counter inet {table} {own}_{counter}"),
@@ -442,8 +451,13 @@ table inet {name} {{
 impl Member {
     /// What the names of its chains, sets and counters begin with.
     pub fn prefix(&self) -> String {
-        self.id.as_str().replace('-', "_")
+        prefix(&self.id)
     }
+}
+
+/// What the names of the chains, sets and counters of a sandbox begin with.
+pub fn prefix(id: &SandboxId) -> String {
+    id.as_str().replace('-', "_")
 }
 
 /// Adds a line.

@@ -10,13 +10,14 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use api::domain::{
-    ClaimRequest, Counter, CreateRequest, Created, Denied, DeniedWhat, Egress, End, ExecEvent,
-    ExecLimits, ExecRequest, ExitInfo, FileContent, FileInfo, FileKind, Forward, ForwardSpec,
-    GuestHost, Host, HostError, HostEvent, HostInfo, ImageInfo, KeepDiskRequest, KeptDisk, LayerId,
-    Layers, LayersInfo, Limits, Manager, MergeRequest, NetworkActivity, NetworkInfo, PoolLimits,
-    PortStream, PowerOffRequest, PrepareRequest, Process, ProcessEvents, ProcessRef,
-    ReadFileRequest, SandboxId, SaveRequest, SaveTimings, Saved, Shape, Start, StartProcess,
-    TerminalInputs, Timings, Traffic, WhenIdle, WriteFileRequest,
+    AdoptRequest, Adopted, ClaimRequest, Counter, CreateRequest, Created, Denied, DeniedWhat,
+    Egress, End, ExecEvent, ExecLimits, ExecRequest, ExitInfo, FileContent, FileInfo, FileKind,
+    Forward, ForwardSpec, GuestHost, Host, HostError, HostEvent, HostInfo, ImageInfo,
+    KeepDiskRequest, KeptDisk, LayerId, Layers, LayersInfo, Limits, Manager, MergeRequest,
+    NetworkActivity, NetworkInfo, PoolLimits, PortStream, PowerOffRequest, PrepareRequest,
+    Presence, Process, ProcessEvents, ProcessRef, ReadFileRequest, SandboxId, SaveRequest,
+    SaveTimings, Saved, Shape, Start, StartProcess, TerminalInputs, Timings, Traffic, WhenIdle,
+    WriteFileRequest,
 };
 use api::http::{Access, AppState, router};
 use api::identity::{Identity, Registration, Tokens};
@@ -117,6 +118,12 @@ pub struct FakeHost {
     pub forwards: Mutex<Vec<(SandboxId, Forward)>>,
     /// Ports that somebody else has.
     pub taken_ports: Mutex<Vec<u16>>,
+    /// Sandboxes of which something is left.
+    pub left: Mutex<BTreeSet<SandboxId>>,
+    /// Sandboxes that are being saved, and then go on.
+    goes_on: Mutex<BTreeSet<SandboxId>>,
+    /// What sandboxes were saved to last, when they went on.
+    noted: Mutex<HashMap<SandboxId, Layers>>,
     listeners: Mutex<Vec<mpsc::UnboundedSender<HostEvent>>>,
 }
 
@@ -171,6 +178,10 @@ impl FakeHost {
         }
         self.may_crash(Fault::CrashBetweenLayers).await;
         assert!(self.layers.lock().unwrap().insert(disk.clone()));
+        if self.goes_on.lock().unwrap().contains(&request.id) {
+            let mut noted = self.noted.lock().unwrap();
+            noted.insert(request.id.clone(), request.layers.clone());
+        }
         self.may_crash(Fault::CrashAfterSave).await;
         Ok(Saved {
             new_bytes: 100,
@@ -274,6 +285,44 @@ impl Host for FakeHost {
         })
     }
 
+    async fn adopt(
+        &self,
+        requests: Vec<AdoptRequest>,
+    ) -> Result<Vec<(SandboxId, Result<Adopted, HostError>)>, HostError> {
+        let mut sandboxes = self.sandboxes.lock().unwrap();
+        sandboxes.retain(|id| requests.iter().any(|request| request.id == *id));
+        self.ready.lock().unwrap().clear();
+        let adopted = requests.into_iter().map(|request| {
+            let id = request.id;
+            if !sandboxes.contains(&id) {
+                return (id.clone(), Err(HostError::NotRunning { id }));
+            }
+            let noted = self.noted.lock().unwrap().get(&id).cloned();
+            let layers = match noted {
+                Some(noted) if noted.is_one_save_after(&request.layers) => noted,
+                _ => request.layers,
+            };
+            (id, Ok(Adopted { layers }))
+        });
+        Ok(adopted.collect())
+    }
+
+    async fn present(&self) -> Result<Vec<(SandboxId, Presence)>, HostError> {
+        let of = |ids: Vec<SandboxId>, presence| ids.into_iter().map(move |id| (id, presence));
+        let runs = self.sandboxes.lock().unwrap().clone();
+        let ready = self.ready.lock().unwrap().keys().cloned().collect();
+        let left = self.left.lock().unwrap().iter().cloned().collect();
+        Ok(of(runs, Presence::Runs)
+            .chain(of(ready, Presence::OnTheWay))
+            .chain(of(left, Presence::Left))
+            .collect())
+    }
+
+    async fn sweep(&self, id: &SandboxId) -> Result<(), HostError> {
+        self.left.lock().unwrap().remove(id);
+        self.destroy(id).await
+    }
+
     async fn create(&self, request: CreateRequest) -> Result<Created, HostError> {
         self.may_crash(Fault::CrashBeforeStart).await;
         self.starts.lock().unwrap().push(request.clone());
@@ -354,7 +403,10 @@ impl Host for FakeHost {
     }
 
     async fn snapshot(&self, request: SaveRequest) -> Result<Saved, HostError> {
-        self.save(request).await
+        self.goes_on.lock().unwrap().insert(request.id.clone());
+        let saved = self.save(request.clone()).await;
+        self.goes_on.lock().unwrap().remove(&request.id);
+        saved
     }
 
     async fn merge_disk(&self, request: MergeRequest) -> Result<(), HostError> {
@@ -863,9 +915,6 @@ impl Api {
     /// What the next daemon makes of what this one leaves.
     pub async fn restart(self) -> Self {
         let limits = self.manager.limits().clone();
-        // The next daemon ends all processes, whatever they are at.
-        self.host.sandboxes.lock().unwrap().clear();
-        self.host.ready.lock().unwrap().clear();
         self.host.listeners.lock().unwrap().clear();
         *self.host.fault.lock().unwrap() = None;
         *self.host.merge_fault.lock().unwrap() = None;

@@ -13,7 +13,7 @@ use std::io::{BufRead, BufReader, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::Shutdown;
 use std::os::fd::{FromRawFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -80,6 +80,8 @@ struct Vmm {
     /// What its memory holds: a line for each generation.
     memory: Vec<String>,
     paused: bool,
+    /// The disk that it writes to.
+    disk: u64,
 }
 
 impl Vmm {
@@ -91,6 +93,14 @@ impl Vmm {
             values,
             memory: Vec::new(),
             paused: false,
+            disk: 0,
+        }
+    }
+
+    /// Waits at this point for as long as there is a FIFO for it that nobody has opened to write.
+    fn may_stop(&self, point: &str) {
+        if self.has(point) {
+            let _ = fs::read(self.dir.join(point));
         }
     }
 
@@ -122,9 +132,12 @@ impl Vmm {
                 .strip_prefix("cid=3,socket=")
                 .unwrap(),
         );
-        for image in images(&self.values["--disk"]) {
+        let images = images(&self.values["--disk"]);
+        for image in &images {
             assert!(image.exists(), "{image:?}");
         }
+        self.disk = fs::metadata(&images[0]).unwrap().ino();
+        self.may_stop("stop-at-start");
         if let Some(options) = self.values.get("--restore").cloned() {
             if self.has("refuse-restore") {
                 eprintln!("the snapshot is of another processor");
@@ -165,10 +178,21 @@ impl Vmm {
 
     fn answer(&mut self, mut stream: UnixStream) {
         let (request, files) = receive(&mut stream);
-        let (head, body) = request.split_once("\r\n\r\n").unwrap();
+        let Some((head, body)) = request.split_once("\r\n\r\n") else {
+            // Who wanted to ask has ended.
+            return;
+        };
         let path = head.split(' ').nth(1).unwrap();
         let what = path.strip_prefix("/api/v1/").unwrap();
+        if what == "vm.info" {
+            let state = if self.paused { "Paused" } else { "Running" };
+            let body = serde_json::json!({ "state": state, "disk": self.disk }).to_string();
+            let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}", body.len());
+            let _ = write!(stream, "{head}\r\n\r\n{body}");
+            return;
+        }
         self.log(&format!("{what} {body} {}", files.len()));
+        self.may_stop(&format!("stop-before-{what}"));
         let result = match what {
             "vm.pause" if self.has("no-pause") => Err("a device does not stop".to_owned()),
             "vm.pause" => self.set_paused(true),
@@ -182,6 +206,7 @@ impl Vmm {
             "vm.replace-disk" => self.replace_disk(body, files),
             other => Err(format!("no {other}")),
         };
+        self.may_stop(&format!("stop-after-{what}"));
         let answer = match result {
             Ok(()) => "HTTP/1.1 204 No Content\r\nServer: x\r\n\r\n".to_owned(),
             Err(reason) => {
@@ -258,6 +283,10 @@ impl Vmm {
         assert!(self.paused && types.len() == files.len() && body["id"] == "_disk0");
         let (last, others) = types.split_last().unwrap();
         assert!(last == "Raw" && others.iter().all(|kind| kind == "Qcow2"));
+        self.disk = File::from(files[0].try_clone().unwrap())
+            .metadata()
+            .unwrap()
+            .ino();
         for (index, file) in files.into_iter().enumerate() {
             let mode = rustix::fs::fcntl_getfl(&file).unwrap() & rustix::fs::OFlags::RWMODE;
             let expected = match index {

@@ -322,6 +322,7 @@ impl Manager {
         build: &Build,
     ) -> Result<(), BuildError> {
         let builder = SandboxId::random();
+        let _unrecorded = self.inner.reconciler.hold(&builder);
         // Whoever has begun to save a sandbox does so to the end.
         let plan = match plan {
             Plan::Sandbox(id) => {

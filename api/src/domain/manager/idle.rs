@@ -107,10 +107,15 @@ impl Manager {
 
     /// Follows whether a sandbox runs.
     pub(super) fn watch(&self, sandbox: &Sandbox) {
+        self.watch_since(sandbox, Duration::ZERO);
+    }
+
+    /// The same of one that has not been used for this long.
+    pub(super) fn watch_since(&self, sandbox: &Sandbox, idle_for: Duration) {
         match sandbox.status {
             Status::Running if sandbox.spec.timeout_sec > 0 => {
                 let timeout = Duration::from_secs(sandbox.spec.timeout_sec.into());
-                self.inner.idle.watch(&sandbox.id, timeout);
+                self.inner.idle.watch_since(&sandbox.id, timeout, idle_for);
             }
             Status::Paused | Status::Off | Status::Stopped | Status::Error => {
                 self.inner.idle.forget(&sandbox.id);

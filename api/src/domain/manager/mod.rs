@@ -19,6 +19,7 @@ mod pool;
 mod ports;
 mod power;
 mod processes;
+mod reconcile;
 mod recover;
 mod snapshots;
 mod templates;
@@ -65,6 +66,8 @@ pub use pool::PoolLimits;
 pub use ports::PortConnection;
 pub use power::StopSpec;
 pub use processes::{ProcessSpec, check_size};
+pub use reconcile::Divergence;
+use reconcile::Reconciler;
 pub use recover::RecoverError;
 pub use snapshots::Forked;
 use warm::Warm;
@@ -104,6 +107,7 @@ struct Inner {
     pool: Pool,
     merges: Merges,
     builds: Builds,
+    reconciler: Reconciler,
     closing: AtomicBool,
 }
 
@@ -122,6 +126,7 @@ impl Manager {
                 pool: Pool::default(),
                 merges: Merges::default(),
                 builds: Builds::default(),
+                reconciler: Reconciler::default(),
                 closing: AtomicBool::new(false),
             }),
             principal: Arc::new(Principal::Local),

@@ -228,6 +228,13 @@ impl Pool {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether a machine of this name is ready.
+    pub fn has(&self, id: &SandboxId) -> bool {
+        let state = self.state();
+        let mut shelves = state.shelves.values();
+        shelves.any(|shelf| shelf.ready.contains(id))
+    }
+
     /// Tells that a sandbox is being started.
     pub fn starting(&self) -> Starting<'_> {
         self.state().starts += 1;
@@ -334,6 +341,7 @@ impl Manager {
                 return;
             }
         };
+        let _unrecorded = self.inner.reconciler.hold(&id);
         let template = shape.template.clone();
         let prepared = async {
             let request = PrepareRequest {

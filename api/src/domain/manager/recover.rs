@@ -1,14 +1,37 @@
-//! What a daemon finds at its start: the records of an earlier one, whose virtual machines the host
-//! has ended, and the layers that were saved.
+//! What a daemon finds at its start: the records of an earlier one, the sandboxes that it has left
+//! running, and the layers that were saved.
+//!
+//! ```text
+//!   record                        what is on the host             what becomes of it
+//!   ──────                        ───────────────────             ──────────────────
+//!   running                       a whole machine                 runs on, taken over
+//!                                 another, or none                error, with the reason
+//!   pausing                       all of the new layers           paused
+//!                                 not, and a whole machine        runs on, taken over
+//!                                 neither                         error, with the reason
+//!   paused, off                   its layers                      as before
+//!                                 not                             error, with the reason
+//!   resuming                      whatever                        paused
+//!   pending, stopping             whatever                        error, with the reason
+//!   to be gone, none              whatever                        ended
+//! ```
+//!
+//! Where this says error, one whose disk is kept is off. What was to happen has happened if it is all there, and has not otherwise.
 
-use tracing::{info, warn};
+use std::collections::HashMap;
+use std::time::Duration;
 
-use super::super::host::HostError;
+use jiff::Timestamp;
+use tracing::{error, info, warn};
+
+use super::super::host::{AdoptRequest, Adopted, HostError};
 use super::super::layer::Layers;
 use super::super::sandbox::{Desired, Sandbox, Status, Transition};
 use super::super::store::StoreError;
-use super::Manager;
+use super::super::timings::Start;
+use super::reconcile::Divergence;
 use super::warm::shape_of_warm;
+use super::{Manager, reason_of, request_for};
 use crate::chain;
 
 /// Why the records were not settled.
@@ -17,26 +40,43 @@ pub enum RecoverError {
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The host cannot say what it holds, or cannot remove what nobody needs.
-    #[error("the layers of snapshots cannot be settled")]
+    /// The host cannot say what it holds, or cannot end or remove what nobody needs.
+    #[error("what an earlier daemon has left on the host cannot be settled")]
     Host(#[source] HostError),
 }
 
 impl Manager {
-    /// Settles the records of an earlier daemon, and removes layers that nobody holds. A sandbox
-    /// that was being paused is paused if all of it was saved, and lost, as running ones are, if
-    /// not; one that was being resumed is paused.
+    /// Settles the records of an earlier daemon, takes over the sandboxes that it has left running,
+    /// ends whatever else it has left, and removes layers that nobody holds.
     ///
     /// # Errors
     /// The store or the host failed.
     pub async fn recover(&self) -> Result<(), RecoverError> {
-        for sandbox in self.inner.store.list_live().await? {
-            if let Some(transition) = self.settle(&sandbox).await? {
+        let live = self.inner.store.list_live().await?;
+        let mut requests = Vec::new();
+        for sandbox in &live {
+            if self.may_run_on(sandbox).await? {
+                requests.push(adopt_request(sandbox));
+            }
+        }
+        let adopted = self.inner.host.adopt(requests).await;
+        let mut adopted: HashMap<_, _> = adopted.map_err(RecoverError::Host)?.into_iter().collect();
+        for sandbox in &live {
+            let found = adopted.remove(&sandbox.id);
+            let divergence = found_at_start(sandbox, found.as_ref());
+            if let Some(transition) = self.settle(sandbox, found).await? {
+                if let Some(divergence) = divergence {
+                    self.inner.reconciler.healed(&sandbox.id, divergence);
+                }
                 self.record(&sandbox.id, transition).await?;
             }
         }
         for sandbox in self.inner.store.list_live().await? {
             self.open_forwards(&sandbox).await;
+            if sandbox.status == Status::Running {
+                self.watch_since(&sandbox, idle_for(&sandbox));
+                self.keep_again(&sandbox).await?;
+            }
         }
         self.recover_templates().await?;
         for snapshot in self.inner.store.list_snapshots().await? {
@@ -65,38 +105,76 @@ impl Manager {
             .map_err(RecoverError::Host)
     }
 
+    /// Keeps the disk that a sandbox writes to now, if it is one whose disk is kept: the earlier daemon may
+    /// have ended after the sandbox was given another one.
+    async fn keep_again(&self, sandbox: &Sandbox) -> Result<(), StoreError> {
+        if !sandbox.is_kept {
+            return Ok(());
+        }
+        if let Err(source) = self.keep_root(&sandbox.id).await {
+            error!(sandbox = %sandbox.id, error = %chain(&source),
+                "the disk of the sandbox is not kept; it is ended");
+            if let Err(source) = self.inner.host.destroy(&sandbox.id).await {
+                error!(sandbox = %sandbox.id, error = %chain(&source), "sandbox is left");
+            }
+            let reason = chain(&source);
+            self.record(&sandbox.id, Transition::Failed { reason })
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// Whether a sandbox that was live when the daemon ended runs on, if it is whole.
+    async fn may_run_on(&self, sandbox: &Sandbox) -> Result<bool, RecoverError> {
+        Ok(match (sandbox.desired, sandbox.status) {
+            (Desired::Stopped, _) => false,
+            (_, Status::Running) => true,
+            (_, Status::Pausing) => !self.is_saved(sandbox).await?,
+            _ => false,
+        })
+    }
+
+    /// Whether all of what a sandbox was to be saved to is there.
+    pub(super) async fn is_saved(&self, sandbox: &Sandbox) -> Result<bool, RecoverError> {
+        match &sandbox.saving {
+            Some(next) if !next.is_empty() => self.has(next).await,
+            _ => Ok(false),
+        }
+    }
+
     /// What has become of a sandbox that was live when the daemon ended; `None` if nothing has.
-    async fn settle(&self, sandbox: &Sandbox) -> Result<Option<Transition>, RecoverError> {
+    /// `found` is what came of taking it over, if that was tried.
+    async fn settle(
+        &self,
+        sandbox: &Sandbox,
+        found: Option<Result<Adopted, HostError>>,
+    ) -> Result<Option<Transition>, RecoverError> {
         if sandbox.desired == Desired::Stopped {
             return Ok(Some(Transition::Stopped { reason: None }));
         }
-        let failed = |reason: &str| {
-            Some(Transition::Failed {
-                reason: reason.to_owned(),
-            })
-        };
-        Ok(match sandbox.status {
-            Status::Pausing => {
-                let next = sandbox.saving.clone().unwrap_or_default();
-                if !next.is_empty() && self.has(&next).await? {
-                    Some(Transition::Paused)
-                } else {
-                    failed("the daemon ended without notice while the sandbox was being paused")
-                }
+        let failed = |reason: String| Some(Transition::Failed { reason });
+        Ok(match (sandbox.status, found) {
+            (Status::Running, Some(Ok(Adopted { layers }))) => {
+                (layers != sandbox.layers).then_some(Transition::Based(layers))
             }
-            Status::Paused if !self.has(&sandbox.layers).await? => {
-                failed("what was saved when it was paused is no longer on the host")
+            (Status::Pausing, Some(Ok(Adopted { layers }))) => Some(Transition::NotPaused(layers)),
+            (Status::Running | Status::Pausing, Some(Err(source))) => {
+                failed(not_adopted(sandbox, &source))
             }
-            Status::Paused => None,
-            Status::Off if !self.has(&sandbox.layers).await? => {
-                failed("the disk that was kept of it is no longer on the host")
+            (Status::Pausing, None) => Some(Transition::Paused),
+            (Status::Paused, _) if !self.has(&sandbox.layers).await? => {
+                failed("what was saved when it was paused is no longer on the host".to_owned())
             }
-            Status::Off => None,
-            Status::Resuming => Some(Transition::NotResumed {
+            (Status::Paused, _) => None,
+            (Status::Off, _) if !self.has(&sandbox.layers).await? => {
+                failed("the disk that was kept of it is no longer on the host".to_owned())
+            }
+            (Status::Off, _) => None,
+            (Status::Resuming, _) => Some(Transition::NotResumed {
                 reason: "the daemon ended without notice while the sandbox was being resumed"
                     .to_owned(),
             }),
-            status => failed(&format!(
+            (status, _) => failed(format!(
                 "the daemon ended without notice while the sandbox was {status}"
             )),
         })
@@ -112,4 +190,55 @@ impl Manager {
             }
         }
     }
+}
+
+fn adopt_request(sandbox: &Sandbox) -> AdoptRequest {
+    let request = request_for(sandbox, Start::Resume);
+    AdoptRequest {
+        id: request.id,
+        shape: request.shape,
+        layers: request.layers,
+        nic: request.nic,
+        disk_mb: request.disk_mb,
+    }
+}
+
+/// Why a sandbox does not run on, as a sentence.
+fn not_adopted(sandbox: &Sandbox, source: &HostError) -> String {
+    let doing = match sandbox.status {
+        Status::Pausing => "the daemon ended without notice while the sandbox was being paused",
+        _ => "the daemon ended without notice while the sandbox was running",
+    };
+    match source {
+        HostError::NotRunning { .. } => format!("{doing}, and its vmm has ended since"),
+        other => format!(
+            "{doing}, and it could not be taken over: {}",
+            reason_of(other)
+        ),
+    }
+}
+
+/// How the record of a sandbox disagrees with what was found, if it is settled by a change.
+fn found_at_start(
+    sandbox: &Sandbox,
+    found: Option<&Result<Adopted, HostError>>,
+) -> Option<Divergence> {
+    match (sandbox.desired, sandbox.status, found) {
+        (Desired::Stopped, ..) => Some(Divergence::HalfDeleted),
+        (_, Status::Running, Some(Err(_))) => Some(Divergence::NoProcess),
+        // That it was saved and goes on is written down a moment later.
+        (_, Status::Running, _) => None,
+        (_, Status::Paused | Status::Off, _) => Some(Divergence::NoLayers),
+        _ => Some(Divergence::HalfDone),
+    }
+}
+
+/// For how long a sandbox that runs has not been used.
+pub(super) fn idle_for(sandbox: &Sandbox) -> Duration {
+    let since = sandbox.last_active_at.unwrap_or(sandbox.created_at);
+    // A clock that was set back since says nothing.
+    Timestamp::now()
+        .duration_since(since)
+        .try_into()
+        .unwrap_or_default()
 }

@@ -284,6 +284,7 @@ impl Manager {
         let host = &self.inner.host;
         // Not in the store: what a crash leaves of it on the host, the next start removes.
         let id = SandboxId::random();
+        let _unrecorded = self.inner.reconciler.hold(&id);
         debug!(sandbox = %id, template = shape.template, "booting a machine for a warm snapshot");
         let request = CreateRequest {
             id: id.clone(),
@@ -358,6 +359,7 @@ impl Manager {
     async fn note_working_set(&self, shape: &Shape, layers: &Layers) {
         let host = &self.inner.host;
         let id = SandboxId::random();
+        let _unrecorded = self.inner.reconciler.hold(&id);
         let noted = async {
             let request = CreateRequest {
                 id: id.clone(),
