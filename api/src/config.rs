@@ -9,7 +9,7 @@ use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
 use crate::chain;
-use crate::domain::{Egress, Subnet, WhenIdle};
+use crate::domain::{Egress, Quota, Subnet, WhenIdle};
 use crate::hypervisor::{CgroupParent, DiskLimits};
 use crate::identity::Registration;
 use crate::network::MAX_BRIDGE_NAME;
@@ -53,11 +53,56 @@ pub struct Config {
 }
 
 /// Accounts.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AuthConfig {
     /// Who may register.
     pub registration: Registration,
+    /// Requests of `/api/v1` that each user may make in a minute; 0 is no limit.
+    pub requests_per_minute: u32,
+    /// The same in an hour.
+    pub requests_per_hour: u32,
+    /// How much the sandboxes of each user may have together.
+    pub user_quota: QuotaConfig,
+    /// How much those of the local principal may have together.
+    pub local_quota: QuotaConfig,
+}
+
+impl Default for AuthConfig {
+    fn default() -> Self {
+        Self {
+            registration: Registration::default(),
+            requests_per_minute: 100,
+            requests_per_hour: 1000,
+            user_quota: QuotaConfig::default(),
+            local_quota: QuotaConfig::default(),
+        }
+    }
+}
+
+/// How much sandboxes may have together; 0 is no limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct QuotaConfig {
+    /// Sandboxes that run.
+    pub sandboxes: u32,
+    /// Their virtual CPUs.
+    pub vcpus: u32,
+    /// Their RAM, in MiB.
+    pub memory_mb: u64,
+    /// Disks of all that are not deleted, in MiB.
+    pub disk_mb: u64,
+}
+
+impl From<QuotaConfig> for Quota {
+    fn from(config: QuotaConfig) -> Self {
+        Self {
+            sandboxes: config.sandboxes,
+            vcpus: config.vcpus,
+            memory_mb: config.memory_mb,
+            disk_mb: config.disk_mb,
+        }
+    }
 }
 
 /// What guests are made from.

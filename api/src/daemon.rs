@@ -20,10 +20,11 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use crate::audit::{self, AuditError, AuditLog};
 use crate::chain;
 use crate::config::{Config, NetworkMode};
-use crate::domain::{ExecLimits, Host, Limits, Manager, PoolLimits, RecoverError};
-use crate::http::{self, Access, AppState, OpenApiError};
+use crate::domain::{ExecLimits, Host, Limits, Manager, PoolLimits, Quotas, RecoverError};
+use crate::http::{self, Access, AppState, OpenApiError, RateLimiter, Rates};
 use crate::hypervisor::{
     HostConfig, HostNetwork, HostNetworks, LeftoverError, LocalHost, Paths, PathsError,
 };
@@ -107,6 +108,9 @@ pub enum DaemonError {
     /// The key of tokens is not usable.
     #[error(transparent)]
     Tokens(#[from] KeyFileError),
+    /// The audit log is not usable.
+    #[error(transparent)]
+    Audit(#[from] AuditError),
     /// Passwords cannot be hashed.
     #[error(transparent)]
     Passwords(#[from] HashError),
@@ -178,6 +182,10 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
             idle: Duration::from_secs(config.limits.pool_idle_sec),
         },
         merge_from: MERGE_FROM,
+        quotas: Quotas {
+            user: config.auth.user_quota.into(),
+            local: config.auth.local_quota.into(),
+        },
     };
     let events = host.events().await;
     let store = Arc::new(store);
@@ -196,9 +204,14 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
     tokio::spawn(async move { keeper.keep_pool().await });
 
     let state = AppState {
-        manager: manager.clone(),
+        manager: manager.clone().into(),
         identity,
         access: Access::of(&config.listen),
+        rates: RateLimiter::new(Rates {
+            per_minute: config.auth.requests_per_minute,
+            per_hour: config.auth.requests_per_hour,
+        }),
+        audit: AuditLog::open(&data_dir.join(audit::FILE))?,
         max_upload: config.limits.upload_bytes,
         max_archive: config.limits.template_archive_bytes,
     };

@@ -7,6 +7,7 @@
 
 pub mod agent;
 pub mod archive;
+pub mod audit;
 pub mod cli;
 pub mod config;
 pub mod daemon;

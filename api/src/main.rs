@@ -28,6 +28,10 @@ enum Command {
     Sandbox(api::cli::SandboxCommand),
     /// Templates, by the API of a daemon that runs.
     Template(api::cli::TemplateArgs),
+    /// API keys, by the API of a daemon that runs.
+    Apikey(api::cli::ApikeyArgs),
+    /// The audit log, in its file.
+    Audit(api::cli::AuditArgs),
     /// Print the description of the API, OpenAPI 3.1 in YAML.
     Openapi,
 }
@@ -37,6 +41,8 @@ fn main() -> ExitCode {
         Command::Serve(flags) => serve(*flags).map(|()| ExitCode::SUCCESS),
         Command::Sandbox(command) => api::cli::sandbox(command),
         Command::Template(args) => api::cli::template(args),
+        Command::Apikey(args) => api::cli::apikey(args),
+        Command::Audit(args) => api::cli::audit(args),
         Command::Openapi => openapi().map(|()| ExitCode::SUCCESS),
     };
     match result {

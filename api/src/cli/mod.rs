@@ -3,7 +3,9 @@
 //! What a program may want to read goes to standard output, as a table or as the API's JSON;
 //! everything else, progress included, goes to standard error.
 
+mod apikey;
 mod archive;
+mod audit;
 mod client;
 mod host;
 mod recipe;
@@ -17,6 +19,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+pub use apikey::{ApikeyArgs, apikey};
+pub use audit::{AuditArgs, audit};
 use client::ClientError;
 use recipe::RecipeError;
 pub use sandbox::{SandboxCommand, sandbox};

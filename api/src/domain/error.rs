@@ -4,12 +4,16 @@ use super::exec::CollectError;
 use super::host::HostError;
 use super::id::SandboxId;
 use super::network::{AddressError, Forward};
+use super::quota::QuotaExceeded;
 use super::sandbox::Status;
 use super::store::StoreError;
 
 /// Why a sandbox was not created.
 #[derive(Debug, thiserror::Error)]
 pub enum CreateError {
+    /// It would be more than the quota.
+    #[error(transparent)]
+    Quota(QuotaExceeded),
     /// The request asks for something that cannot be.
     #[error("{0}")]
     Invalid(String),
@@ -60,6 +64,20 @@ pub enum CreateError {
     Interrupted,
 }
 
+/// Why a sandbox may not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartRefused {
+    /// It would be more than the quota.
+    #[error(transparent)]
+    Quota(#[from] QuotaExceeded),
+    /// The host cannot be asked.
+    #[error("the host cannot say how large the disk is")]
+    Host(#[source] HostError),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
 /// Why a new sandbox was not written down.
 #[derive(Debug, thiserror::Error)]
 pub enum InsertError {
@@ -72,9 +90,38 @@ pub enum InsertError {
     /// The host cannot be asked.
     #[error("the host cannot say what it offers")]
     Describe(#[source] HostError),
+    /// It would be more than the quota.
+    #[error(transparent)]
+    Quota(#[from] QuotaExceeded),
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
+}
+
+impl From<StartRefused> for InsertError {
+    fn from(source: StartRefused) -> Self {
+        match source {
+            StartRefused::Quota(source) => Self::Quota(source),
+            StartRefused::Host(source) => Self::Describe(source),
+            StartRefused::Store(source) => Self::Store(source),
+        }
+    }
+}
+
+impl From<StartRefused> for CreateError {
+    fn from(source: StartRefused) -> Self {
+        InsertError::from(source).into()
+    }
+}
+
+impl From<StartRefused> for ResumeError {
+    fn from(source: StartRefused) -> Self {
+        match source {
+            StartRefused::Quota(source) => Self::Quota(source),
+            StartRefused::Host(source) => Self::Host(source),
+            StartRefused::Store(source) => Self::Lookup(source.into()),
+        }
+    }
 }
 
 impl From<InsertError> for CreateError {
@@ -83,6 +130,7 @@ impl From<InsertError> for CreateError {
             InsertError::Address(source) => Self::Address(source),
             InsertError::NameTaken(name) => Self::NameTaken(name),
             InsertError::Describe(source) => Self::Describe(source),
+            InsertError::Quota(source) => Self::Quota(source),
             InsertError::Store(source) => Self::Store(source),
         }
     }
@@ -185,6 +233,9 @@ pub enum PauseError {
 /// Why a sandbox was not resumed.
 #[derive(Debug, thiserror::Error)]
 pub enum ResumeError {
+    /// It would be more than the quota.
+    #[error(transparent)]
+    Quota(QuotaExceeded),
     /// There is none of that id, or the store failed.
     #[error(transparent)]
     Lookup(#[from] LookupError),
@@ -261,6 +312,9 @@ impl From<StoreError> for PowerError {
 /// Why there is no snapshot.
 #[derive(Debug, thiserror::Error)]
 pub enum SnapshotError {
+    /// It would be more than the quota.
+    #[error(transparent)]
+    Quota(QuotaExceeded),
     /// There is no such sandbox, or the store failed.
     #[error(transparent)]
     Lookup(#[from] LookupError),
@@ -312,6 +366,7 @@ impl From<InsertError> for SnapshotError {
             // A clone has none.
             InsertError::NameTaken(name) => Self::NameTaken(name),
             InsertError::Describe(source) => Self::Host(source),
+            InsertError::Quota(source) => Self::Quota(source),
             InsertError::Store(source) => source.into(),
         }
     }
@@ -343,6 +398,9 @@ pub enum TemplateError {
     /// The request makes no sense.
     #[error("{0}")]
     Invalid(String),
+    /// It may be used, but not deleted.
+    #[error("template {0:?} is everybody's to use, and an administrator's to delete")]
+    NotYours(String),
     /// Another template has the name.
     #[error("a template named {0:?} exists already; delete it, or choose another name")]
     NameTaken(String),

@@ -11,6 +11,7 @@ mod manager;
 mod network;
 mod principal;
 mod process;
+mod quota;
 mod request;
 mod sandbox;
 mod snapshot;
@@ -23,7 +24,8 @@ mod turns;
 pub use build::{BuildFrom, BuildSpec, OutputLines, Progress, Recipe, Step};
 pub use error::{
     CreateError, DestroyError, ExecError, FileError, ForkError, InsertError, LookupError,
-    NetworkChangeError, PauseError, PowerError, ResumeError, SnapshotError, TemplateError,
+    NetworkChangeError, PauseError, PowerError, ResumeError, SnapshotError, StartRefused,
+    TemplateError,
 };
 pub use exec::{CollectError, ExecEnd, ExecLimits, ExecOutput};
 pub use host::{
@@ -49,6 +51,7 @@ pub use process::{
     Bidirectional, GuestHost, KILL, PortStream, Process, ProcessEvent, ProcessEvents, ProcessRef,
     StartProcess, TerminalInput, TerminalInputs, TerminalSize,
 };
+pub use quota::{Quota, QuotaExceeded, Quotas, Usage};
 pub use request::{Command, CreateSpec, MAX_EXEC_TIMEOUT_SEC, Problem, SettingsSpec, SnapshotSpec};
 pub use sandbox::{Desired, IllegalTransition, Sandbox, Spec, Status, Transition};
 pub use snapshot::{LayersInfo, Snapshot, WarmSnapshot};

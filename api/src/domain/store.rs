@@ -89,11 +89,11 @@ pub trait Store: Send + Sync {
     /// The store failed.
     async fn get_snapshot(&self, id: &SnapshotId) -> Result<Option<Snapshot>, StoreError>;
 
-    /// The snapshot of that name.
+    /// The snapshots of that name; each owner may have one.
     ///
     /// # Errors
     /// The store failed.
-    async fn find_snapshot(&self, name: &str) -> Result<Option<Snapshot>, StoreError>;
+    async fn find_snapshot(&self, name: &str) -> Result<Vec<Snapshot>, StoreError>;
 
     /// All snapshots, newest first.
     ///

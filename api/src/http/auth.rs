@@ -16,8 +16,11 @@ use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use tracing::error;
 
+use super::record::Act;
 use super::{AppState, refuse};
+use crate::chain;
 use crate::dialects::microvm;
 use crate::domain::{Manager, Principal};
 use crate::identity::Credential;
@@ -98,23 +101,51 @@ impl FromRequestParts<AppState> for Caller {
 
 const NO_CREDENTIALS: &str = "Authentication required";
 
-/// Finds out who calls, and lets nobody else in.
+/// Finds out who calls, lets nobody else in, counts requests, and has written down what was done
+/// before the answer begins.
 pub async fn authenticate(
     State(state): State<AppState>,
     mut request: Request,
     next: Next,
 ) -> Response {
-    let path = request.uri().path();
-    let principal = match identify(&state, request.headers(), path).await {
-        Ok(principal) => principal,
-        Err(refusal) => return *refusal,
-    };
     let connection = request.extensions().get::<ConnectInfo<SocketAddr>>();
     let source = connection.map(|info| info.0.ip().to_canonical());
-    request
-        .extensions_mut()
-        .insert(Identified { principal, source });
-    next.run(request).await
+    let identified = identify(&state, request.headers(), request.uri().path()).await;
+    let (principal, refused) = match identified {
+        Ok(principal) => (principal, None),
+        Err(refused) => (None, Some(refused)),
+    };
+    let who = Identified { principal, source };
+    let act = Act::of(&request);
+    let is_limited = is_microvm(request.uri().path());
+    let path = request.uri().path().to_owned();
+    let answer = async {
+        match refused {
+            Some(refused) => *refused,
+            None => {
+                request.extensions_mut().insert(who.clone());
+                next.run(request).await
+            }
+        }
+    };
+    let response = match is_limited {
+        true => state.rates.limit(&who, answer).await,
+        false => answer.await,
+    };
+    let Some(act) = act else {
+        return response;
+    };
+    let (entry, response) = act.record(&who, response).await;
+    match state.audit.record(entry).await {
+        Ok(()) => response,
+        // It may have been done; that it was is not on record, which must not go unnoticed.
+        Err(source) => {
+            error!(error = chain(&source), "an act is not on record");
+            let status = StatusCode::INTERNAL_SERVER_ERROR;
+            let message = "the audit log cannot be written; what was asked for may have been done";
+            refuse(&path, status, "internal_error", message)
+        }
+    }
 }
 
 /// Who calls this path with these headers; `None` is somebody without credentials at a path that needs

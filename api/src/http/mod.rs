@@ -7,6 +7,8 @@ mod error;
 mod guard;
 mod headers;
 mod openapi;
+mod rate;
+mod record;
 mod trace;
 
 use axum::extract::DefaultBodyLimit;
@@ -21,10 +23,13 @@ pub use auth::{API_KEY, Access, Caller, Identified, OPEN, identify};
 pub use error::{ErrorBody, ErrorDetail, error_response};
 pub use openapi::{OpenApiError, document, json, yaml};
 
+pub use rate::{RateLimiter, Rates};
+pub use record::LoggedIn;
 pub use trace::RequestId;
 
+use crate::audit::AuditLog;
 use crate::dialects::{microvm, wrenn};
-use crate::domain::Manager;
+use crate::domain::{Manager, Principal};
 use crate::identity::Identity;
 
 /// The largest JSON request body in bytes.
@@ -33,16 +38,37 @@ const MAX_JSON_BODY: usize = 1 << 20;
 /// What the HTTP side needs.
 #[derive(Clone)]
 pub struct AppState {
-    /// The owner of all sandboxes.
-    pub manager: Manager,
+    /// The owner of all sandboxes, which handlers have by way of [`Caller`].
+    pub manager: Unscoped,
     /// Users and API keys.
     pub identity: Identity,
     /// Who may come in without credentials.
     pub access: Access,
+    /// How many requests each may make.
+    pub rates: RateLimiter,
+    /// What was done.
+    pub audit: AuditLog,
     /// The largest file that may be uploaded, in bytes.
     pub max_upload: u64,
     /// The largest archive that a template may be built from, in bytes.
     pub max_archive: u64,
+}
+
+/// A manager that acts for nobody yet, and so is of no use to a handler.
+#[derive(Clone)]
+pub struct Unscoped(Manager);
+
+impl Unscoped {
+    /// The manager, acting for this principal.
+    pub fn acting_for(&self, principal: Principal) -> Manager {
+        self.0.acting_for(principal)
+    }
+}
+
+impl From<Manager> for Unscoped {
+    fn from(manager: Manager) -> Self {
+        Self(manager)
+    }
 }
 
 /// The health of the daemon.

@@ -1,5 +1,6 @@
 //! Users, their passwords and tokens, and API keys: who a caller is.
 
+mod keys;
 mod lockout;
 mod password;
 mod store;
@@ -12,6 +13,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::domain::{Principal, Role, StoreError, User, UserId};
+pub use keys::{KeyError, NewKey};
 use lockout::Lockout;
 pub use password::{HashError, Passwords, WeakPassword, weaknesses};
 pub use store::{AccountStore, Inserted, KeyRecord, UserRecord};
@@ -223,7 +225,7 @@ impl Identity {
                 let record = self.inner.store.user(&id).await?;
                 Ok(record.map(|record| Principal::User(record.user)))
             }
-            Credential::Key(_) => Ok(None),
+            Credential::Key(key) => self.check_key(key).await,
         }
     }
 }

@@ -178,6 +178,33 @@ const STEPS: &[&str] = &[
     CREATE UNIQUE INDEX names ON sandboxes (name, coalesce(owner, ''))
         WHERE name IS NOT NULL AND status <> 'stopped';
 ",
+    "
+    -- So are names of snapshots.
+    CREATE TABLE new_snapshots (
+        id             TEXT PRIMARY KEY,
+        name           TEXT,
+        description    TEXT,
+        sandbox        TEXT NOT NULL,
+        template       TEXT NOT NULL,
+        vcpus          INTEGER NOT NULL,
+        memory_mb      INTEGER NOT NULL,
+        timeout_sec    INTEGER NOT NULL,
+        layers         TEXT NOT NULL,
+        content        TEXT,
+        created_at     INTEGER NOT NULL,
+        network        TEXT,
+        disk_mb        INTEGER,
+        status         TEXT NOT NULL,
+        owner          TEXT
+    ) STRICT;
+    INSERT INTO new_snapshots SELECT id, name, description, sandbox, template, vcpus, memory_mb,
+               timeout_sec, layers, content, created_at, network, disk_mb, status, owner
+        FROM snapshots ORDER BY rowid;
+    DROP TABLE snapshots;
+    ALTER TABLE new_snapshots RENAME TO snapshots;
+    CREATE UNIQUE INDEX snapshot_names ON snapshots (coalesce(owner, ''), name)
+        WHERE name IS NOT NULL;
+",
 ];
 
 /// Why the tables are not what this version needs.

@@ -238,13 +238,13 @@ impl Store for SqliteStore {
 
     async fn get_snapshot(&self, id: &SnapshotId) -> Result<Option<Snapshot>, StoreError> {
         let id = id.clone();
-        self.with(move |connection| snapshots::get(connection, "id", id.as_str()))
+        self.with(move |connection| snapshots::get(connection, &id))
             .await
     }
 
-    async fn find_snapshot(&self, name: &str) -> Result<Option<Snapshot>, StoreError> {
+    async fn find_snapshot(&self, name: &str) -> Result<Vec<Snapshot>, StoreError> {
         let name = name.to_owned();
-        self.with(move |connection| snapshots::get(connection, "name", &name))
+        self.with(move |connection| snapshots::find(connection, &name))
             .await
     }
 

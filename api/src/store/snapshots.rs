@@ -65,18 +65,18 @@ pub fn update(connection: &mut Connection, snapshot: &Snapshot) -> rusqlite::Res
     .map(|(_, released)| released)
 }
 
-/// The snapshot whose `column`, which is `id` or `name`, has this value.
-pub fn get(
-    connection: &Connection,
-    column: &'static str,
-    value: &str,
-) -> rusqlite::Result<Option<Snapshot>> {
+pub fn get(connection: &Connection, id: &SnapshotId) -> rusqlite::Result<Option<Snapshot>> {
     connection
-        .prepare_cached(&format!(
-            "SELECT {COLUMNS} FROM snapshots WHERE {column} = ?1"
-        ))?
-        .query_row([value], read)
+        .prepare_cached(&format!("SELECT {COLUMNS} FROM snapshots WHERE id = ?1"))?
+        .query_row([id.as_str()], read)
         .optional()
+}
+
+pub fn find(connection: &Connection, name: &str) -> rusqlite::Result<Vec<Snapshot>> {
+    connection
+        .prepare_cached(&format!("SELECT {COLUMNS} FROM snapshots WHERE name = ?1"))?
+        .query_map([name], read)?
+        .collect()
 }
 
 pub fn list(connection: &Connection) -> rusqlite::Result<Vec<Snapshot>> {
@@ -309,11 +309,8 @@ mod tests {
             store.get_snapshot(&first.id).await.unwrap(),
             Some(first.clone())
         );
-        assert_eq!(
-            store.find_snapshot("one").await.unwrap(),
-            Some(first.clone())
-        );
-        assert_eq!(store.find_snapshot("two").await.unwrap(), None);
+        assert_eq!(store.find_snapshot("one").await.unwrap(), [first.clone()]);
+        assert_eq!(store.find_snapshot("two").await.unwrap(), []);
         assert_eq!(store.list_snapshots().await.unwrap(), [second, first]);
         let unknown = snapshot(None, &layers());
         assert!(store.update_snapshot(&unknown).await.is_err());

@@ -9,17 +9,18 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use api::audit::{self, AuditLog};
 use api::domain::{
     AdoptRequest, Adopted, ClaimRequest, Counter, CreateRequest, Created, Denied, DeniedWhat,
     Egress, End, ExecEvent, ExecLimits, ExecRequest, ExitInfo, FileContent, FileInfo, FileKind,
     Forward, ForwardSpec, GuestHost, Host, HostError, HostEvent, HostInfo, ImageInfo,
     KeepDiskRequest, KeptDisk, LayerId, Layers, LayersInfo, Limits, Manager, MergeRequest,
     NetworkActivity, NetworkInfo, PoolLimits, PortStream, PowerOffRequest, PrepareRequest,
-    Presence, Process, ProcessEvents, ProcessRef, ReadFileRequest, SandboxId, SaveRequest,
+    Presence, Process, ProcessEvents, ProcessRef, Quotas, ReadFileRequest, SandboxId, SaveRequest,
     SaveTimings, Saved, Shape, Start, StartProcess, TerminalInputs, Timings, Traffic, WhenIdle,
     WriteFileRequest,
 };
-use api::http::{Access, AppState, router};
+use api::http::{Access, AppState, RateLimiter, Rates, router};
 use api::identity::{Identity, Registration, Tokens};
 use api::store::SqliteStore;
 use async_trait::async_trait;
@@ -829,6 +830,11 @@ fn file_info(path: String, is_dir: bool) -> FileInfo {
     }
 }
 
+const NO_RATES: Rates = Rates {
+    per_minute: 0,
+    per_hour: 0,
+};
+
 /// Limits that no test reaches by chance.
 fn limits() -> Limits {
     Limits {
@@ -839,6 +845,7 @@ fn limits() -> Limits {
         },
         warm_bytes: 0,
         merge_from: usize::MAX,
+        quotas: Quotas::default(),
         when_idle: WhenIdle::Pause,
         pool: PoolLimits {
             per_shape: 0,
@@ -909,7 +916,20 @@ impl Api {
     /// An API that these may use.
     pub async fn open(access: Access) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        Self::start_for(access, dir, Arc::default(), 1 << 20, limits()).await
+        Self::start_for(access, NO_RATES, dir, Arc::default(), 1 << 20, limits()).await
+    }
+
+    /// An API that takes so many requests of `/api/v1`.
+    pub async fn with_rates(rates: Rates) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        Self::start_for(Access::Local, rates, dir, Arc::default(), 1 << 20, limits()).await
+    }
+
+    /// An API with these quotas.
+    pub async fn with_quotas(quotas: Quotas) -> Self {
+        let limits = Limits { quotas, ..limits() };
+        let dir = tempfile::tempdir().unwrap();
+        Self::start(dir, Arc::default(), 1 << 20, limits).await
     }
 
     /// What the next daemon makes of what this one leaves.
@@ -929,11 +949,12 @@ impl Api {
         max_upload: u64,
         limits: Limits,
     ) -> Self {
-        Self::start_for(Access::Local, dir, host, max_upload, limits).await
+        Self::start_for(Access::Local, NO_RATES, dir, host, max_upload, limits).await
     }
 
     async fn start_for(
         access: Access,
+        rates: Rates,
         dir: tempfile::TempDir,
         host: Arc<FakeHost>,
         max_upload: u64,
@@ -953,9 +974,11 @@ impl Api {
         let tokens = Tokens::open(&dir.path().join("token.key")).unwrap();
         let identity = Identity::new(store.clone(), tokens, Registration::Open).unwrap();
         let state = AppState {
-            manager: manager.clone(),
+            manager: manager.clone().into(),
             identity,
             access,
+            rates: RateLimiter::new(rates),
+            audit: AuditLog::open(&dir.path().join(audit::FILE)).unwrap(),
             max_upload,
             max_archive: 1 << 20,
         };
@@ -1017,6 +1040,18 @@ impl Api {
             .header("host", "localhost")
             .header("content-type", "multipart/form-data; boundary=X")
             .body(form.into())
+            .unwrap();
+        read_json(self.router.clone().oneshot(request).await.unwrap()).await
+    }
+
+    /// The answer to an upload by whoever has this `Authorization`.
+    pub async fn upload_as(&self, token: &str, path: &str) -> (StatusCode, Value) {
+        let form = form(&[("path", b"/f"), ("file", b"x")]);
+        let request = Request::post(path)
+            .header("host", "localhost")
+            .header("authorization", token)
+            .header("content-type", "multipart/form-data; boundary=X")
+            .body(Body::from(form))
             .unwrap();
         read_json(self.router.clone().oneshot(request).await.unwrap()).await
     }

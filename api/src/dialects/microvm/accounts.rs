@@ -4,6 +4,7 @@ use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
 use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -12,7 +13,7 @@ use super::error::{ApiError, ErrorBody};
 use super::fields::Fields;
 use super::rfc3339;
 use crate::domain::Role;
-use crate::http::{AppState, Identified};
+use crate::http::{AppState, Identified, LoggedIn};
 use crate::identity::{
     HashError, LoginError, NewUser, RegisterError, TOKEN_SECONDS, UserRecord, check_name,
     weaknesses,
@@ -219,15 +220,27 @@ pub async fn register(
 pub async fn login(
     State(state): State<AppState>,
     body: Result<Bytes, BytesRejection>,
-) -> Result<Json<TokenBody>, ApiError> {
+) -> Result<Response, ApiError> {
     let mut fields = Fields::parse(body)?;
     let name = fields.required("username", Fields::string);
     let password = fields.required("password", Fields::string);
-    let (name, password) = fields.finish(name.zip(password))?;
-    let (access_token, _) = state.identity.login(&name, password).await?;
-    Ok(Json(TokenBody {
-        access_token,
-        token_type: "bearer",
-        expires_in: TOKEN_SECONDS,
-    }))
+    let (username, password) = fields.finish(name.zip(password))?;
+    let result = state.identity.login(&username, password).await;
+    let user = result.as_ref().ok().map(|(_, user)| user.id.to_string());
+    let noted = LoggedIn {
+        user_id: user,
+        // What is no name is not written down: it may be a password.
+        username: match check_name(&username) {
+            Ok(()) => username,
+            Err(_) => String::new(),
+        },
+    };
+    let answer = result.map(|(access_token, _)| {
+        Json(TokenBody {
+            access_token,
+            token_type: "bearer",
+            expires_in: TOKEN_SECONDS,
+        })
+    });
+    Ok((Extension(noted), answer.map_err(ApiError::from)).into_response())
 }

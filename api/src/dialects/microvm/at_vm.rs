@@ -79,6 +79,8 @@ impl AtVm for LookupError {
 impl AtVm for CreateError {
     fn at_vm(self, name: &str) -> ApiError {
         match self {
+            // Waiting does not help.
+            Self::Quota(source) => ApiError::too_many(source.to_string(), None),
             Self::Invalid(sentence) => wrong("body", sentence),
             Self::NameTaken(name) => ApiError::conflict(format!("VM '{name}' already exists")),
             Self::TemplateNotReady { .. } => ApiError::conflict(self.to_string()),
@@ -130,6 +132,7 @@ impl AtVm for FileError {
 impl AtVm for SnapshotError {
     fn at_vm(self, name: &str) -> ApiError {
         match self {
+            Self::Quota(source) => ApiError::too_many(source.to_string(), None),
             Self::Lookup(source) => source.at_vm(name),
             Self::NotFound => ApiError::not_found("Snapshot not found"),
             Self::Invalid(sentence) => wrong("name", sentence),

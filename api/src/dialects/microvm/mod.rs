@@ -2,6 +2,7 @@
 
 mod accounts;
 mod at_vm;
+mod audit;
 mod body;
 mod error;
 mod exec;
@@ -35,6 +36,7 @@ pub const BASE: &str = "/api/v1";
         accounts::register,
         accounts::login,
         health::health,
+        audit::logs,
         vms::list,
         vms::create,
         vms::get,
@@ -65,6 +67,8 @@ pub const BASE: &str = "/api/v1";
         accounts::LoginRequest,
         accounts::TokenBody,
         health::HealthBody,
+        audit::AuditLogsBody,
+        audit::AuditLogBody,
     ))
 )]
 struct Microvm;
@@ -84,6 +88,7 @@ pub fn router() -> Router<AppState> {
         .route("/vms/{vm_name}", get(vms::get).delete(vms::delete))
         .nest("/vms/{vm_name}", of_one())
         .route("/networks", get(network::networks))
+        .route("/security/audit-logs", get(audit::logs))
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(middleware::from_fn(error::name_failures));

@@ -2,15 +2,15 @@
 
 use axum::Json;
 use axum::body::Bytes;
+use axum::extract::Path;
 use axum::extract::rejection::BytesRejection;
-use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::error::{ApiError, parse};
 use crate::domain::{FileInfo, FileKind};
-use crate::http::{AppState, ErrorBody};
+use crate::http::{Caller, ErrorBody};
 
 /// A directory to list.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -170,14 +170,14 @@ fn permissions(kind: FileKind, mode: u32) -> String {
     ),
 )]
 pub async fn list(
-    State(state): State<AppState>,
+    caller: Caller,
     Path(id): Path<String>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Json<ListDirBody>, ApiError> {
-    let in_use = state.manager.running(&id).await?;
+    let in_use = caller.manager.running(&id).await?;
     let request: ListDirRequestBody = parse(body)?;
     let depth = request.depth.unwrap_or(1).max(1);
-    let files = state
+    let files = caller
         .manager
         .list_dir(&in_use, &request.path, depth)
         .await?;
@@ -202,13 +202,13 @@ pub async fn list(
     ),
 )]
 pub async fn make(
-    State(state): State<AppState>,
+    caller: Caller,
     Path(id): Path<String>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Json<MakeDirBody>, ApiError> {
-    let in_use = state.manager.running(&id).await?;
+    let in_use = caller.manager.running(&id).await?;
     let request: PathRequestBody = parse(body)?;
-    let entry = state.manager.make_dir(&in_use, &request.path).await?;
+    let entry = caller.manager.make_dir(&in_use, &request.path).await?;
     Ok(Json(MakeDirBody {
         entry: entry.into(),
     }))
@@ -230,13 +230,13 @@ pub async fn make(
     ),
 )]
 pub async fn remove(
-    State(state): State<AppState>,
+    caller: Caller,
     Path(id): Path<String>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<StatusCode, ApiError> {
-    let in_use = state.manager.running(&id).await?;
+    let in_use = caller.manager.running(&id).await?;
     let request: PathRequestBody = parse(body)?;
-    state.manager.remove_file(&in_use, &request.path).await?;
+    caller.manager.remove_file(&in_use, &request.path).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

@@ -21,8 +21,8 @@ use tracing::{error, warn};
 use crate::chain;
 use crate::domain::{
     AddressError, CollectError, CreateError, DestroyError, ExecError, FileError, ForkError,
-    HostError, LookupError, NetworkChangeError, PauseError, ResumeError, SnapshotError, StoreError,
-    TemplateError,
+    HostError, LookupError, NetworkChangeError, PauseError, QuotaExceeded, ResumeError,
+    SnapshotError, StoreError, TemplateError,
 };
 use crate::http::error_response;
 
@@ -78,7 +78,7 @@ impl ApiError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", message)
     }
 
-    fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
+    pub(super) fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
         Self {
             status,
             code,
@@ -132,9 +132,17 @@ impl From<LookupError> for ApiError {
     }
 }
 
+impl From<QuotaExceeded> for ApiError {
+    fn from(source: QuotaExceeded) -> Self {
+        let status = StatusCode::TOO_MANY_REQUESTS;
+        Self::new(status, "quota_exceeded", source.to_string())
+    }
+}
+
 impl From<CreateError> for ApiError {
     fn from(source: CreateError) -> Self {
         match source {
+            CreateError::Quota(source) => source.into(),
             CreateError::Invalid(message) => Self::invalid(message),
             CreateError::TemplateNotReady { .. } => Self::state(source.to_string()),
             CreateError::ShuttingDown => Self::unavailable(source.to_string()),
@@ -220,6 +228,7 @@ impl From<PauseError> for ApiError {
 impl From<ResumeError> for ApiError {
     fn from(source: ResumeError) -> Self {
         match source {
+            ResumeError::Quota(source) => source.into(),
             ResumeError::Lookup(source) => source.into(),
             ResumeError::NotPaused(_) => Self::state(source.to_string()),
             ResumeError::ShuttingDown => Self::unavailable(source.to_string()),
@@ -232,6 +241,7 @@ impl From<ResumeError> for ApiError {
 impl From<SnapshotError> for ApiError {
     fn from(source: SnapshotError) -> Self {
         match source {
+            SnapshotError::Quota(source) => source.into(),
             SnapshotError::Lookup(source) => source.into(),
             SnapshotError::NotFound => {
                 Self::new(StatusCode::NOT_FOUND, "not_found", source.to_string())
@@ -266,6 +276,7 @@ impl From<TemplateError> for ApiError {
             TemplateError::Lookup(source) => source.into(),
             TemplateError::NotFound => Self::new(StatusCode::NOT_FOUND, "not_found", text),
             TemplateError::Invalid(_) => Self::invalid(text),
+            TemplateError::NotYours(_) => Self::new(StatusCode::FORBIDDEN, "forbidden", text),
             TemplateError::NotSaveable(_) => Self::state(text),
             TemplateError::NameTaken(_)
             | TemplateError::InUse { .. }

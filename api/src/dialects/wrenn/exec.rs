@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use axum::Json;
 use axum::body::Bytes;
+use axum::extract::Path;
 use axum::extract::rejection::BytesRejection;
-use axum::extract::{Path, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
@@ -15,7 +15,7 @@ use super::error::{ApiError, parse};
 use super::processes::BackgroundExecBody;
 use crate::dialects::output::{self, Encoding};
 use crate::domain::{Command, ExecEnd, ExecOutput, ProcessSpec};
-use crate::http::{AppState, ErrorBody, ErrorDetail};
+use crate::http::{Caller, ErrorBody, ErrorDetail};
 
 /// A command to run.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -99,11 +99,11 @@ pub struct ExecResponseBody {
     ),
 )]
 pub async fn exec(
-    State(state): State<AppState>,
+    caller: Caller,
     Path(id): Path<String>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
-    let in_use = state.manager.running(&id).await?;
+    let in_use = caller.manager.running(&id).await?;
     let request: ExecRequestBody = parse(body)?;
     let timeout_sec = request.timeout_sec.unwrap_or(30);
     let mut argv = vec![request.cmd.clone()];
@@ -121,7 +121,7 @@ pub async fn exec(
             tag: request.tag,
             terminal: None,
         };
-        let process = state.manager.start_process(&in_use, spec).await?;
+        let process = caller.manager.start_process(&in_use, spec).await?;
         let body = BackgroundExecBody {
             sandbox_id: in_use.sandbox.id.to_string(),
             cmd: request.cmd,
@@ -130,8 +130,8 @@ pub async fn exec(
         };
         return Ok((StatusCode::ACCEPTED, Json(body)).into_response());
     }
-    let output = state.manager.exec(&in_use, command).await?;
-    let limit = state.manager.limits().exec.max_output;
+    let output = caller.manager.exec(&in_use, command).await?;
+    let limit = caller.manager.limits().exec.max_output;
     answer(
         in_use.sandbox.id.as_str(),
         &request.cmd,

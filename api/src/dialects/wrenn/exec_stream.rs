@@ -16,9 +16,9 @@ use std::collections::BTreeMap;
 use std::io;
 use std::time::Duration;
 
+use axum::extract::Path;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade, close_code};
-use axum::extract::{Path, State};
 use axum::response::Response;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -32,7 +32,7 @@ use tokio::time::timeout;
 use super::error::ApiError;
 use super::text::Text;
 use crate::domain::{Command, ExecError, ExecEvent, InUse, MAX_EXEC_TIMEOUT_SEC, Manager};
-use crate::http::{AppState, ErrorBody};
+use crate::http::{Caller, ErrorBody};
 
 /// How long a client may take to say what to run.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
@@ -170,19 +170,19 @@ impl<'a> Data<'a> {
     ),
 )]
 pub async fn exec_stream(
-    State(state): State<AppState>,
+    caller: Caller,
     Path(id): Path<String>,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Result<Response, ApiError> {
-    let in_use = state.manager.running(&id).await?;
+    let in_use = caller.manager.running(&id).await?;
     let upgrade = upgrade
         .map_err(|rejection| ApiError::invalid(format!("expected a WebSocket: {rejection}")))?;
     Ok(upgrade
         .read_buffer_size(READ_BUFFER)
         .max_message_size(MAX_MESSAGE)
         .on_upgrade(async move |socket| {
-            serve(socket, &state.manager, &in_use).await;
-            state.manager.keep_awake(in_use).await;
+            serve(socket, &caller.manager, &in_use).await;
+            caller.manager.keep_awake(in_use).await;
         }))
 }
 

@@ -20,7 +20,7 @@ use crate::dialects::forms::{
     one_at_a_time,
 };
 use crate::domain::{InUse, Manager, Spool, Spooled};
-use crate::http::{AppState, ErrorBody};
+use crate::http::{AppState, Caller, ErrorBody};
 
 /// The longest `path` field that is read, in bytes; the domain allows less.
 const MAX_PATH_FIELD: usize = 8 * 1024;
@@ -67,10 +67,11 @@ pub struct ReadFileRequestBody {
 )]
 pub async fn write(
     State(state): State<AppState>,
+    caller: Caller,
     Path(id): Path<String>,
     request: Request,
 ) -> Result<StatusCode, ApiError> {
-    let in_use = state.manager.running(&id).await?;
+    let in_use = caller.manager.running(&id).await?;
     if announced(&request)
         .is_some_and(|length| length > state.max_upload.saturating_add(FORM_OVERHEAD))
     {
@@ -87,7 +88,7 @@ pub async fn write(
             ApiError::invalid(format!("expected multipart/form-data: {rejection}"))
         })?;
     let upload = Upload {
-        manager: &state.manager,
+        manager: &caller.manager,
         in_use: &in_use,
         limit: state.max_upload,
     };
@@ -119,13 +120,13 @@ fn over_limit(limit: u64) -> ApiError {
     ),
 )]
 pub async fn read(
-    State(state): State<AppState>,
+    caller: Caller,
     Path(id): Path<String>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
-    let in_use = state.manager.running(&id).await?;
+    let in_use = caller.manager.running(&id).await?;
     let request: ReadFileRequestBody = parse(body)?;
-    let file = state.manager.read_file(in_use, request.path).await?;
+    let file = caller.manager.read_file(in_use, request.path).await?;
     let body = Body::from_stream(file.content);
     let mut response = ([(header::CONTENT_TYPE, "application/octet-stream")], body).into_response();
     if let Some(size) = file.size {

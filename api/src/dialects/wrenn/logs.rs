@@ -1,11 +1,11 @@
 //! What sandboxes write to their consoles.
 
-use axum::extract::{Path, State};
+use axum::extract::Path;
 use axum::http::header;
 use axum::response::IntoResponse;
 
 use super::error::ApiError;
-use crate::http::{AppState, ErrorBody};
+use crate::http::{Caller, ErrorBody};
 
 /// Get the console of a sandbox
 ///
@@ -21,11 +21,8 @@ use crate::http::{AppState, ErrorBody};
         (status = 502, description = "It cannot be read", body = ErrorBody),
     ),
 )]
-pub async fn get(
-    State(state): State<AppState>,
-    Path(id): Path<String>,
-) -> Result<impl IntoResponse, ApiError> {
-    let mut text = state.manager.console(&id).await?;
+pub async fn get(caller: Caller, Path(id): Path<String>) -> Result<impl IntoResponse, ApiError> {
+    let mut text = caller.manager.console(&id).await?;
     if !text.is_empty() {
         text.push('\n');
     }

@@ -1,5 +1,6 @@
 //! `/v1/sandboxes`, also as `/v1/capsules`, `/v1/snapshots` and `/v1/templates`.
 
+mod api_keys;
 mod directories;
 mod error;
 mod exec;
@@ -63,6 +64,9 @@ use crate::http::{AppState, ErrorBody};
         templates::get,
         templates::progress,
         templates::delete,
+        api_keys::create,
+        api_keys::list,
+        api_keys::revoke,
     ),
     components(schemas(
         ErrorBody,
@@ -101,6 +105,8 @@ use crate::http::{AppState, ErrorBody};
         templates::ReadinessBody,
         templates::TemplateBody,
         templates::ProgressLine,
+        api_keys::CreateKeyRequest,
+        api_keys::KeyBody,
     ))
 )]
 struct Sandboxes;
@@ -148,6 +154,8 @@ pub fn router() -> Router<AppState> {
             get(snapshots::get).delete(snapshots::delete),
         )
         .route("/v1/snapshots/{id}/fork", post(snapshots::fork))
+        .route("/v1/api-keys", post(api_keys::create).get(api_keys::list))
+        .route("/v1/api-keys/{id}", delete(api_keys::revoke))
         .route("/v1/templates", archive.get(templates::list))
         .route(
             "/v1/templates/{name}",

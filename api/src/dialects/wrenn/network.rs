@@ -4,8 +4,8 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use axum::Json;
 use axum::body::Bytes;
+use axum::extract::Path;
 use axum::extract::rejection::BytesRejection;
-use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -16,7 +16,7 @@ use crate::domain::{
     AllowRule, Connection, Counter, Denied, DeniedWhat, Destination, Egress, Forward, ForwardSpec,
     MacAddress, NetworkSpec, RateLimits, SandboxNetwork, Traffic, Transport,
 };
-use crate::http::{AppState, ErrorBody};
+use crate::http::{Caller, ErrorBody};
 
 /// How a sandbox shall be connected. What is missing or null has its default.
 #[derive(Debug, Default, Serialize, Deserialize, ToSchema)]
@@ -478,11 +478,8 @@ impl From<Forward> for ForwardBody {
         (status = 404, description = "Sandbox not found", body = ErrorBody),
     ),
 )]
-pub async fn get(
-    State(state): State<AppState>,
-    Path(id): Path<String>,
-) -> Result<Json<NetworkBody>, ApiError> {
-    Ok(Json(state.manager.network(&id).await?.into()))
+pub async fn get(caller: Caller, Path(id): Path<String>) -> Result<Json<NetworkBody>, ApiError> {
+    Ok(Json(caller.manager.network(&id).await?.into()))
 }
 
 /// Change what a sandbox may reach
@@ -502,12 +499,12 @@ pub async fn get(
     ),
 )]
 pub async fn set_egress(
-    State(state): State<AppState>,
+    caller: Caller,
     Path(id): Path<String>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Json<EgressBody>, ApiError> {
     let egress = parse::<EgressBody>(body)?.egress()?;
-    state.manager.set_egress(&id, egress.clone()).await?;
+    caller.manager.set_egress(&id, egress.clone()).await?;
     Ok(Json(egress.into()))
 }
 
@@ -529,7 +526,7 @@ pub async fn set_egress(
     ),
 )]
 pub async fn open_forward(
-    State(state): State<AppState>,
+    caller: Caller,
     Path(id): Path<String>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<(StatusCode, Json<ForwardBody>), ApiError> {
@@ -543,7 +540,7 @@ pub async fn open_forward(
         host_port: request.host_port,
         guest_port: request.guest_port,
     };
-    let forward = state.manager.open_forward(&id, spec).await?;
+    let forward = caller.manager.open_forward(&id, spec).await?;
     Ok((StatusCode::CREATED, Json(forward.into())))
 }
 
@@ -564,7 +561,7 @@ pub async fn open_forward(
     ),
 )]
 pub async fn close_forward(
-    State(state): State<AppState>,
+    caller: Caller,
     Path((id, transport, host)): Path<(String, String, String)>,
 ) -> Result<StatusCode, ApiError> {
     let transport = match transport.as_str() {
@@ -575,6 +572,6 @@ pub async fn close_forward(
     let host: SocketAddr = host.parse().map_err(|_| {
         ApiError::invalid("expected an address and a port, as 127.0.0.1:10080 or [::1]:10080")
     })?;
-    state.manager.close_forward(&id, transport, host).await?;
+    caller.manager.close_forward(&id, transport, host).await?;
     Ok(StatusCode::NO_CONTENT)
 }

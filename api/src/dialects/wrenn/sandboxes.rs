@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 use axum::Json;
 use axum::body::Bytes;
 use axum::extract::rejection::{BytesRejection, QueryRejection};
-use axum::extract::{Path, Query, State};
+use axum::extract::{Path, Query};
 use axum::http::StatusCode;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -14,7 +14,7 @@ use utoipa::ToSchema;
 use super::error::{ApiError, parse};
 use super::network::NetworkRequest;
 use crate::domain::{CreateSpec, Sandbox, Start, Status, Timings};
-use crate::http::{AppState, ErrorBody};
+use crate::http::{Caller, ErrorBody};
 
 /// What the sandbox shall be made of. A field that is missing or null has its default.
 #[derive(Debug, Default, Deserialize, ToSchema)]
@@ -242,7 +242,7 @@ pub fn rfc3339(time: Timestamp) -> String {
     ),
 )]
 pub async fn create(
-    State(state): State<AppState>,
+    caller: Caller,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<(StatusCode, Json<SandboxBody>), ApiError> {
     let request: CreateSandboxRequest = parse(body)?;
@@ -256,7 +256,7 @@ pub async fn create(
         disk_mb: None,
         is_kept: false,
     };
-    let sandbox = state.manager.create(spec).await?;
+    let sandbox = caller.manager.create(spec).await?;
     Ok((StatusCode::CREATED, Json(sandbox.into())))
 }
 
@@ -273,14 +273,14 @@ pub async fn create(
     ),
 )]
 pub async fn list(
-    State(state): State<AppState>,
+    caller: Caller,
     params: Result<Query<ListParams>, QueryRejection>,
 ) -> Result<Json<Vec<SandboxBody>>, ApiError> {
     let Query(params) =
         params.map_err(|rejection| ApiError::invalid(format!("invalid query: {rejection}")))?;
     let sandboxes = match params.all {
-        true => state.manager.list_latest().await?,
-        false => state.manager.list().await?,
+        true => caller.manager.list_latest().await?,
+        false => caller.manager.list().await?,
     };
     Ok(Json(sandboxes.into_iter().map(Into::into).collect()))
 }
@@ -296,11 +296,8 @@ pub async fn list(
         (status = 404, description = "Sandbox not found", body = ErrorBody),
     ),
 )]
-pub async fn get(
-    State(state): State<AppState>,
-    Path(id): Path<String>,
-) -> Result<Json<SandboxBody>, ApiError> {
-    Ok(Json(state.manager.get(&id).await?.into()))
+pub async fn get(caller: Caller, Path(id): Path<String>) -> Result<Json<SandboxBody>, ApiError> {
+    Ok(Json(caller.manager.get(&id).await?.into()))
 }
 
 /// Destroy a sandbox
@@ -315,11 +312,8 @@ pub async fn get(
         (status = 502, description = "Something of it is left on the host", body = ErrorBody),
     ),
 )]
-pub async fn destroy(
-    State(state): State<AppState>,
-    Path(id): Path<String>,
-) -> Result<StatusCode, ApiError> {
-    state.manager.destroy(&id).await?;
+pub async fn destroy(caller: Caller, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
+    caller.manager.destroy(&id).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -335,12 +329,9 @@ pub async fn destroy(
         (status = 409, description = "Sandbox not running", body = ErrorBody),
     ),
 )]
-pub async fn ping(
-    State(state): State<AppState>,
-    Path(id): Path<String>,
-) -> Result<StatusCode, ApiError> {
-    let in_use = state.manager.running(&id).await?;
-    state.manager.keep_awake(in_use).await;
+pub async fn ping(caller: Caller, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
+    let in_use = caller.manager.running(&id).await?;
+    caller.manager.keep_awake(in_use).await;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -359,11 +350,8 @@ pub async fn ping(
             body = ErrorBody),
     ),
 )]
-pub async fn pause(
-    State(state): State<AppState>,
-    Path(id): Path<String>,
-) -> Result<Json<SandboxBody>, ApiError> {
-    Ok(Json(state.manager.pause(&id).await?.into()))
+pub async fn pause(caller: Caller, Path(id): Path<String>) -> Result<Json<SandboxBody>, ApiError> {
+    Ok(Json(caller.manager.pause(&id).await?.into()))
 }
 
 /// Resume a paused sandbox
@@ -382,9 +370,6 @@ pub async fn pause(
         (status = 503, description = "The daemon is shutting down", body = ErrorBody),
     ),
 )]
-pub async fn resume(
-    State(state): State<AppState>,
-    Path(id): Path<String>,
-) -> Result<Json<SandboxBody>, ApiError> {
-    Ok(Json(state.manager.resume(&id).await?.into()))
+pub async fn resume(caller: Caller, Path(id): Path<String>) -> Result<Json<SandboxBody>, ApiError> {
+    Ok(Json(caller.manager.resume(&id).await?.into()))
 }

@@ -2,8 +2,8 @@
 
 use axum::Json;
 use axum::body::Bytes;
+use axum::extract::Path;
 use axum::extract::rejection::BytesRejection;
-use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -11,7 +11,7 @@ use utoipa::ToSchema;
 use super::error::{ApiError, parse};
 use super::sandboxes::{SandboxBody, rfc3339};
 use crate::domain::{Forked, Snapshot, SnapshotSpec};
-use crate::http::{AppState, ErrorBody};
+use crate::http::{Caller, ErrorBody};
 
 /// What to take a snapshot of.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -158,7 +158,7 @@ impl From<Forked> for ForkBody {
     ),
 )]
 pub async fn create(
-    State(state): State<AppState>,
+    caller: Caller,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<(StatusCode, Json<SnapshotBody>), ApiError> {
     let request: CreateSnapshotRequest = parse(body)?;
@@ -171,7 +171,7 @@ pub async fn create(
         include_memory: request.include_memory.unwrap_or(true),
         is_own: false,
     };
-    let snapshot = state.manager.snapshot(&request.sandbox_id, spec).await?;
+    let snapshot = caller.manager.snapshot(&request.sandbox_id, spec).await?;
     Ok((StatusCode::CREATED, Json(snapshot.into())))
 }
 
@@ -182,8 +182,8 @@ pub async fn create(
     get, path = "/v1/snapshots", operation_id = "listSnapshots", tag = "snapshots",
     responses((status = 200, description = "List of snapshots", body = Vec<SnapshotBody>)),
 )]
-pub async fn list(State(state): State<AppState>) -> Result<Json<Vec<SnapshotBody>>, ApiError> {
-    let snapshots = state.manager.list_snapshots().await?;
+pub async fn list(caller: Caller) -> Result<Json<Vec<SnapshotBody>>, ApiError> {
+    let snapshots = caller.manager.list_snapshots().await?;
     Ok(Json(snapshots.into_iter().map(Into::into).collect()))
 }
 
@@ -196,11 +196,8 @@ pub async fn list(State(state): State<AppState>) -> Result<Json<Vec<SnapshotBody
         (status = 404, description = "Snapshot not found", body = ErrorBody),
     ),
 )]
-pub async fn get(
-    State(state): State<AppState>,
-    Path(id): Path<String>,
-) -> Result<Json<SnapshotBody>, ApiError> {
-    Ok(Json(state.manager.get_snapshot(&id).await?.into()))
+pub async fn get(caller: Caller, Path(id): Path<String>) -> Result<Json<SnapshotBody>, ApiError> {
+    Ok(Json(caller.manager.get_snapshot(&id).await?.into()))
 }
 
 /// Delete a snapshot
@@ -214,11 +211,8 @@ pub async fn get(
         (status = 404, description = "Snapshot not found", body = ErrorBody),
     ),
 )]
-pub async fn delete(
-    State(state): State<AppState>,
-    Path(id): Path<String>,
-) -> Result<StatusCode, ApiError> {
-    state.manager.delete_snapshot(&id).await?;
+pub async fn delete(caller: Caller, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
+    caller.manager.delete_snapshot(&id).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -238,13 +232,13 @@ pub async fn delete(
     ),
 )]
 pub async fn fork(
-    State(state): State<AppState>,
+    caller: Caller,
     Path(id): Path<String>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<(StatusCode, Json<ForkBody>), ApiError> {
     let request: ForkRequest = parse(body)?;
     let count = request.count.unwrap_or(1);
-    answer(state.manager.fork_snapshot(&id, count).await?)
+    answer(caller.manager.fork_snapshot(&id, count).await?)
 }
 
 /// Make sandboxes from another
@@ -266,13 +260,13 @@ pub async fn fork(
     ),
 )]
 pub async fn fork_sandbox(
-    State(state): State<AppState>,
+    caller: Caller,
     Path(id): Path<String>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<(StatusCode, Json<ForkBody>), ApiError> {
     let request: ForkRequest = parse(body)?;
     let count = request.count.unwrap_or(1);
-    answer(state.manager.fork(&id, count).await?)
+    answer(caller.manager.fork(&id, count).await?)
 }
 
 fn answer(forked: Forked) -> Result<(StatusCode, Json<ForkBody>), ApiError> {

@@ -23,7 +23,7 @@ use crate::domain::{
     BuildFrom, BuildSpec, DEFAULT_MEMORY_MB, DEFAULT_VCPUS, Manager, Recipe, SettingsSpec, Source,
     Step, TemplateError, TemplateInfo, TemplateStatus,
 };
-use crate::http::{AppState, ErrorBody};
+use crate::http::{AppState, Caller, ErrorBody};
 
 /// The largest description of what to build, in bytes.
 const MAX_REQUEST: usize = 1 << 20;
@@ -312,6 +312,7 @@ impl From<TemplateInfo> for TemplateBody {
 )]
 pub async fn build(
     State(state): State<AppState>,
+    caller: Caller,
     request: Request,
 ) -> Result<(StatusCode, Json<TemplateBody>), ApiError> {
     let content_type = request.headers().get(header::CONTENT_TYPE);
@@ -319,7 +320,7 @@ pub async fn build(
         .and_then(|kind| kind.to_str().ok())
         .is_some_and(|kind| kind.starts_with("multipart/"));
     let (request, archive) = if is_form {
-        read_form(&state, request).await?
+        read_form(&state, &caller, request).await?
     } else {
         let body = to_bytes(request.into_body(), MAX_REQUEST).await;
         (
@@ -327,8 +328,8 @@ pub async fn build(
             None,
         )
     };
-    let spec = spec_of(&state.manager, request, archive).await?;
-    let template = state.manager.build_template(spec).await?;
+    let spec = spec_of(&caller.manager, request, archive).await?;
+    let template = caller.manager.build_template(spec).await?;
     Ok((StatusCode::ACCEPTED, Json(template.into())))
 }
 
@@ -388,6 +389,7 @@ async fn spec_of(
 
 async fn read_form(
     state: &AppState,
+    caller: &Caller,
     request: Request,
 ) -> Result<(BuildTemplateRequest, Option<std::fs::File>), ApiError> {
     let request = request.map(|body| Body::from_stream(one_at_a_time(body.into_data_stream())));
@@ -404,7 +406,7 @@ async fn read_form(
                 what = Some(parse(Ok::<_, StatusCode>(bytes))?);
             }
             Some("archive") if archive.is_none() => {
-                let dir = &state.manager.limits().exec.spool_dir;
+                let dir = &caller.manager.limits().exec.spool_dir;
                 match spool(&mut field, dir, state.max_archive).await {
                     Ok(file) => archive = Some(file),
                     Err(error) => {
@@ -470,8 +472,8 @@ async fn spool(
     get, path = "/v1/templates", operation_id = "listTemplates", tag = "templates",
     responses((status = 200, description = "List of templates", body = Vec<TemplateBody>)),
 )]
-pub async fn list(State(state): State<AppState>) -> Result<Json<Vec<TemplateBody>>, ApiError> {
-    let templates = state.manager.list_templates().await?;
+pub async fn list(caller: Caller) -> Result<Json<Vec<TemplateBody>>, ApiError> {
+    let templates = caller.manager.list_templates().await?;
     Ok(Json(templates.into_iter().map(Into::into).collect()))
 }
 
@@ -484,11 +486,8 @@ pub async fn list(State(state): State<AppState>) -> Result<Json<Vec<TemplateBody
         (status = 404, description = "Template not found", body = ErrorBody),
     ),
 )]
-pub async fn get(
-    State(state): State<AppState>,
-    Path(name): Path<String>,
-) -> Result<Json<TemplateBody>, ApiError> {
-    Ok(Json(state.manager.get_template(&name).await?.into()))
+pub async fn get(caller: Caller, Path(name): Path<String>) -> Result<Json<TemplateBody>, ApiError> {
+    Ok(Json(caller.manager.get_template(&name).await?.into()))
 }
 
 /// Follow the build of a template
@@ -503,16 +502,13 @@ pub async fn get(
         (status = 404, description = "Template not found", body = ErrorBody),
     ),
 )]
-pub async fn progress(
-    State(state): State<AppState>,
-    Path(name): Path<String>,
-) -> Result<Response, ApiError> {
-    let lines = state.manager.follow_build(&name).await?;
+pub async fn progress(caller: Caller, Path(name): Path<String>) -> Result<Response, ApiError> {
+    let lines = caller.manager.follow_build(&name).await?;
     let lines = lines.map(|line| ProgressLine {
         progress: Some(line),
         ..ProgressLine::default()
     });
-    let manager = state.manager.clone();
+    let manager = caller.manager.clone();
     let last = stream::once(async move {
         match manager.get_template(&name).await {
             Ok(template) => ProgressLine {
@@ -549,10 +545,7 @@ pub async fn progress(
         (status = 409, description = "It is in use, or an image on the host", body = ErrorBody),
     ),
 )]
-pub async fn delete(
-    State(state): State<AppState>,
-    Path(name): Path<String>,
-) -> Result<StatusCode, ApiError> {
-    state.manager.delete_template(&name).await?;
+pub async fn delete(caller: Caller, Path(name): Path<String>) -> Result<StatusCode, ApiError> {
+    caller.manager.delete_template(&name).await?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -245,7 +245,7 @@ impl Manager {
     async fn insert_template(&self, template: &mut Template) -> Result<(), TemplateError> {
         let _records = self.inner.records.lock().await;
         if let Some(old) = self.inner.store.find_template(&template.name).await? {
-            if !matches!(old.status, TemplateStatus::Failed { .. }) {
+            if !matches!(old.status, TemplateStatus::Failed { .. }) || !self.sees(&old) {
                 return Err(TemplateError::NameTaken(template.name.clone()));
             }
             // It holds nothing.
@@ -267,8 +267,7 @@ impl Manager {
         &self,
         name: &str,
     ) -> Result<BoxStream<'static, String>, TemplateError> {
-        let template = self.inner.store.find_template(name).await?;
-        let id = match template {
+        let id = match self.usable_template(name).await? {
             Some(template) => template.id,
             None => return self.get_template(name).await.map(|_| no_lines()),
         };

@@ -42,10 +42,7 @@ impl Manager {
     /// # Errors
     /// It does not run.
     pub async fn running(&self, id: &str) -> Result<InUse, ExecError> {
-        let id = match id.parse() {
-            Ok(id) => id,
-            Err(_) => self.get(id).await?.id,
-        };
+        let id = self.get(id).await?.id;
         loop {
             match self.inner.idle.begin(&id) {
                 Begun::Using(using) => {

@@ -19,8 +19,10 @@ mod pool;
 mod ports;
 mod power;
 mod processes;
+mod quota;
 mod reconcile;
 mod recover;
+mod scope;
 mod snapshots;
 mod templates;
 mod warm;
@@ -35,10 +37,12 @@ use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 use jiff::Timestamp;
 use sha2::{Digest, Sha256};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, MutexGuard};
 use tracing::{Instrument, debug, error, info, warn};
 
-use super::error::{CreateError, DestroyError, ExecError, FileError, InsertError, LookupError};
+use super::error::{
+    CreateError, DestroyError, ExecError, FileError, InsertError, LookupError, StartRefused,
+};
 use super::exec::{self, ExecLimits, ExecOutput};
 use super::host::{
     CreateRequest, End, ExecEvent, FileContent, Host, HostError, HostEvent, Identity, Nic,
@@ -49,6 +53,7 @@ use super::idle::Idle;
 use super::layer::Layers;
 use super::network::Connection;
 use super::principal::Principal;
+use super::quota::Quotas;
 use super::request::{self, Command, CreateSpec, Problem};
 use super::sandbox::{Sandbox, Spec, Status, Transition};
 use super::store::{Page, Store, StoreError};
@@ -85,6 +90,8 @@ pub struct Limits {
     pub pool: PoolLimits,
     /// From how many disk layers on those of a sandbox are merged in the background.
     pub merge_from: usize,
+    /// How much the sandboxes of one owner may have together.
+    pub quotas: Quotas,
 }
 
 /// The owner of all sandboxes, acting for one principal; clones share it.
@@ -290,7 +297,8 @@ impl Manager {
         Ok(is_new.then_some((sandbox, turn)))
     }
 
-    /// The address of a new sandbox, if it has a network card, and whether its name is free.
+    /// The address of a new sandbox, if it has a network card; whether its name is free, and whether
+    /// the quota allows it.
     async fn claim_for(
         &self,
         spec: &Spec,
@@ -303,6 +311,7 @@ impl Manager {
                 return Err(InsertError::NameTaken(name.clone()));
             }
         }
+        self.check_quota_of_new(spec).await?;
         Ok(match &spec.network {
             Some(connection) => Some(self.allocate(connection, wishes.address).await?),
             None => None,
@@ -386,7 +395,9 @@ impl Manager {
     /// # Errors
     /// The store failed.
     pub async fn list(&self) -> Result<Vec<Sandbox>, StoreError> {
-        self.inner.store.list_live().await
+        let mut sandboxes = self.inner.store.list_live().await?;
+        sandboxes.retain(|sandbox| self.sees(sandbox));
+        Ok(sandboxes)
     }
 
     /// The sandboxes of a page of the list of those that are not deleted, and how many there are on all
@@ -395,11 +406,7 @@ impl Manager {
     /// # Errors
     /// The store failed.
     pub async fn page(&self, page: &Page) -> Result<(Vec<Sandbox>, u64), StoreError> {
-        let owner = match self.principal.is_admin() {
-            true => page.owner.clone(),
-            // Of one who is none, there is an owner.
-            false => self.principal.owner().cloned(),
-        };
+        let owner = self.only_of().or_else(|| page.owner.clone());
         let page = Page {
             owner,
             ..page.clone()
@@ -414,14 +421,11 @@ impl Manager {
     /// There is none, or the store failed.
     pub async fn get(&self, id: &str) -> Result<Sandbox, LookupError> {
         let found = match id.parse() {
-            Ok(id) => self.inner.store.get(&id).await?,
-            Err(_) => {
-                let mut named = self.inner.store.find(id).await?;
-                let owns = |sandbox: &Sandbox| self.principal.owns(sandbox.owner.as_ref());
-                // One's own comes before those of others.
-                let at = named.iter().position(owns).unwrap_or(0);
-                (at < named.len()).then(|| named.swap_remove(at))
+            Ok(id) => {
+                let found = self.inner.store.get(&id).await?;
+                found.filter(|sandbox| self.sees(sandbox))
             }
+            Err(_) => self.choose(self.inner.store.find(id).await?),
         };
         found
             .filter(|sandbox| self.principal.may_see(sandbox.owner.as_ref()))
@@ -608,6 +612,28 @@ impl Manager {
         transition: Transition,
     ) -> Result<Option<Sandbox>, StoreError> {
         let records = self.inner.records.lock().await;
+        self.record_locked(id, transition, records).await
+    }
+
+    /// The same of one that is to start again, if the quota allows it.
+    async fn record_start(
+        &self,
+        id: &SandboxId,
+        transition: Transition,
+    ) -> Result<Option<Sandbox>, StartRefused> {
+        let records = self.inner.records.lock().await;
+        if let Some(sandbox) = self.inner.store.get(id).await? {
+            self.check_quota_of(&sandbox).await?;
+        }
+        Ok(self.record_locked(id, transition, records).await?)
+    }
+
+    async fn record_locked(
+        &self,
+        id: &SandboxId,
+        transition: Transition,
+        records: MutexGuard<'_, ()>,
+    ) -> Result<Option<Sandbox>, StoreError> {
         let Some(mut sandbox) = self.inner.store.get(id).await? else {
             return Ok(None);
         };

@@ -172,6 +172,10 @@ impl Manager {
                 .copied()
                 .find(|forward| wanted.conflicts_with(forward))
             {
+                if !self.sees(&other) {
+                    let reason = format!("port {} is in use", forward.host.port());
+                    return Err(NetworkChangeError::Host(HostError::PortInUse { reason }));
+                }
                 return Err(NetworkChangeError::PortTaken {
                     id: other.id,
                     forward,

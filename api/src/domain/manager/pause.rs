@@ -99,7 +99,7 @@ impl Manager {
         if self.is_closing() {
             return Err(ResumeError::ShuttingDown);
         }
-        let sandbox = match self.record(id, Transition::Resuming).await.map_err(store)? {
+        let sandbox = match self.record_start(id, Transition::Resuming).await? {
             Some(sandbox) if sandbox.status == Status::Resuming => sandbox,
             Some(sandbox) => return Err(ResumeError::NotPaused(sandbox.status)),
             None => return Err(LookupError::NotFound.into()),

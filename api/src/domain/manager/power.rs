@@ -143,7 +143,11 @@ impl Manager {
             return Err(PowerError::TooManyLayers(sandbox.layers.disk.len()));
         }
         let transition = Transition::PoweringOn(sandbox.layers);
-        let sandbox = match self.record(id, transition).await? {
+        let sandbox = match self
+            .record_start(id, transition)
+            .await
+            .map_err(CreateError::from)?
+        {
             Some(sandbox) if sandbox.status == Status::Pending => sandbox,
             Some(sandbox) => return Err(wrong(sandbox.status)),
             None => return Err(LookupError::NotFound.into()),

@@ -106,7 +106,13 @@ impl Manager {
             name => name,
         };
         if let Some(name) = &name
-            && self.inner.store.find_snapshot(name).await?.is_some()
+            && self
+                .inner
+                .store
+                .find_snapshot(name)
+                .await?
+                .iter()
+                .any(|other| self.owns(other))
         {
             let name = name.rsplit('/').next().unwrap_or_default();
             return Err(SnapshotError::NameTaken(name.to_owned()));
@@ -193,7 +199,7 @@ impl Manager {
     /// The store failed.
     pub async fn list_snapshots(&self) -> Result<Vec<Snapshot>, StoreError> {
         let mut snapshots = self.inner.store.list_snapshots().await?;
-        snapshots.retain(|snapshot| snapshot.content.is_some());
+        snapshots.retain(|snapshot| snapshot.content.is_some() && self.sees(snapshot));
         Ok(snapshots)
     }
 
@@ -203,8 +209,11 @@ impl Manager {
     /// There is none, or the store failed.
     pub async fn get_snapshot(&self, id: &str) -> Result<Snapshot, SnapshotError> {
         let found = match id.parse() {
-            Ok(id) => self.inner.store.get_snapshot(&id).await?,
-            Err(_) => self.inner.store.find_snapshot(id).await?,
+            Ok(id) => {
+                let found = self.inner.store.get_snapshot(&id).await?;
+                found.filter(|snapshot| self.sees(snapshot))
+            }
+            Err(_) => self.choose(self.inner.store.find_snapshot(id).await?),
         };
         found
             .filter(|snapshot| snapshot.content.is_some())

@@ -15,7 +15,7 @@ use super::super::request::{self, SettingsSpec};
 use super::super::sandbox::Sandbox;
 use super::super::store::StoreError;
 use super::super::template::{
-    Readiness, Settings, Source, TemplateContent, TemplateInfo, TemplateStatus,
+    Readiness, Settings, Source, Template, TemplateContent, TemplateInfo, TemplateStatus,
 };
 use super::super::timings::Start;
 use super::recover::RecoverError;
@@ -56,7 +56,7 @@ impl Manager {
         host: &HostInfo,
     ) -> Result<Ground, CreateError> {
         request::check_template_name(name).map_err(CreateError::Invalid)?;
-        match self.inner.store.find_template(name).await? {
+        match self.usable_template(name).await? {
             Some(template) if template.status == TemplateStatus::Ready => Ok(Ground {
                 id: Some(template.id),
                 layers: template.layers,
@@ -76,7 +76,8 @@ impl Manager {
                 let built = self.inner.store.list_templates().await?;
                 let ready = built
                     .into_iter()
-                    .filter(|template| template.status == TemplateStatus::Ready);
+                    .filter(|template| template.status == TemplateStatus::Ready)
+                    .filter(|template| self.may_use(template));
                 known.extend(ready.map(|template| template.name));
                 known.sort();
                 known.dedup();
@@ -263,7 +264,8 @@ impl Manager {
     /// The store or the host failed.
     pub async fn list_templates(&self) -> Result<Vec<TemplateInfo>, TemplateError> {
         let built = self.inner.store.list_templates().await?;
-        let mut all: Vec<TemplateInfo> = built.into_iter().map(Into::into).collect();
+        let built = built.into_iter().filter(|template| self.may_use(template));
+        let mut all: Vec<TemplateInfo> = built.map(Into::into).collect();
         let host = self.inner.host.describe().await;
         for name in host.map_err(TemplateError::Host)?.templates {
             if all.iter().all(|template| template.name != name) {
@@ -279,10 +281,16 @@ impl Manager {
     /// # Errors
     /// There is none of that name, or the store or the host failed.
     pub async fn get_template(&self, name: &str) -> Result<TemplateInfo, TemplateError> {
-        if let Some(template) = self.inner.store.find_template(name).await? {
+        if let Some(template) = self.usable_template(name).await? {
             return Ok(template.into());
         }
         self.image(name.to_owned(), true).await
+    }
+
+    /// The template of this name, if it was built here and may be used.
+    pub(super) async fn usable_template(&self, name: &str) -> Result<Option<Template>, StoreError> {
+        let found = self.inner.store.find_template(name).await?;
+        Ok(found.filter(|template| self.may_use(template)))
     }
 
     async fn image(&self, name: String, with_digest: bool) -> Result<TemplateInfo, TemplateError> {
@@ -318,13 +326,16 @@ impl Manager {
     }
 
     async fn delete_template_now(&self, name: &str) -> Result<(), TemplateError> {
-        let Some(template) = self.inner.store.find_template(name).await? else {
+        let Some(template) = self.usable_template(name).await? else {
             // What the host has is not the daemon's.
             return match self.image(name.to_owned(), false).await {
                 Ok(_) => Err(TemplateError::Image(name.to_owned())),
                 Err(error) => Err(error),
             };
         };
+        if !self.sees(&template) {
+            return Err(TemplateError::NotYours(name.to_owned()));
+        }
         self.inner.builds.cancel(&template.id).await;
         let released = {
             let _records = self.inner.records.lock().await;

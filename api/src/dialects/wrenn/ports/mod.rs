@@ -31,6 +31,7 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Redirect, Response};
 
 use super::error::ApiError;
+use crate::domain::Principal;
 use crate::http::{Access, AppState, Caller, ErrorBody, identify};
 use forward::{Route, forward};
 use origin::{Fetch, GuestHost};
@@ -151,8 +152,9 @@ pub async fn by_host(State(state): State<AppState>, request: Request, next: Next
             prefix: String::new(),
             is_own_origin: true,
         };
-        let in_use = state.manager.running(&guest.id).await?;
-        forward(&state.manager, in_use, route, request).await
+        let manager = state.manager.acting_for(Principal::Local);
+        let in_use = manager.running(&guest.id).await?;
+        forward(&manager, in_use, route, request).await
     };
     served.await.unwrap_or_else(ApiError::into_response)
 }

@@ -1,0 +1,151 @@
+//! The thread that writes.
+
+use std::path::Path;
+use std::thread;
+
+use rusqlite::{Connection, OptionalExtension, params};
+use tokio::sync::{mpsc, oneshot};
+use tracing::error;
+
+use super::chain::{START, hash};
+use super::{AuditError, Entry};
+
+/// How many records may wait; who has one more waits to wait.
+const MAX_WAITING: usize = 1024;
+/// How many are written together.
+const MAX_TOGETHER: usize = 256;
+
+type Waiting = (Entry, oneshot::Sender<Result<(), AuditError>>);
+
+/// Hands records to the thread.
+#[derive(Clone)]
+pub struct Writer {
+    queue: mpsc::Sender<Waiting>,
+}
+
+/// Where the chain stands.
+#[derive(Clone, Copy)]
+struct Head {
+    seq: u64,
+    hash: [u8; 32],
+}
+
+impl Writer {
+    /// Opens the file and starts the thread, which ends with the last writer.
+    pub fn start(path: &Path) -> rusqlite::Result<Self> {
+        let (mut connection, mut head) = open(path)?;
+        let (queue, mut waiting) = mpsc::channel::<Waiting>(MAX_WAITING);
+        let path = path.to_owned();
+        thread::spawn(move || {
+            while let Some(first) = waiting.blocking_recv() {
+                let mut together = vec![first];
+                while together.len() < MAX_TOGETHER
+                    && let Ok(next) = waiting.try_recv()
+                {
+                    together.push(next);
+                }
+                write(&mut connection, &mut head, together, &path);
+            }
+        });
+        Ok(Self { queue })
+    }
+
+    /// Writes a record; it is on the disk when this returns.
+    pub async fn write(&self, entry: Entry) -> Result<(), AuditError> {
+        let (done, written) = oneshot::channel();
+        let sent = self.queue.send((entry, done)).await;
+        sent.map_err(|_| AuditError::Ended)?;
+        written.await.map_err(|_| AuditError::Ended)?
+    }
+}
+
+fn open(path: &Path) -> rusqlite::Result<(Connection, Head)> {
+    let connection = Connection::open(path)?;
+    connection.execute_batch(
+        "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;
+         CREATE TABLE IF NOT EXISTS records (
+             seq            INTEGER PRIMARY KEY, -- 1, 2, 3, …
+             time           INTEGER NOT NULL,    -- microseconds since 1970, UTC
+             action_type    TEXT NOT NULL,
+             resource_type  TEXT NOT NULL,
+             resource_id    TEXT,
+             user_id        TEXT NOT NULL,
+             source_ip      TEXT,
+             outcome        TEXT NOT NULL,
+             details        TEXT NOT NULL,       -- JSON
+             frameworks     TEXT NOT NULL,       -- JSON
+             hash           BLOB NOT NULL
+         ) STRICT;
+         CREATE INDEX IF NOT EXISTS times ON records (time);
+         CREATE TRIGGER IF NOT EXISTS no_update BEFORE UPDATE ON records
+             BEGIN SELECT RAISE (ABORT, 'audit records do not change'); END;
+         CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON records
+             BEGIN SELECT RAISE (ABORT, 'audit records do not go away'); END;",
+    )?;
+    let last = connection
+        .query_row(
+            "SELECT seq, hash FROM records ORDER BY seq DESC LIMIT 1",
+            [],
+            |row| Ok((row.get::<_, i64>(0)?, row.get(1)?)),
+        )
+        .optional()?;
+    let head = last.map_or((0, START), |(seq, hash)| (seq.cast_unsigned(), hash));
+    let (seq, hash) = head;
+    Ok((connection, Head { seq, hash }))
+}
+
+fn write(connection: &mut Connection, head: &mut Head, together: Vec<Waiting>, path: &Path) {
+    let (entries, waiting): (Vec<_>, Vec<_>) = together.into_iter().unzip();
+    let result = insert(connection, *head, &entries);
+    match result {
+        Ok(next) => {
+            *head = next;
+            for done in waiting {
+                // Who has gone away needs no answer.
+                let _ = done.send(Ok(()));
+            }
+        }
+        Err(source) => {
+            error!(error = %source, "audit records are not written");
+            let text = source.to_string();
+            for done in waiting {
+                let source = rusqlite::Error::ToSqlConversionFailure(text.clone().into());
+                let path = path.to_owned();
+                let _ = done.send(Err(AuditError::File { path, source }));
+            }
+        }
+    }
+}
+
+fn insert(
+    connection: &mut Connection,
+    mut head: Head,
+    entries: &[Entry],
+) -> rusqlite::Result<Head> {
+    let transaction = connection.transaction()?;
+    {
+        let mut statement = transaction.prepare_cached(
+            "INSERT INTO records VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
+        )?;
+        for entry in entries {
+            head.seq += 1;
+            head.hash = hash(&head.hash, head.seq, entry);
+            let frameworks = serde_json::Value::from(entry.frameworks.clone());
+            statement.execute(params![
+                head.seq.cast_signed(),
+                entry.time.as_microsecond(),
+                entry.action_type,
+                entry.resource_type,
+                entry.resource_id,
+                entry.user_id,
+                entry.source_ip,
+                entry.outcome,
+                entry.details.to_string(),
+                frameworks.to_string(),
+                head.hash,
+            ])?;
+        }
+    }
+    transaction.commit()?;
+    Ok(head)
+}

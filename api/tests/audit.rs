@@ -1,0 +1,253 @@
+//! What is written down of what was done, and how many requests there may be.
+
+mod support;
+
+use api::audit::{self, AuditError};
+use api::http::Rates;
+use axum::body::Body;
+use axum::http::{Request, StatusCode};
+use rusqlite::Connection;
+use serde_json::{Value, json};
+use support::Api;
+use tower::ServiceExt;
+
+const PASSWORD: &str = "Correct-horse-7";
+
+async fn user(api: &Api, name: &str, role: &str) -> String {
+    let body = json!({"username": name, "password": PASSWORD, "role": role}).to_string();
+    let (status, answer) = api.call("POST", "/api/v1/auth/register", &body).await;
+    assert_eq!(status, StatusCode::CREATED, "{answer}");
+    api.token(name, PASSWORD).await
+}
+
+async fn logs(api: &Api, token: &str, query: &str) -> (StatusCode, Value) {
+    let path = format!("/api/v1/security/audit-logs{query}");
+    api.call_as("GET", &path, "", &[("authorization", token)])
+        .await
+}
+
+/// Actions of the records of this filter, first one first.
+async fn actions(api: &Api, token: &str, query: &str) -> Vec<String> {
+    let (status, answer) = logs(api, token, query).await;
+    assert_eq!(status, StatusCode::OK, "{answer}");
+    let logs = answer["logs"].as_array().unwrap().iter().rev();
+    logs.map(|log| log["action_type"].as_str().unwrap().to_owned())
+        .collect()
+}
+
+#[tokio::test]
+async fn what_changes_something_is_on_record_and_holds_no_secret() {
+    let api = Api::new(1 << 20, 1 << 20).await;
+    let root = user(&api, "root", "admin").await;
+    let wrong = json!({"username": "root", "password": "Wrong-horse-7"}).to_string();
+    api.call("POST", "/api/v1/auth/login", &wrong).await;
+    let headers = [("authorization", root.as_str())];
+    let create = r#"{"vcpus": 2, "memory_mb": 256}"#;
+    let (_, sandbox) = api.call_as("POST", "/v1/sandboxes", create, &headers).await;
+    let id = sandbox["id"].as_str().unwrap();
+    let of_it = |what: &str| format!("/v1/sandboxes/{id}{what}");
+    let exec = r#"{"cmd": "true", "args": ["SECRET-1"], "envs": {"A": "SECRET-2"}}"#;
+    api.call("POST", &of_it("/exec"), exec).await;
+    api.call("GET", &of_it(""), "").await;
+    api.call("POST", &of_it("/resume"), "").await;
+    let forged = [("x-api-key", "SECRET-3")];
+    api.call_as("DELETE", &of_it(""), "", &forged).await;
+    let (_, key) = api
+        .call_as("POST", "/v1/api-keys", r#"{"name": "k"}"#, &headers)
+        .await;
+    api.call_as("DELETE", &of_it(""), "", &headers).await;
+
+    let all = actions(&api, &root, "").await;
+    assert_eq!(
+        all,
+        [
+            "user_register",
+            "user_login",
+            "user_login",
+            "vm_create",
+            "vm_exec",
+            "vm_resume",
+            "vm_delete",
+            "api_key_create",
+            "vm_delete",
+        ]
+    );
+    let (_, answer) = logs(&api, &root, "").await;
+    assert_eq!(
+        (&answer["total"], &answer["limit"]),
+        (&json!(9), &json!(100))
+    );
+    let mut records = answer["logs"].as_array().unwrap().clone();
+    records.reverse();
+    let root_id = records[0]["resource_id"].clone();
+    assert_eq!(records[0]["user_id"], "anonymous");
+    assert_eq!(records[0]["details"]["username"], "root");
+    let fields: Vec<_> = records[3].as_object().unwrap().keys().cloned().collect();
+    for field in [
+        "timestamp",
+        "action_type",
+        "resource_type",
+        "resource_id",
+        "user_id",
+        "source_ip",
+        "details",
+        "compliance_frameworks",
+    ] {
+        assert!(fields.iter().any(|known| known == field), "{field}");
+    }
+    let outcome = |at: usize| records[at]["outcome"].as_str().unwrap();
+    assert_eq!((outcome(1), outcome(2)), ("success", "denied"));
+    assert_eq!(records[1]["user_id"], root_id);
+    assert_eq!(records[2]["user_id"], "anonymous");
+    assert_eq!(records[3]["user_id"], root_id);
+    assert_eq!(records[3]["resource_id"], id);
+    assert_eq!(records[3]["details"]["vcpus"], 2);
+    assert_eq!(records[4]["user_id"], "local");
+    assert_eq!((outcome(5), outcome(6)), ("failure", "denied"));
+    assert_eq!(
+        records[3]["compliance_frameworks"],
+        json!(["SOC2", "ISO27001"])
+    );
+    let written = answer.to_string();
+    let secrets = [
+        "SECRET",
+        PASSWORD,
+        "Wrong-horse",
+        key["key"].as_str().unwrap(),
+        &root[7..],
+    ];
+    for secret in secrets {
+        assert!(!written.contains(secret), "{secret}");
+    }
+}
+
+#[tokio::test]
+async fn filters_and_who_may_read() {
+    let api = Api::new(1, 1).await;
+    let root = user(&api, "root", "admin").await;
+    let bob = user(&api, "bob", "user").await;
+    api.create().await;
+    assert_eq!(logs(&api, &bob, "").await.0, StatusCode::FORBIDDEN);
+    let none = api.call("GET", "/api/v1/security/audit-logs", "").await;
+    assert_eq!(none.0, StatusCode::UNAUTHORIZED);
+    assert_eq!(
+        actions(&api, &root, "?resource_type=vm").await,
+        ["vm_create"]
+    );
+    assert_eq!(
+        actions(&api, &root, "?action_type=user_login").await.len(),
+        2
+    );
+    assert_eq!(actions(&api, &root, "?user_id=local").await, ["vm_create"]);
+    assert_eq!(
+        actions(&api, &root, "?start_time=2100-01-01T00:00:00Z")
+            .await
+            .len(),
+        0
+    );
+    assert_eq!(
+        actions(&api, &root, "?end_time=2100-01-01T00:00:00Z")
+            .await
+            .len(),
+        5
+    );
+    let (_, two) = logs(&api, &root, "?limit=2").await;
+    assert_eq!(two["logs"].as_array().unwrap().len(), 2);
+    assert_eq!(two["total"], 5);
+    for bad in [
+        "?limit=0",
+        "?limit=x",
+        "?limit=1001",
+        "?start_time=yesterday",
+    ] {
+        let (status, error) = logs(&api, &root, bad).await;
+        assert_eq!(status, StatusCode::BAD_REQUEST, "{bad}");
+        assert_eq!(error["error"], "bad_request");
+    }
+}
+
+#[tokio::test]
+async fn a_changed_record_shows_and_what_was_answered_is_there_after_a_crash() {
+    let api = Api::new(1, 1).await;
+    let all = (0..20).map(|_| api.call("POST", "/v1/sandboxes", "{}"));
+    futures_util::future::join_all(all).await;
+    let path = api.dir.path().join(audit::FILE);
+    let intact = audit::verify(&path).unwrap();
+    assert_eq!(intact.records, 20);
+    let api = api.restart().await;
+    api.create().await;
+    let longer = audit::verify(&path).unwrap();
+    assert_eq!(longer.records, 21);
+    assert_ne!(longer.last, intact.last);
+    let tamper = |sql: &str| {
+        let copy = api.dir.path().join("copy.db");
+        Connection::open(&path)
+            .unwrap()
+            .execute("VACUUM INTO ?1", [copy.to_str().unwrap()])
+            .unwrap();
+        let connection = Connection::open(&copy).unwrap();
+        assert!(connection.execute_batch(sql).is_err(), "triggers refuse it");
+        connection
+            .execute_batch("DROP TRIGGER no_update; DROP TRIGGER no_delete;")
+            .unwrap();
+        connection.execute_batch(sql).unwrap();
+        let result = audit::verify(&copy);
+        std::fs::remove_file(&copy).unwrap();
+        match result {
+            Err(AuditError::Broken(broken)) => broken.seq,
+            other => panic!("{sql}: {other:?}"),
+        }
+    };
+    assert_eq!(
+        tamper("UPDATE records SET user_id = 'bob' WHERE seq = 7"),
+        7
+    );
+    assert_eq!(
+        tamper("UPDATE records SET time = time + 1 WHERE seq = 1"),
+        1
+    );
+    assert_eq!(tamper("UPDATE records SET details = 'x' WHERE seq = 9"), 9);
+    assert_eq!(
+        tamper("UPDATE records SET source_ip = '' WHERE seq = 21"),
+        21
+    );
+    assert_eq!(tamper("DELETE FROM records WHERE seq = 5"), 5);
+    assert_eq!(tamper("DELETE FROM records WHERE seq = 1"), 1);
+}
+
+#[tokio::test]
+async fn too_many_requests_are_refused_and_every_answer_tells_what_is_left() {
+    let rates = Rates {
+        per_minute: 3,
+        per_hour: 100,
+    };
+    let api = Api::with_rates(rates).await;
+    let send = async || {
+        let request = Request::get("/api/v1/health")
+            .header("host", "localhost")
+            .body(Body::empty())
+            .unwrap();
+        api.router.clone().oneshot(request).await.unwrap()
+    };
+    for left in [2, 1, 0] {
+        let answer = send().await;
+        assert_eq!(answer.status(), StatusCode::OK);
+        assert_eq!(answer.headers()["x-ratelimit-limit"], "3");
+        assert_eq!(answer.headers()["x-ratelimit-remaining"], left.to_string());
+        let reset: i64 = answer.headers()["x-ratelimit-reset"]
+            .to_str()
+            .unwrap()
+            .parse()
+            .unwrap();
+        let seconds = reset - jiff::Timestamp::now().as_second();
+        assert!((50..=61).contains(&seconds), "{seconds}");
+    }
+    let refused = send().await;
+    assert_eq!(refused.headers()["x-ratelimit-remaining"], "0");
+    let (status, error) = support::read_json(refused).await;
+    assert_eq!(status, StatusCode::TOO_MANY_REQUESTS);
+    assert_eq!(error["error"], "rate_limit_exceeded");
+    assert!((50..=60).contains(&error["retry_after_seconds"].as_u64().unwrap()));
+    // The other dialect is not limited.
+    assert_eq!(api.call("GET", "/v1/sandboxes", "").await.0, StatusCode::OK);
+}

@@ -1,0 +1,391 @@
+//! What users have: their own things, their API keys, and quotas.
+
+mod support;
+
+use api::domain::{Quota, Quotas};
+use api::http::Access;
+use axum::http::StatusCode;
+use proptest::prelude::*;
+use serde_json::{Value, json};
+use support::{Api, FakeHost};
+
+const PASSWORD: &str = "Correct-horse-7";
+
+/// A user's `Authorization`.
+async fn user(api: &Api, name: &str, role: &str) -> String {
+    let body = json!({"username": name, "password": PASSWORD, "role": role}).to_string();
+    let (status, answer) = api.call("POST", "/api/v1/auth/register", &body).await;
+    assert_eq!(status, StatusCode::CREATED, "{answer}");
+    api.token(name, PASSWORD).await
+}
+
+async fn call(api: &Api, token: &str, method: &str, path: &str, body: &str) -> (StatusCode, Value) {
+    api.call_as(method, path, body, &[("authorization", token)])
+        .await
+}
+
+async fn create(api: &Api, token: &str) -> String {
+    let (status, sandbox) = call(api, token, "POST", "/v1/sandboxes", "{}").await;
+    assert_eq!(status, StatusCode::CREATED, "{sandbox}");
+    sandbox["id"].as_str().unwrap().to_owned()
+}
+
+/// Ids of one user's things, or of nobody's.
+struct Things {
+    sandbox: String,
+    snapshot: String,
+    template: String,
+    key: String,
+}
+
+impl Things {
+    /// The path with these in place of its parameters.
+    fn fill(&self, path: &str) -> String {
+        let segments: Vec<_> = path.split('/').collect();
+        let filled = segments.iter().enumerate().map(|(at, segment)| {
+            let of = segments[at.saturating_sub(1)];
+            match (*segment, of) {
+                ("{id}", "sandboxes" | "capsules") | ("{vm_name}", "vms") => &self.sandbox,
+                ("{id}", "snapshots") | ("{snapshot_name}", "snapshots") => &self.snapshot,
+                ("{name}", "templates") => &self.template,
+                ("{id}", "api-keys") => &self.key,
+                ("{transport}", _) => "tcp",
+                ("{host}", _) => "127.0.0.1:10000",
+                ("{process}", _) => "1",
+                ("{path}", _) => "x",
+                ("{port}", _) => "80",
+                (parameter, _) if parameter.starts_with('{') => {
+                    panic!("say here what {parameter} of {path} is")
+                }
+                (literal, _) => literal,
+            }
+        });
+        filled.collect::<Vec<_>>().join("/")
+    }
+}
+
+/// A body that makes sense at this path, where one is looked at before it is looked whose the thing
+/// is.
+fn body_for(path: &str) -> &'static str {
+    match path.rsplit('/').next() {
+        Some("exec") => r#"{"cmd": "true"}"#,
+        Some("read" | "list" | "mkdir" | "remove") => r#"{"path": "/f"}"#,
+        Some("egress") => r#"{"policy": "none"}"#,
+        Some("forwards") => r#"{"guest_port": 80}"#,
+        Some("fork") => r#"{"count": 1}"#,
+        _ => "{}",
+    }
+}
+
+#[tokio::test]
+async fn no_operation_lets_a_user_see_touch_or_infer_what_is_anothers() {
+    let api = Api::new(1 << 20, 1 << 20).await;
+    let alice = user(&api, "alice", "user").await;
+    let bob = user(&api, "bob", "user").await;
+    let sandbox = create(&api, &alice).await;
+    let body = json!({"sandbox_id": sandbox, "name": "mine"}).to_string();
+    let (status, snapshot) = call(&api, &alice, "POST", "/v1/snapshots", &body).await;
+    assert_eq!(status, StatusCode::CREATED, "{snapshot}");
+    let body = json!({"name": "alices", "sandbox_id": sandbox}).to_string();
+    let (status, template) = call(&api, &alice, "POST", "/v1/templates", &body).await;
+    assert!(status.is_success(), "{template}");
+    let (_, key) = call(&api, &alice, "POST", "/v1/api-keys", r#"{"name": "k"}"#).await;
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    let hers = Things {
+        sandbox,
+        snapshot: text(&snapshot["id"]),
+        template: "alices".into(),
+        key: text(&key["id"]),
+    };
+    let nobodys = Things {
+        sandbox: "sb-00000000".into(),
+        snapshot: "sn-00000000".into(),
+        template: "nobody".into(),
+        key: "ak-00000000".into(),
+    };
+    let names = [&hers.sandbox, &hers.snapshot, &hers.template, &hers.key];
+    let before = call(&api, &alice, "GET", &hers.fill("/v1/sandboxes/{id}"), "").await;
+    let document: Value = serde_json::from_str(&api::http::json().unwrap()).unwrap();
+    let mut checked = 0;
+    for (path, operations) in document["paths"].as_object().unwrap() {
+        for method in operations.as_object().unwrap().keys() {
+            let method = method.to_uppercase();
+            if !path.contains('{') {
+                if method == "GET" {
+                    let (_, answer) = call(&api, &bob, &method, path, "").await;
+                    let answer = answer.to_string();
+                    for name in names {
+                        // The description of the API has examples of names only.
+                        assert!(!answer.contains(name.as_str()), "{path} tells of {name}");
+                    }
+                }
+                continue;
+            }
+            let ask = async |things: &Things| {
+                let (path, body) = (things.fill(path), body_for(path));
+                let (status, answer) = if path.ends_with("/write") {
+                    api.upload_as(&bob, &path).await
+                } else {
+                    call(&api, &bob, &method, &path, body).await
+                };
+                let mut text = answer.to_string();
+                for (name, of) in [
+                    (&things.sandbox, "SANDBOX"),
+                    (&things.snapshot, "SNAPSHOT"),
+                    (&things.template, "TEMPLATE"),
+                    (&things.key, "KEY"),
+                ] {
+                    text = text.replace(name.as_str(), of);
+                }
+                (status, text)
+            };
+            let (theirs, none) = (ask(&hers).await, ask(&nobodys).await);
+            assert_eq!(theirs, none, "{method} {path} tells that it is there");
+            // Without the headers of a WebSocket it is not looked up.
+            let is_socket = theirs.0 == StatusCode::BAD_REQUEST && theirs.1.contains("WebSocket");
+            assert!(
+                theirs.0 == StatusCode::NOT_FOUND || is_socket,
+                "{method} {path}: {theirs:?}; give it a body that makes sense"
+            );
+            checked += 1;
+        }
+    }
+    assert!(checked > 40, "{checked}");
+    for (path, body) in [
+        ("/v1/snapshots", json!({"sandbox_id": hers.sandbox})),
+        (
+            "/v1/templates",
+            json!({"name": "x", "sandbox_id": hers.sandbox}),
+        ),
+    ] {
+        let (status, answer) = call(&api, &bob, "POST", path, &body.to_string()).await;
+        assert_eq!(status, StatusCode::NOT_FOUND, "{path} {answer}");
+    }
+    let of_hers = json!({"template": "alices"}).to_string();
+    let of_none = json!({"template": "nobody"}).to_string();
+    let (status, theirs) = call(&api, &bob, "POST", "/v1/sandboxes", &of_hers).await;
+    let (_, none) = call(&api, &bob, "POST", "/v1/sandboxes", &of_none).await;
+    assert_eq!(status, StatusCode::BAD_REQUEST);
+    assert_eq!(
+        theirs.to_string().replace("alices", "nobody"),
+        none.to_string()
+    );
+    let after = call(&api, &alice, "GET", &hers.fill("/v1/sandboxes/{id}"), "").await;
+    assert_eq!(before, after, "nothing was touched");
+}
+
+#[tokio::test]
+async fn names_are_each_users_own_and_an_administrator_sees_all() {
+    let api = Api::new(1, 1).await;
+    let root = user(&api, "root", "admin").await;
+    let alice = user(&api, "alice", "user").await;
+    let bob = user(&api, "bob", "user").await;
+    for token in [&alice, &bob] {
+        let sandbox = create(&api, token).await;
+        let body = json!({"sandbox_id": sandbox, "name": "mine"}).to_string();
+        let (status, answer) = call(&api, token, "POST", "/v1/snapshots", &body).await;
+        assert_eq!(status, StatusCode::CREATED, "{answer}");
+        let (_, found) = call(&api, token, "GET", "/v1/snapshots/mine", "").await;
+        assert_eq!(found["id"], answer["id"]);
+        let (status, _) = call(&api, token, "POST", "/v1/snapshots", &body).await;
+        assert_eq!(status, StatusCode::CONFLICT);
+    }
+    for (token, sees) in [(&root, 2), (&alice, 1), (&bob, 1)] {
+        let (_, list) = call(&api, token, "GET", "/v1/sandboxes", "").await;
+        assert_eq!(list.as_array().unwrap().len(), sees);
+    }
+    let (_, local) = api.call("GET", "/v1/sandboxes", "").await;
+    assert_eq!(local.as_array().unwrap().len(), 2);
+    // Nobody can say which is meant.
+    let (status, _) = call(&api, &root, "GET", "/v1/snapshots/mine", "").await;
+    assert_eq!(status, StatusCode::NOT_FOUND);
+}
+
+#[tokio::test]
+async fn keys_act_for_their_user_until_they_are_revoked() {
+    let api = Api::open(Access::Credentials).await;
+    let root = user(&api, "root", "admin").await;
+    let alice = user(&api, "alice", "user").await;
+    let make = async |token: &str, body: Value| {
+        call(&api, token, "POST", "/v1/api-keys", &body.to_string()).await
+    };
+    let (status, made) = make(&root, json!({"name": "for alice", "user": "alice"})).await;
+    assert_eq!(status, StatusCode::CREATED);
+    let key = made["key"].as_str().unwrap();
+    assert!(key.starts_with(made["prefix"].as_str().unwrap()));
+    assert_eq!(key.len(), 47);
+    assert_eq!(made["last_used_at"], Value::Null);
+    let with_key = async |method: &str, path: &str| {
+        api.call_as(method, path, "{}", &[("x-api-key", key)]).await
+    };
+    let (status, sandbox) = with_key("POST", "/v1/sandboxes").await;
+    assert_eq!(status, StatusCode::CREATED);
+    let (_, hers) = call(&api, &alice, "GET", "/v1/sandboxes", "").await;
+    assert_eq!(hers[0]["id"], sandbox["id"]);
+    let (_, list) = call(&api, &alice, "GET", "/v1/api-keys", "").await;
+    assert_eq!(list[0]["id"], made["id"]);
+    assert_eq!(list[0].get("key"), None, "it is told once");
+    assert!(list[0]["last_used_at"].is_string());
+    let (_, roots) = make(&root, json!({"name": "root's"})).await;
+    assert_eq!(
+        make(&alice, json!({"name": "x", "user": "root"})).await.0,
+        403
+    );
+    assert_eq!(
+        make(&root, json!({"name": "x", "user": "nobody"})).await.0,
+        400
+    );
+    assert_eq!(make(&root, json!({"name": ""})).await.0, 400);
+    let path = |made: &Value| format!("/v1/api-keys/{}", made["id"].as_str().unwrap());
+    assert_eq!(call(&api, &alice, "DELETE", &path(&roots), "").await.0, 404);
+    assert_eq!(call(&api, &alice, "DELETE", &path(&made), "").await.0, 204);
+    assert_eq!(with_key("GET", "/v1/sandboxes").await.0, 401);
+    let wrong = format!("{}x", &key[..46]);
+    let answer = api
+        .call_as("GET", "/v1/sandboxes", "", &[("x-api-key", &wrong)])
+        .await;
+    assert_eq!(answer.0, 401);
+    let secret = roots["key"].as_str().unwrap().as_bytes();
+    for file in std::fs::read_dir(api.dir.path()).unwrap() {
+        let content = std::fs::read(file.unwrap().path()).unwrap();
+        assert!(!content.windows(secret.len()).any(|window| window == secret));
+    }
+}
+
+#[tokio::test]
+async fn keys_are_made_listed_and_revoked_by_the_command_line() {
+    let api = Api::open(Access::Credentials).await;
+    user(&api, "root", "admin").await;
+    let root = api.token("root", PASSWORD).await;
+    let (_, first) = call(&api, &root, "POST", "/v1/api-keys", r#"{"name": "first"}"#).await;
+    let first = first["key"].as_str().unwrap();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let server = listener.local_addr().unwrap().to_string();
+    let router = api.router.clone();
+    tokio::spawn(async move { axum::serve(listener, router).await });
+    let run = async |key: &str, arguments: &[&str]| {
+        let output = tokio::process::Command::new(env!("CARGO_BIN_EXE_sandboxd"))
+            .arg("apikey")
+            .args(arguments)
+            .env("MVS_HOST", &server)
+            .env("MVS_API_KEY", key)
+            .output()
+            .await
+            .unwrap();
+        let text = [output.stdout, output.stderr].concat();
+        (output.status.success(), String::from_utf8(text).unwrap())
+    };
+    let (done, key) = run(first, &["create", "mine"]).await;
+    assert!(done && key.starts_with("mvs_"), "{key}");
+    let with_key = key.trim();
+    let (done, list) = run(with_key, &["list"]).await;
+    assert!(
+        done && list.contains("mine") && list.contains("root"),
+        "{list}"
+    );
+    assert!(!list.contains(key.trim()), "{list}");
+    let id = list
+        .split_whitespace()
+        .find(|word| word.starts_with("ak-"))
+        .unwrap();
+    assert!(run(with_key, &["revoke", id]).await.0);
+    let (done, refused) = run(with_key, &["list"]).await;
+    assert!(!done && refused.contains("not good"), "{refused}");
+}
+
+fn of_user(user: Quota) -> Quotas {
+    Quotas {
+        user,
+        local: Quota::default(),
+    }
+}
+
+#[tokio::test]
+async fn quotas_hold_for_create_fork_and_resume_of_each_user() {
+    let quota = Quota {
+        sandboxes: 2,
+        ..Quota::default()
+    };
+    let api = Api::with_quotas(of_user(quota)).await;
+    let alice = user(&api, "alice", "user").await;
+    let bob = user(&api, "bob", "user").await;
+    let first = create(&api, &alice).await;
+    create(&api, &alice).await;
+    let (status, refused) = call(&api, &alice, "POST", "/v1/sandboxes", "{}").await;
+    assert_eq!(status, StatusCode::TOO_MANY_REQUESTS);
+    assert_eq!(refused["error"]["code"], "quota_exceeded");
+    let message = refused["error"]["message"].as_str().unwrap();
+    assert!(message.contains("2 running sandboxes"), "{message}");
+    let of_first = |what: &str| format!("/v1/sandboxes/{first}/{what}");
+    assert_eq!(
+        call(&api, &alice, "POST", &of_first("fork"), "{}").await.0,
+        429
+    );
+    assert_eq!(
+        call(&api, &alice, "POST", &of_first("pause"), "").await.0,
+        200
+    );
+    let second = create(&api, &alice).await;
+    assert_eq!(
+        call(&api, &alice, "POST", &of_first("resume"), "").await.0,
+        429
+    );
+    let (_, paused) = call(&api, &alice, "GET", &format!("/v1/sandboxes/{first}"), "").await;
+    assert_eq!(paused["status"], "paused", "as before");
+    call(
+        &api,
+        &alice,
+        "DELETE",
+        &format!("/v1/sandboxes/{second}"),
+        "",
+    )
+    .await;
+    assert_eq!(
+        call(&api, &alice, "POST", &of_first("resume"), "").await.0,
+        200
+    );
+    create(&api, &bob).await;
+    for _ in 0..3 {
+        api.create().await;
+    }
+}
+
+/// What sandboxes that run have together, by the host's word.
+fn running(host: &FakeHost) -> usize {
+    host.sandboxes.lock().unwrap().len()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(12))]
+
+    #[test]
+    fn however_many_ask_at_once_the_quota_is_not_exceeded(
+        most in 1_u32..5,
+        creates in 1_usize..8,
+        fork in 1_u8..4,
+    ) {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        runtime.block_on(async {
+            let quota = Quota { sandboxes: most, ..Quota::default() };
+            let quotas = Quotas { user: Quota::default(), local: quota };
+            let api = Api::with_quotas(quotas).await;
+            let first = api.create().await;
+            let forks = format!("/v1/sandboxes/{first}/fork");
+            let count = json!({"count": fork}).to_string();
+            let all = (0..creates).map(|_| api.call("POST", "/v1/sandboxes", "{}"));
+            let (made, forked) = tokio::join!(
+                futures_util::future::join_all(all),
+                api.call("POST", &forks, &count)
+            );
+            let made = made.iter().filter(|(status, _)| *status == 201).count();
+            let forked = match forked.0.as_u16() {
+                201 => usize::from(fork),
+                _ => 0,
+            };
+            assert_eq!(running(&api.host), 1 + made + forked);
+            assert!(running(&api.host) <= most as usize);
+            let wanted = 1 + creates + usize::from(fork);
+            assert!(wanted > most as usize || running(&api.host) == wanted);
+        });
+    }
+}
