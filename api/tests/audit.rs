@@ -1,5 +1,7 @@
 //! What is written down of what was done, and how many requests there may be.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on may panic")]
+
 mod support;
 
 use api::audit::{self, AuditError};

@@ -1,5 +1,11 @@
 //! What users have: their own things, their API keys, and quotas.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test that cannot go on may panic"
+)]
+
 mod support;
 
 use api::domain::{Quota, Quotas};

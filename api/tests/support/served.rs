@@ -13,8 +13,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use api::domain::{ExecLimits, Host, Limits, Manager, PoolLimits, WhenIdle};
-use api::http::{Access, AppState, router};
+use api::audit::{self, AuditLog};
+use api::domain::{ExecLimits, Host, Limits, Manager, PoolLimits, Quotas, WhenIdle};
+use api::http::{Access, AppState, RateLimiter, Rates, router};
 use api::hypervisor::{HostConfig, LocalHost, Paths};
 use api::identity::{Identity, Registration, Tokens};
 use api::images::Images;
@@ -67,6 +68,7 @@ impl Served {
                 memory_threshold: 64 * 1024,
                 spool_dir: path.to_owned(),
             },
+            quotas: Quotas::default(),
             warm_bytes: 0,
             merge_from: usize::MAX,
             when_idle: WhenIdle::Pause,
@@ -86,7 +88,12 @@ impl Served {
         let tokens = Tokens::open(&path.join("token.key")).unwrap();
         let identity = Identity::new(store, tokens, Registration::Open).unwrap();
         let state = AppState {
-            manager: manager.clone(),
+            manager: manager.clone().into(),
+            rates: RateLimiter::new(Rates {
+                per_minute: 0,
+                per_hour: 0,
+            }),
+            audit: AuditLog::open(&path.join(audit::FILE)).unwrap(),
             identity,
             access: Access::Local,
             max_upload: 1 << 20,
