@@ -56,6 +56,7 @@ impl Things {
                 ("{name}", "templates") => &self.template,
                 ("{id}", "api-keys") => &self.key,
                 ("{transport}", _) => "tcp",
+                ("{host_port}", _) => "10000",
                 ("{host}", _) => "127.0.0.1:10000",
                 ("{process}", _) => "1",
                 ("{path}", _) => "x",
@@ -79,6 +80,9 @@ fn body_for(path: &str) -> &'static str {
         Some("egress") => r#"{"policy": "none"}"#,
         Some("forwards") => r#"{"guest_port": 80}"#,
         Some("fork") => r#"{"count": 1}"#,
+        Some("download") => r#"{"remote_path": "/f"}"#,
+        Some("execute" | "command") => r#"{"command": "true"}"#,
+        Some("port-forward") => r#"{"host_port": 10000, "guest_port": 80, "protocol": "tcp"}"#,
         _ => "{}",
     }
 }
@@ -128,8 +132,11 @@ async fn no_operation_lets_a_user_see_touch_or_infer_what_is_anothers() {
                 continue;
             }
             let ask = async |things: &Things| {
-                let (path, body) = (things.fill(path), body_for(path));
-                let (status, answer) = if path.ends_with("/write") {
+                let (mut path, body) = (things.fill(path), body_for(path));
+                if path.ends_with("/download") && method == "GET" {
+                    path.push_str("?path=/f");
+                }
+                let (status, answer) = if path.ends_with("/write") || path.ends_with("/upload") {
                     api.upload_as(&bob, &path).await
                 } else {
                     call(&api, &bob, &method, &path, body).await

@@ -294,9 +294,10 @@ impl Daemon {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             // Templates are made of layers, and of empty file systems.
             let empty = self.directory.path().join("data/empty");
-            !name.starts_with("sandboxd.")
-                && !path.starts_with(self.layers_directory())
-                && !path.starts_with(empty)
+            let is_own = ["sandboxd.", "audit.db", "token.key"]
+                .iter()
+                .any(|own| name.starts_with(own));
+            !is_own && !path.starts_with(self.layers_directory()) && !path.starts_with(empty)
         });
         assert!(files.is_empty(), "left behind: {files:?}");
     }

@@ -5,7 +5,7 @@
 //! changed, removed or put in between shows. What is missing at the end does not show in the chain
 //! alone: keep the last hash elsewhere to compare.
 //!
-//! A record is on the disk before the answer of its call begins. One thread writes; all that wait
+//! A record is on the disk before the answer of its call begins. One task writes; all that wait
 //! while it writes are written together next, in one transaction.
 
 mod chain;

@@ -1,10 +1,11 @@
-//! The thread that writes.
+//! What writes: one task at a time, as long as there is something to write, on a thread that may
+//! block.
 
-use std::path::Path;
-use std::thread;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rusqlite::{Connection, OptionalExtension, params};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, oneshot};
 use tracing::error;
 
 use super::chain::{START, hash};
@@ -17,10 +18,25 @@ const MAX_TOGETHER: usize = 256;
 
 type Waiting = (Entry, oneshot::Sender<Result<(), AuditError>>);
 
-/// Hands records to the thread.
+/// Takes records.
 #[derive(Clone)]
 pub struct Writer {
-    queue: mpsc::Sender<Waiting>,
+    turns: Arc<Semaphore>,
+    file: Arc<AuditFile>,
+}
+
+struct AuditFile {
+    path: PathBuf,
+    waiting: Mutex<Queue>,
+    /// Held by the task that writes.
+    open: Mutex<(Connection, Head)>,
+}
+
+#[derive(Default)]
+struct Queue {
+    waiting: Vec<Waiting>,
+    /// A task writes, and will look into the queue again.
+    is_written: bool,
 }
 
 /// Where the chain stands.
@@ -31,31 +47,57 @@ struct Head {
 }
 
 impl Writer {
-    /// Opens the file and starts the thread, which ends with the last writer.
+    /// Opens the file.
     pub fn start(path: &Path) -> rusqlite::Result<Self> {
-        let (mut connection, mut head) = open(path)?;
-        let (queue, mut waiting) = mpsc::channel::<Waiting>(MAX_WAITING);
-        let path = path.to_owned();
-        thread::spawn(move || {
-            while let Some(first) = waiting.blocking_recv() {
-                let mut together = vec![first];
-                while together.len() < MAX_TOGETHER
-                    && let Ok(next) = waiting.try_recv()
-                {
-                    together.push(next);
-                }
-                write(&mut connection, &mut head, together, &path);
-            }
-        });
-        Ok(Self { queue })
+        let file = AuditFile {
+            path: path.to_owned(),
+            waiting: Mutex::default(),
+            open: Mutex::new(open(path)?),
+        };
+        Ok(Self {
+            turns: Arc::new(Semaphore::new(MAX_WAITING)),
+            file: Arc::new(file),
+        })
     }
 
     /// Writes a record; it is on the disk when this returns.
     pub async fn write(&self, entry: Entry) -> Result<(), AuditError> {
+        let _turn = self.turns.acquire().await.map_err(|_| AuditError::Ended)?;
         let (done, written) = oneshot::channel();
-        let sent = self.queue.send((entry, done)).await;
-        sent.map_err(|_| AuditError::Ended)?;
+        let is_written = {
+            let mut queue = self.file.queue();
+            queue.waiting.push((entry, done));
+            std::mem::replace(&mut queue.is_written, true)
+        };
+        if !is_written {
+            let file = Arc::clone(&self.file);
+            tokio::task::spawn_blocking(move || file.write_all());
+        }
         written.await.map_err(|_| AuditError::Ended)?
+    }
+}
+
+impl AuditFile {
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes what waits, until nothing does.
+    fn write_all(&self) {
+        loop {
+            let together: Vec<_> = {
+                let mut queue = self.queue();
+                let count = queue.waiting.len().min(MAX_TOGETHER);
+                if count == 0 {
+                    queue.is_written = false;
+                    return;
+                }
+                queue.waiting.drain(..count).collect()
+            };
+            let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+            let (connection, head) = &mut *open;
+            write(connection, head, together, &self.path);
+        }
     }
 }
 

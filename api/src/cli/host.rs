@@ -80,7 +80,7 @@ pub fn authority(host: &str) -> Result<String, HostError> {
     }
     Ok(match authority.port() {
         Some(_) => authority.to_string(),
-        None if authority.as_str().ends_with(':') => return Err(address()),
+        None if authority.as_str() != authority.host() => return Err(address()),
         None => format!("{authority}:80"),
     })
 }

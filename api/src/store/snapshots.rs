@@ -247,7 +247,8 @@ mod tests {
         assert!(store.insert(&sandbox).await.unwrap());
         let named = snapshot(Some("one"), &shared);
         assert!(store.insert_snapshot(&named).await.unwrap());
-        let same_name = snapshot(Some("one"), &own);
+        let mut same_name = snapshot(Some("one"), &own);
+        same_name.owner = named.owner.clone();
         assert!(!store.insert_snapshot(&same_name).await.unwrap());
         let warm = WarmSnapshot {
             key: "key".into(),
