@@ -51,7 +51,7 @@ pub enum SandboxCommand {
 pub struct RunArgs {
     #[command(flatten)]
     host: HostArgs,
-    /// Template of the sandbox, or a snapshot
+    /// Template of the sandbox
     #[arg(long, value_name = "NAME")]
     template: Option<String>,
     /// Virtual CPUs [default: what the template says]
