@@ -213,7 +213,9 @@ async fn a_process_outlives_whoever_started_and_followed_it() {
 #[tokio::test]
 async fn signals_reach_the_group_and_the_end_is_told() {
     let agent = Agent::start();
-    let script = "trap 'echo caught; exit 7' TERM; sleep 1000 & echo $!; wait";
+    // Before it is `sleep`, the child is a shell, which takes the signal for its own.
+    let script = "trap 'echo caught; exit 7' TERM; sleep 1000 & \
+                  until grep -q sleep /proc/$!/comm; do :; done; echo $!; wait";
     agent.keep("trap", sh(script)).await;
     let mut attached = agent.attach("trap").await;
     let out = attached.wait_for("\n").await;
