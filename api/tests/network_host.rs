@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 
 use api::domain::{AllowRule, Destination, Egress, SandboxId};
 use api::network::{Counters, LinkError, Network, NetworkConfig, NetworkError};
+use futures_util::future::try_join_all;
 
 /// Set for this program when it runs in the namespace.
 const INSIDE: &str = "NETWORK_TEST_INSIDE";
@@ -95,16 +96,24 @@ fn what_a_hundred_sandboxes_need_is_made_and_removed_with_nothing_left() {
             let empty = output("nft", "list ruleset");
 
             let mut taps = Vec::new();
-            for (index, policy) in policies(100).into_iter().enumerate() {
-                let tap = network.tap().await.unwrap();
-                let id = SandboxId::random();
-                let address = Ipv4Addr::new(192, 168, 200, u8::try_from(index).unwrap() + 2);
-                let port = (tap.name.as_str(), tap.index);
-                let counters = Counters::default();
-                let attached = network.attach(&id, port, address, policy, counters);
-                attached.await.unwrap();
-                taps.push((id, address, tap));
+            for last in 2..102 {
+                let address = Ipv4Addr::new(192, 168, 200, last);
+                taps.push((SandboxId::random(), address, network.tap().await.unwrap()));
             }
+            let attached = taps
+                .iter()
+                .zip(policies(100))
+                .map(|((id, address, tap), policy)| {
+                    let port = (tap.name.as_str(), tap.index);
+                    network.attach(id, port, *address, policy, Counters::default())
+                });
+            // One by one, and many at once, as forks are.
+            let mut attached: Vec<_> = attached.collect();
+            let at_once = attached.split_off(50);
+            for one in attached {
+                one.await.unwrap();
+            }
+            try_join_all(at_once).await.unwrap();
             let full = output("nft", "list ruleset");
             let neighbours = output("ip", "neighbour show dev chbr0");
             let entries = output("bridge", "fdb show br chbr0");
@@ -128,10 +137,11 @@ fn what_a_hundred_sandboxes_need_is_made_and_removed_with_nothing_left() {
             }
             let activity = network.activity(&taps[0].0).await.unwrap();
             assert_eq!(activity.traffic.denied.packets, 0);
-            for (id, _, tap) in taps {
-                drop(tap);
-                network.detach(&id).await.unwrap();
-            }
+            let ids: Vec<_> = taps.iter().map(|(id, ..)| id.clone()).collect();
+            drop(taps);
+            try_join_all(ids.iter().map(|id| network.detach(id)))
+                .await
+                .unwrap();
             assert_eq!(output("nft", "list ruleset"), empty);
             network.stop().await;
             assert!(!forwards_packets(), "as it was before");

@@ -460,7 +460,10 @@ fn under_kills_each_sandbox_is_as_before_or_as_after() {
                     thread::sleep(Duration::from_millis(after_ms));
                     daemon = killed(daemon, id, what == 0);
                     asking.join().unwrap();
-                    "killed in a resume"
+                    match what {
+                        0 => "the daemon killed in a resume",
+                        _ => "the VMM killed in a resume",
+                    }
                 }
                 Some((4, _)) => {
                     // In neither.
@@ -482,7 +485,10 @@ fn under_kills_each_sandbox_is_as_before_or_as_after() {
                     thread::sleep(Duration::from_millis(after_ms));
                     daemon = killed(daemon, id, what == 2);
                     asking.join().unwrap();
-                    "killed in a pause"
+                    match what {
+                        2 => "the daemon killed in a pause",
+                        _ => "the VMM killed in a pause",
+                    }
                 }
             };
             let sandbox = daemon.sandbox(id);
