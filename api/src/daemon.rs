@@ -24,7 +24,7 @@ use crate::audit::{self, AuditError, AuditLog};
 use crate::chain;
 use crate::config::{Config, NetworkMode};
 use crate::domain::{ExecLimits, Host, Limits, Manager, PoolLimits, Quotas, RecoverError};
-use crate::http::{self, Access, AppState, OpenApiError, RateLimiter, Rates};
+use crate::http::{self, Access, AppState, OpenApiError, RateLimiter, Rates, Sockets};
 use crate::hypervisor::{
     HostConfig, HostNetwork, HostNetworks, LeftoverError, LocalHost, Paths, PathsError,
 };
@@ -36,6 +36,9 @@ use crate::store::{OpenError, SqliteStore};
 /// From how many disk layers on those of a sandbox are merged. Each is an open file of its VMM, and
 /// a table to look into for what is not in those above it; a merge copies all that they hold.
 const MERGE_FROM: usize = 8;
+
+/// How long clients of WebSockets have to take what they are told at the end of the daemon.
+const GOODBYE: Duration = Duration::from_secs(1);
 
 /// Why the daemon did not start, or ended otherwise than asked.
 #[derive(Debug, thiserror::Error)]
@@ -203,6 +206,7 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
     let keeper = manager.clone();
     tokio::spawn(async move { keeper.keep_pool().await });
 
+    let sockets = Sockets::default();
     let state = AppState {
         manager: manager.clone().into(),
         identity,
@@ -212,6 +216,7 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
             per_hour: config.auth.requests_per_hour,
         }),
         audit: AuditLog::open(&data_dir.join(audit::FILE))?,
+        sockets: sockets.clone(),
         max_upload: config.limits.upload_bytes,
         max_archive: config.limits.template_archive_bytes,
     };
@@ -249,6 +254,7 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
         _ = interrupt.recv() => warn!("asked again; ending requests in flight"),
     }
     manager.shutdown().await;
+    sockets.closed(GOODBYE).await;
     info!("sandboxd has shut down");
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 mod build;
 mod error;
+mod events;
 mod exec;
 mod host;
 mod id;
@@ -27,6 +28,7 @@ pub use error::{
     NetworkChangeError, PauseError, PowerError, ResumeError, SnapshotError, StartRefused,
     TemplateError,
 };
+pub use events::{Change, Event, Events, News, Over, Subject, Subscription};
 pub use exec::{CollectError, ExecEnd, ExecLimits, ExecOutput};
 pub use host::{
     AdoptRequest, Adopted, ClaimRequest, CreateRequest, Created, End, ExecEvent, ExecRequest,
@@ -53,7 +55,7 @@ pub use process::{
 };
 pub use quota::{Quota, QuotaExceeded, Quotas, Usage};
 pub use request::{Command, CreateSpec, MAX_EXEC_TIMEOUT_SEC, Problem, SettingsSpec, SnapshotSpec};
-pub use sandbox::{Desired, IllegalTransition, Sandbox, Spec, Status, Transition};
+pub use sandbox::{Desired, IllegalTransition, Sandbox, Spec, Standing, Status, Transition};
 pub use snapshot::{LayersInfo, Snapshot, WarmSnapshot};
 pub use spool::{Spool, Spooled};
 pub use store::{Page, SortBy, Store, StoreError, TakenAddresses};

@@ -116,6 +116,15 @@ impl fmt::Display for Status {
     }
 }
 
+/// Where a sandbox stands, and whether it ever ran.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Standing {
+    /// Where it stands.
+    pub status: Status,
+    /// Whether its agent has ever answered.
+    pub was_on: bool,
+}
+
 /// What the user wants a sandbox to be. Written before the act, so that a daemon that crashes
 /// in between knows at its next start what to finish.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -311,6 +320,14 @@ impl Sandbox {
             status: Status::Off,
             is_kept: true,
             ..Self::new(id, spec, layers, now)
+        }
+    }
+
+    /// Where it stands.
+    pub fn standing(&self) -> Standing {
+        Standing {
+            status: self.status,
+            was_on: self.started_at.or(self.stopped_at).is_some(),
         }
     }
 

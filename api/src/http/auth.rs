@@ -11,19 +11,19 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use axum::extract::{ConnectInfo, FromRequestParts, Request, State};
+use axum::extract::{ConnectInfo, FromRequestParts, OriginalUri, Request, State};
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, HeaderName, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use tracing::error;
 
 use super::record::Act;
-use super::{AppState, refuse};
+use super::{AppState, BEARER, refuse};
 use crate::chain;
 use crate::dialects::microvm;
 use crate::domain::{Manager, Principal};
-use crate::identity::Credential;
+use crate::identity::{Credential, KEY_MARK};
 
 /// The header of API keys.
 pub const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
@@ -94,7 +94,7 @@ impl FromRequestParts<AppState> for Caller {
                 principal,
                 source,
             }),
-            _ => Err(unauthorized(parts.uri.path(), NO_CREDENTIALS)),
+            _ => Err(unauthorized(path_of(parts), NO_CREDENTIALS)),
         }
     }
 }
@@ -159,7 +159,11 @@ pub async fn identify(
     path: &str,
 ) -> Result<Option<Principal>, Box<Response>> {
     let unauthorized = |message| Err(Box::new(unauthorized(path, message)));
-    match credential(headers) {
+    let credential = match is_microvm(path) {
+        true => credential(headers, of_socket(headers)),
+        false => credential(headers, None),
+    };
+    match credential {
         Err(problem) => unauthorized(problem),
         Ok(Some(credential)) => match state.identity.authenticate(credential).await {
             Ok(Some(principal)) => Ok(Some(principal)),
@@ -180,6 +184,14 @@ pub async fn identify(
     }
 }
 
+/// The path as it was asked for: a handler's own lacks what its routes have in common.
+pub fn path_of(parts: &Parts) -> &str {
+    match parts.extensions.get::<OriginalUri>() {
+        Some(OriginalUri(uri)) => uri.path(),
+        None => parts.uri.path(),
+    }
+}
+
 /// Whether this path belongs to the dialect `/api/v1`.
 pub fn is_microvm(path: &str) -> bool {
     path.strip_prefix(microvm::BASE)
@@ -188,37 +200,52 @@ pub fn is_microvm(path: &str) -> bool {
 
 fn unauthorized(path: &str, message: &str) -> Response {
     let mut response = refuse(path, StatusCode::UNAUTHORIZED, "unauthorized", message);
-    let scheme = header::HeaderValue::from_static("Bearer");
+    let scheme = HeaderValue::from_static("Bearer");
     response
         .headers_mut()
         .insert(header::WWW_AUTHENTICATE, scheme);
     response
 }
 
+/// What the client of a WebSocket shows that cannot set headers, as a browser's: the value behind
+/// [`BEARER`] in the list of its subprotocols.
+fn of_socket(headers: &HeaderMap) -> Option<&str> {
+    headers.get(header::UPGRADE)?;
+    let offered = headers.get(header::SEC_WEBSOCKET_PROTOCOL)?.to_str().ok()?;
+    let mut offered = offered.split(',').map(str::trim);
+    (offered.next()? == BEARER).then(|| offered.next())?
+}
+
 /// What a caller shows.
-fn credential(headers: &HeaderMap) -> Result<Option<Credential<'_>>, &'static str> {
-    let tokens = headers.get_all(header::AUTHORIZATION).iter();
-    let keys = headers.get_all(API_KEY).iter();
-    let mut shown = tokens
-        .map(|value| (true, value))
-        .chain(keys.map(|value| (false, value)));
-    let Some((is_token, value)) = shown.next() else {
-        return Ok(None);
+fn credential<'a>(
+    headers: &'a HeaderMap,
+    of_socket: Option<&'a str>,
+) -> Result<Option<Credential<'a>>, &'static str> {
+    let text = |value: &'a HeaderValue| {
+        let text = value.to_str();
+        text.map_err(|_| "the token or API key has characters that none has")
     };
-    if shown.next().is_some() {
-        return Err("show a token or an API key, and only one");
-    }
-    let value = value
-        .to_str()
-        .map_err(|_| "the token or API key has characters that none has")?;
-    if !is_token {
-        return Ok(Some(Credential::Key(value)));
-    }
-    match value.split_once(' ') {
-        Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => {
-            Ok(Some(Credential::Token(token.trim())))
+    let token = |text: &'a str| match text.starts_with(KEY_MARK) {
+        true => Credential::Key(text),
+        false => Credential::Token(text),
+    };
+    let tokens = headers.get_all(header::AUTHORIZATION).iter().map(|value| {
+        let shown = text(value)?.split_once(' ');
+        match shown {
+            Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => {
+                Ok(Credential::Token(token.trim()))
+            }
+            _ => Err("the header Authorization must be Bearer and a token"),
         }
-        _ => Err("the header Authorization must be Bearer and a token"),
+    });
+    let keys = headers.get_all(API_KEY).iter();
+    let keys = keys.map(|value| text(value).map(Credential::Key));
+    let offered = of_socket.into_iter().map(|text| Ok(token(text)));
+    let mut shown = tokens.chain(keys).chain(offered);
+    let first = shown.next().transpose()?;
+    match shown.next() {
+        Some(_) => Err("show a token or an API key, and only one"),
+        None => Ok(first),
     }
 }
 

@@ -9,6 +9,7 @@ mod headers;
 mod openapi;
 mod rate;
 mod record;
+mod sockets;
 mod trace;
 
 use axum::extract::DefaultBodyLimit;
@@ -25,6 +26,7 @@ pub use openapi::{OpenApiError, document, json, yaml};
 
 pub use rate::{RateLimiter, Rates};
 pub use record::LoggedIn;
+pub use sockets::{BEARER, MAX_SOCKETS, SocketPermit, Sockets};
 pub use trace::RequestId;
 
 use crate::audit::AuditLog;
@@ -48,6 +50,8 @@ pub struct AppState {
     pub rates: RateLimiter,
     /// What was done.
     pub audit: AuditLog,
+    /// WebSockets that are open.
+    pub sockets: Sockets,
     /// The largest file that may be uploaded, in bytes.
     pub max_upload: u64,
     /// The largest archive that a template may be built from, in bytes.

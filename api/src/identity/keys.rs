@@ -10,7 +10,7 @@ use super::{Identity, KeyRecord};
 use crate::domain::{Account, KeyId, Principal, StoreError};
 
 /// What every key begins with, so that one that leaked is recognized.
-const MARK: &str = "mvs_";
+pub const MARK: &str = "mvs_";
 /// Length of a key in characters.
 const KEY_LEN: usize = MARK.len() + 43;
 /// How much of it is kept to be shown, in characters.

@@ -13,7 +13,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::domain::{Principal, Role, StoreError, User, UserId};
-pub use keys::{KeyError, NewKey};
+pub use keys::{KeyError, MARK as KEY_MARK, NewKey};
 use lockout::Lockout;
 pub use password::{HashError, Passwords, WeakPassword, weaknesses};
 pub use store::{AccountStore, Inserted, KeyRecord, UserRecord};

@@ -20,7 +20,7 @@ use api::domain::{
     SaveTimings, Saved, Shape, Start, StartProcess, TerminalInputs, Timings, Traffic, WhenIdle,
     WriteFileRequest,
 };
-use api::http::{Access, AppState, RateLimiter, Rates, router};
+use api::http::{Access, AppState, RateLimiter, Rates, Sockets, router};
 use api::identity::{Identity, Registration, Tokens};
 use api::store::SqliteStore;
 use async_trait::async_trait;
@@ -979,6 +979,7 @@ impl Api {
             access,
             rates: RateLimiter::new(rates),
             audit: AuditLog::open(&dir.path().join(audit::FILE)).unwrap(),
+            sockets: Sockets::default(),
             max_upload,
             max_archive: 1 << 20,
         };

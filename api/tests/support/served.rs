@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use api::audit::{self, AuditLog};
 use api::domain::{ExecLimits, Host, Limits, Manager, PoolLimits, Quotas, WhenIdle};
-use api::http::{Access, AppState, RateLimiter, Rates, router};
+use api::http::{Access, AppState, RateLimiter, Rates, Sockets, router};
 use api::hypervisor::{HostConfig, LocalHost, Paths};
 use api::identity::{Identity, Registration, Tokens};
 use api::images::Images;
@@ -94,6 +94,7 @@ impl Served {
                 per_hour: 0,
             }),
             audit: AuditLog::open(&path.join(audit::FILE)).unwrap(),
+            sockets: Sockets::default(),
             identity,
             access: Access::Local,
             max_upload: 1 << 20,

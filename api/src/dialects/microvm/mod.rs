@@ -5,6 +5,7 @@ mod at_vm;
 mod audit;
 mod body;
 mod error;
+mod events;
 mod exec;
 mod fields;
 mod files;
@@ -59,6 +60,8 @@ pub const BASE: &str = "/api/v1";
         network::get,
         network::open_forward,
         network::close_forward,
+        events::of_vm,
+        events::of_system,
     ),
     components(schemas(
         ErrorBody,
@@ -88,6 +91,7 @@ pub fn router() -> Router<AppState> {
         .route("/vms/{vm_name}", get(vms::get).delete(vms::delete))
         .nest("/vms/{vm_name}", of_one())
         .route("/networks", get(network::networks))
+        .route("/system/events", get(events::of_system))
         .route("/security/audit-logs", get(audit::logs))
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
@@ -116,6 +120,7 @@ fn of_one() -> Router<AppState> {
             "/snapshots/{snapshot_name}/restore",
             post(snapshots::restore),
         )
+        .route("/events", get(events::of_vm))
         .route("/network", get(network::get))
         .route("/network/port-forward", post(network::open_forward))
         .route(

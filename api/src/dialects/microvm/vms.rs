@@ -21,7 +21,7 @@ use super::fields::Fields;
 use super::rfc3339;
 use crate::domain::{
     CreateSpec, MacAddress, Manager, NetworkSpec, Page, PowerError, Problem, Sandbox, SortBy,
-    Status, StopSpec,
+    Standing, Status, StopSpec,
 };
 use crate::http::Caller;
 
@@ -269,9 +269,13 @@ pub fn word_of(status: Status) -> &'static str {
 
 /// The word for the state of a machine.
 pub fn status_of(sandbox: &Sandbox) -> &'static str {
-    let was_on = sandbox.started_at.or(sandbox.stopped_at).is_some();
-    match sandbox.status {
-        Status::Off | Status::Pending if !was_on => "created",
+    word_at(sandbox.standing())
+}
+
+/// The word for where a machine stands.
+pub fn word_at(standing: Standing) -> &'static str {
+    match standing.status {
+        Status::Off | Status::Pending if !standing.was_on => "created",
         status => word_of(status),
     }
 }

@@ -32,7 +32,7 @@ use tokio::time::timeout;
 use super::error::ApiError;
 use super::text::Text;
 use crate::domain::{Command, ExecError, ExecEvent, InUse, MAX_EXEC_TIMEOUT_SEC, Manager};
-use crate::http::{Caller, ErrorBody};
+use crate::http::{Caller, ErrorBody, SocketPermit};
 
 /// How long a client may take to say what to run.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
@@ -167,10 +167,12 @@ impl<'a> Data<'a> {
         (status = 400, description = "Not a WebSocket's handshake", body = ErrorBody),
         (status = 404, description = "Sandbox not found", body = ErrorBody),
         (status = 409, description = "Sandbox not running", body = ErrorBody),
+        (status = 429, description = "Too many WebSockets", body = ErrorBody),
     ),
 )]
 pub async fn exec_stream(
     caller: Caller,
+    permit: SocketPermit,
     Path(id): Path<String>,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Result<Response, ApiError> {
@@ -183,6 +185,7 @@ pub async fn exec_stream(
         .on_upgrade(async move |socket| {
             serve(socket, &caller.manager, &in_use).await;
             caller.manager.keep_awake(in_use).await;
+            drop(permit);
         }))
 }
 

@@ -25,7 +25,7 @@ use super::error::ApiError;
 use super::exec_stream::{Data, READ_BUFFER, close};
 use super::text::Text;
 use crate::domain::{ExecError, InUse, KILL, Manager, Process, ProcessEvent, ProcessRef};
-use crate::http::{Caller, ErrorBody};
+use crate::http::{Caller, ErrorBody, SocketPermit};
 
 /// A process that was started in the background.
 #[derive(Debug, Serialize, ToSchema)]
@@ -196,10 +196,12 @@ enum News<'a> {
         (status = 400, description = "Not a WebSocket's handshake", body = ErrorBody),
         (status = 404, description = "Sandbox not found", body = ErrorBody),
         (status = 409, description = "Sandbox not running", body = ErrorBody),
+        (status = 429, description = "Too many WebSockets", body = ErrorBody),
     ),
 )]
 pub async fn follow(
     caller: Caller,
+    permit: SocketPermit,
     Path((id, process)): Path<(String, String)>,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Result<Response, ApiError> {
@@ -213,6 +215,7 @@ pub async fn follow(
         .on_upgrade(async move |mut socket| {
             serve(&mut socket, &caller.manager, &in_use, &process).await;
             caller.manager.keep_awake(in_use).await;
+            drop(permit);
         }))
 }
 

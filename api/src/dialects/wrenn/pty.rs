@@ -37,7 +37,7 @@ use crate::domain::{
     Command, ExecError, InUse, KILL, MAX_EXEC_TIMEOUT_SEC, Manager, ProcessEvent, ProcessRef,
     ProcessSpec, TerminalInput, check_size,
 };
-use crate::http::{Caller, ErrorBody};
+use crate::http::{Caller, ErrorBody, SocketPermit};
 
 /// How long a client may take to say what to run.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
@@ -125,10 +125,12 @@ fn failed(source: ExecError) -> News<'static> {
         (status = 400, description = "Not a WebSocket's handshake", body = ErrorBody),
         (status = 404, description = "Sandbox not found", body = ErrorBody),
         (status = 409, description = "Sandbox not running", body = ErrorBody),
+        (status = 429, description = "Too many WebSockets", body = ErrorBody),
     ),
 )]
 pub async fn pty(
     caller: Caller,
+    permit: SocketPermit,
     Path(id): Path<String>,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Result<Response, ApiError> {
@@ -145,6 +147,7 @@ pub async fn pty(
                 close(&mut socket).await;
             }
             caller.manager.keep_awake(in_use).await;
+            drop(permit);
         }))
 }
 

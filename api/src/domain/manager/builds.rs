@@ -449,7 +449,7 @@ impl Manager {
             self.inner.store.update_template(template).await
         };
         // From here on the template holds what the snapshot does.
-        if let Err(source) = self.delete_snapshot(snapshot.id.as_str()).await {
+        if let Err(source) = self.remove_snapshot(snapshot.id.as_str()).await {
             error!(snapshot = %snapshot.id, error = %chain(&source), "snapshot is left");
         }
         held?;

@@ -10,6 +10,7 @@
 mod builds;
 mod console;
 mod directories;
+mod events;
 mod idle;
 mod merge;
 mod network;
@@ -43,6 +44,7 @@ use tracing::{Instrument, debug, error, info, warn};
 use super::error::{
     CreateError, DestroyError, ExecError, FileError, InsertError, LookupError, StartRefused,
 };
+use super::events::{Change, Events};
 use super::exec::{self, ExecLimits, ExecOutput};
 use super::host::{
     CreateRequest, End, ExecEvent, FileContent, Host, HostError, HostEvent, Identity, Nic,
@@ -115,6 +117,7 @@ struct Inner {
     merges: Merges,
     builds: Builds,
     reconciler: Reconciler,
+    events: Events,
     closing: AtomicBool,
 }
 
@@ -134,6 +137,7 @@ impl Manager {
                 merges: Merges::default(),
                 builds: Builds::default(),
                 reconciler: Reconciler::default(),
+                events: Events::default(),
                 closing: AtomicBool::new(false),
             }),
             principal: Arc::new(Principal::Local),
@@ -294,6 +298,9 @@ impl Manager {
         sandbox.owner = self.principal.owner().cloned();
         let turn = self.inner.turns.take(&sandbox.id).await;
         let is_new = self.inner.store.insert(&sandbox).await?;
+        if is_new {
+            self.tell(&sandbox, Change::Created);
+        }
         Ok(is_new.then_some((sandbox, turn)))
     }
 
@@ -482,6 +489,7 @@ impl Manager {
             .exec(id, request)
             .await
             .map_err(ExecError::Host)?;
+        let events = self.telling(in_use, events);
         let output = exec::collect(events, &self.inner.limits.exec, start).await;
         self.used(id).await;
         Ok(output?)
@@ -507,7 +515,8 @@ impl Manager {
             None => host.exec(id, request).await,
         };
         self.used(id).await;
-        events.map_err(ExecError::Host)
+        let events = events.map_err(ExecError::Host)?;
+        Ok(self.telling(in_use, events))
     }
 
     /// Writes a file in a sandbox, with these permission bits, or those of the file that is replaced,
@@ -523,10 +532,14 @@ impl Manager {
         content: BoxStream<'static, std::io::Result<Bytes>>,
     ) -> Result<(), FileError> {
         request::check_path(&path).map_err(FileError::Invalid)?;
-        let (id, request) = (&in_use.sandbox.id, WriteFileRequest { path, mode });
+        let id = &in_use.sandbox.id;
+        let written = Change::FileWritten { path: path.clone() };
+        let request = WriteFileRequest { path, mode };
         let result = self.inner.host.write_file(id, request, content).await;
         self.used(id).await;
-        result.map_err(FileError::Host)
+        result.map_err(FileError::Host)?;
+        self.tell(&in_use.sandbox, written);
+        Ok(())
     }
 
     /// Reads a file in a sandbox, which is in use until its content was read.
@@ -564,7 +577,7 @@ impl Manager {
             Ok(live) => live,
             Err(source) => {
                 error!(error = %chain(&source), "end of sandboxes not recorded");
-                return;
+                Vec::new()
             }
         };
         for sandbox in live {
@@ -574,6 +587,7 @@ impl Manager {
                 error!(sandbox = %sandbox.id, error = %chain(&source), "end of sandbox not recorded");
             }
         }
+        self.inner.events.close();
     }
 
     async fn record_shutdown(&self, id: &SandboxId) -> Result<(), StoreError> {
@@ -637,16 +651,20 @@ impl Manager {
         let Some(mut sandbox) = self.inner.store.get(id).await? else {
             return Ok(None);
         };
-        let before = sandbox.status;
-        let forwards = sandbox.forwards.clone();
+        let earlier = sandbox.clone();
         let released = match sandbox.apply(transition, Timestamp::now()) {
-            Ok(()) => self.inner.store.update(&sandbox).await?,
+            Ok(()) => {
+                let released = self.inner.store.update(&sandbox).await?;
+                self.tell_changes(&earlier, &sandbox);
+                released
+            }
             Err(late) => {
                 debug!(sandbox = %id, "{late}");
                 Vec::new()
             }
         };
         drop(records);
+        let before = earlier.status;
         if sandbox.status != before {
             self.watch(&sandbox);
             match (sandbox.status, &sandbox.status_reason) {
@@ -656,8 +674,8 @@ impl Manager {
                     reason = reason.as_deref(), "sandbox changed state"),
             }
         }
-        if sandbox.forwards.is_empty() && !forwards.is_empty() {
-            self.inner.host.close_forwards(id, &forwards).await;
+        if sandbox.forwards.is_empty() && !earlier.forwards.is_empty() {
+            self.inner.host.close_forwards(id, &earlier.forwards).await;
         }
         self.discard(&released).await;
         Ok(Some(sandbox))

@@ -12,6 +12,7 @@ use jiff::Timestamp;
 use tracing::{Instrument, info, warn};
 
 use super::super::error::{CreateError, LookupError, PowerError};
+use super::super::events::Change;
 use super::super::host::{HostError, PowerOffRequest};
 use super::super::id::{LayerId, SandboxId};
 use super::super::layer::MAX_DISK;
@@ -243,6 +244,8 @@ impl Manager {
             let _records = self.inner.records.lock().await;
             let snapshot = find().await?;
             let mut sandbox = self.get(id.as_str()).await?;
+            let earlier = sandbox.clone();
+            let name = snapshot.own_name().map(str::to_owned);
             let rolled = Transition::RolledBack(snapshot.layers);
             if let Err(late) = sandbox.apply(rolled, Timestamp::now()) {
                 return Err(PowerError::WrongState {
@@ -252,6 +255,14 @@ impl Manager {
                 });
             }
             let released = self.inner.store.update(&sandbox).await?;
+            self.tell_changes(&earlier, &sandbox);
+            self.tell(
+                &sandbox,
+                Change::RolledBack {
+                    id: snapshot.id,
+                    name,
+                },
+            );
             self.discard(&released).await;
         }
         info!(sandbox = %id, snapshot = %snapshot.id, "sandbox rolled back");

@@ -5,6 +5,7 @@
 use futures_util::StreamExt;
 
 use super::super::error::{ExecError, LookupError};
+use super::super::events::Change;
 use super::super::host::HostError;
 use super::super::process::{
     Process, ProcessEvents, ProcessRef, StartProcess, TerminalInputs, TerminalSize, random_tag,
@@ -51,7 +52,13 @@ impl Manager {
         };
         let started = self.inner.host.start_process(id, request).await;
         self.used(id).await;
-        started.map_err(ExecError::Host)
+        let process = started.map_err(ExecError::Host)?;
+        let change = Change::ProcessStarted {
+            pid: process.pid,
+            tag: process.tag.clone(),
+        };
+        self.tell(&in_use.sandbox, change);
+        Ok(process)
     }
 
     /// The processes of a sandbox that run in the background, in the order in which they were started.

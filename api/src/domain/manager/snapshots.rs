@@ -6,6 +6,7 @@ use jiff::Timestamp;
 use tracing::{Instrument, error, info};
 
 use super::super::error::{ForkError, SnapshotError};
+use super::super::events::Change;
 use super::super::host::{HostError, SaveRequest, Saved};
 use super::super::id::{LayerId, SandboxId, SnapshotId};
 use super::super::layer::MAX_DISK;
@@ -43,12 +44,16 @@ impl Manager {
         let manager = self.clone();
         let task = async move {
             let turn = manager.inner.turns.take(&id).await;
-            manager.take_snapshot(&id, spec, &turn).await
+            let (snapshot, _) = manager.take_snapshot(&id, spec, &turn).await?;
+            let name = snapshot.own_name().map(str::to_owned);
+            let id = snapshot.id.clone();
+            let taken = Change::SnapshotTaken { id, name };
+            manager.tell_of(&snapshot, taken).await;
+            Ok(snapshot)
         };
         tokio::spawn(task.in_current_span())
             .await
             .unwrap_or(Err(SnapshotError::Interrupted))
-            .map(|(snapshot, _)| snapshot)
     }
 
     /// Takes a snapshot. The caller has the turn at the sandbox.
@@ -245,14 +250,25 @@ impl Manager {
     /// # Errors
     /// There is none, or the store failed.
     pub async fn delete_snapshot(&self, id: &str) -> Result<(), SnapshotError> {
-        let released = {
+        let snapshot = self.remove_snapshot(id).await?;
+        let name = snapshot.own_name().map(str::to_owned);
+        let id = snapshot.id.clone();
+        let deleted = Change::SnapshotDeleted { id, name };
+        self.tell_of(&snapshot, deleted).await;
+        Ok(())
+    }
+
+    /// The same, without telling anybody: of one that was made in passing. Returns what it was.
+    pub(super) async fn remove_snapshot(&self, id: &str) -> Result<Snapshot, SnapshotError> {
+        let (snapshot, released) = {
             let _records = self.inner.records.lock().await;
             let snapshot = self.get_snapshot(id).await?;
             info!(snapshot = %snapshot.id, "snapshot deleted");
-            self.inner.store.remove_snapshot(&snapshot.id).await?
+            let released = self.inner.store.remove_snapshot(&snapshot.id).await?;
+            (snapshot, released)
         };
         self.discard(&released).await;
-        Ok(())
+        Ok(snapshot)
     }
 
     /// Makes sandboxes from one that runs, which goes on, or is paused, and waits until the agents
@@ -271,7 +287,7 @@ impl Manager {
             drop(turn);
             let pending = manager.insert_forks(snapshot.id.as_str(), count).await;
             // The sandboxes hold the layers now.
-            if let Err(source) = manager.delete_snapshot(snapshot.id.as_str()).await {
+            if let Err(source) = manager.remove_snapshot(snapshot.id.as_str()).await {
                 error!(snapshot = %snapshot.id, error = %chain(&source), "snapshot is left");
             }
             Ok(manager.start_forks(pending?, stall).await)
