@@ -16,21 +16,45 @@
 use std::io;
 use std::path::Path;
 
+use rustix::process::Signal;
+use tokio::sync::mpsc;
 use tokio::time::Instant;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use super::Inner;
+use super::cgroup::Cgroup;
 use super::control::Control;
-use super::life::{Begin, Entry, Found};
+use super::entry::{Entry, Order};
+use super::life::{Begin, Held, Outcome, not_started};
 use super::machine::{Machine, NotReady};
+use super::nic::Nic;
 use super::note::{self, Note};
 use super::process::Process;
 use super::{HostError, LeftoverError, leftovers};
 use crate::domain::{AdoptRequest, Adopted, PrepareRequest, SandboxId};
 use crate::images::Chain;
 
+/// A machine that an earlier daemon has started.
+pub struct Found {
+    /// What is written down of it.
+    pub note: Note,
+    /// Its process.
+    pub process: Process,
+}
+
 /// What came of each request.
 type Outcomes = Vec<(SandboxId, Result<Adopted, HostError>)>;
+
+impl Found {
+    /// Ends it, without a word of why.
+    pub(super) async fn end(mut self, id: &SandboxId) {
+        let killed = self.process.signal(Signal::KILL);
+        let ended = self.process.wait().await;
+        if let Err(error) = killed.and(ended.map(drop)) {
+            error!(sandbox = %id, %error, "the vmm of an earlier daemon is not ended");
+        }
+    }
+}
 
 impl Inner {
     /// Takes over what is asked for, and ends and removes all else that an earlier daemon has left.
@@ -122,7 +146,7 @@ impl Inner {
     }
 
     /// Has a machine that was found go on, and waits until its agent answers.
-    pub(super) async fn settle(
+    async fn settle(
         &self,
         entry: &Entry,
         machine: &mut Machine,
@@ -182,6 +206,96 @@ impl Inner {
             Some(found) if found == note.disk => Ok(()),
             _ => Err(DiskError::Another),
         }
+    }
+
+    /// What a machine that was found has for its jail. The error is a sentence.
+    pub(super) fn jail_of(&self, note: &Note) -> Result<Held, String> {
+        let user = match (&self.users, note.user) {
+            (Some(users), Some(uid)) => {
+                let user = users.take_over(uid);
+                Some(user.ok_or("its user is none of those that sandboxes have now")?)
+            }
+            _ => None,
+        };
+        let cgroup = note.cgroup.clone().map(|path| Cgroup { path });
+        Ok(Held { user, cgroup })
+    }
+
+    /// Takes a machine over, with its network card.
+    pub(super) async fn connect_and_take_over(
+        &self,
+        entry: &Entry,
+        request: PrepareRequest,
+        chain: Chain,
+        found: Found,
+        orders: mpsc::Receiver<Order>,
+        begin: &mut Option<Begin>,
+    ) -> Outcome {
+        let network = self.config.networks.as_deref();
+        let (id, tap) = (&request.id, found.note.tap.clone());
+        let nic = match Nic::take_over(network, id, request.nic.as_ref(), tap).await {
+            Ok(nic) => nic,
+            Err(reason) => {
+                found.end(id).await;
+                return Outcome::NotStarted(HostError::Start { reason });
+            }
+        };
+        let outcome = self
+            .take_over(entry, request, chain, found, nic.as_ref(), orders, begin)
+            .await;
+        if let Some(nic) = nic
+            && let Err(reason) = nic.close().await
+        {
+            entry.left(reason);
+        }
+        outcome
+    }
+
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the parts of one sandbox, each with a life of its own"
+    )]
+    async fn take_over(
+        &self,
+        entry: &Entry,
+        request: PrepareRequest,
+        chain: Chain,
+        Found { note, process }: Found,
+        nic: Option<&Nic<'_>>,
+        orders: mpsc::Receiver<Order>,
+        begin: &mut Option<Begin>,
+    ) -> Outcome {
+        let (id, paths) = (&request.id, &self.config.paths);
+        let mut machine = match Machine::take_over(paths, id, process, note.is_jailed) {
+            Ok(machine) => machine,
+            Err(failed) => {
+                let (process, error) = *failed;
+                Found { note, process }.end(id).await;
+                return Outcome::NotStarted(HostError::Start {
+                    reason: format!("its pipes cannot be opened: {error}"),
+                });
+            }
+        };
+        let settled = async {
+            self.settle(entry, &mut machine, &note, (id, &chain))
+                .await?;
+            match nic {
+                Some(nic) => nic.attach().await.map_err(NotReady::Network),
+                None => Ok(()),
+            }
+        };
+        if let Err(why) = settled.await {
+            return not_started(&mut machine, why).await;
+        }
+        info!(sandbox = %id, pid = note.process.pid(), "a running sandbox is taken over");
+        entry.set_running(true);
+        if let Some(Begin::Found(reply)) = begin.take() {
+            let layers = request.layers.clone();
+            let _ = reply.send(Ok(Adopted { layers }));
+        }
+        let outcome = self.follow(entry, &mut machine, chain, orders).await;
+        entry.set_running(false);
+        outcome
     }
 }
 

@@ -11,8 +11,8 @@ use std::time::Duration;
 use tracing::{info, warn};
 
 use super::Inner;
+use super::entry::Entry;
 use super::layers::LayerFiles;
-use super::life::Entry;
 use crate::chain;
 use crate::domain::{End, HostError, LayerId, PowerOffRequest, SandboxId};
 

@@ -17,8 +17,8 @@ use sha2::{Digest, Sha256};
 use tracing::debug;
 
 use super::Inner;
+use super::entry::Entry;
 use super::layers::LayerFiles;
-use super::life::Entry;
 use crate::domain::{
     CreateRequest, End, HostError, HostEvent, ImageInfo, KeepDiskRequest, KeptDisk, LayerId,
     SandboxId,

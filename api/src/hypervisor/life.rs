@@ -19,72 +19,20 @@
 //! Only then is the end told: to the creator, to who asked for the pause, to the destroyer, or as an
 //! event.
 
-use std::future::Future;
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-
-use futures_util::StreamExt;
-use futures_util::stream::{self, BoxStream};
-use rustix::process::Signal;
 use tokio::sync::{mpsc, oneshot};
-use tokio_util::sync::CancellationToken;
-use tracing::{debug, error, info};
+use tracing::{debug, error};
 
 use super::Inner;
+use super::adopt::Found;
 use super::cgroup::Cgroup;
 use super::command::{Goes, Jail};
+use super::entry::{Claim, Entry, Order, Started, Then};
 use super::jail::User;
 use super::machine::{Greeting, Launch, Machine, NotReady};
 use super::nic::Nic;
-use super::note::Note;
-use super::process::Process;
 use super::save::{SaveError, Saving};
-use crate::agent::AgentClient;
-use crate::domain::{
-    Adopted, Created, End, HostError, HostEvent, Identity, Nic as NicRequest, PrepareRequest,
-    SandboxId, SaveRequest, Saved, Start,
-};
-use crate::images::{Base, Chain};
-
-/// A sandbox that this host holds something for.
-pub struct Entry {
-    /// Its agent.
-    pub agent: AgentClient,
-    /// What is at the bottom of its disk.
-    pub base: Base,
-    /// Asks its task to save it. One at a time; who asks waits.
-    pub orders: mpsc::Sender<Order>,
-    /// Claims it, while it is held.
-    claims: Mutex<Option<oneshot::Sender<Claim>>>,
-    /// Its agent has answered, and it has not ended.
-    running: AtomicBool,
-    /// It was paused.
-    paused: CancellationToken,
-    /// It is being powered off, so that its end is no news.
-    powering_off: AtomicBool,
-    /// How it ended by itself.
-    ended: OnceLock<End>,
-    /// Asks its task to end it.
-    end: CancellationToken,
-    /// Its task is done.
-    gone: CancellationToken,
-    /// What could not be removed, once it is gone.
-    leftover: OnceLock<String>,
-}
-
-/// Start this sandbox, which is held.
-pub struct Claim {
-    /// Who its guest is.
-    pub identity: Identity,
-    /// What its network card is.
-    pub nic: Option<NicRequest>,
-    /// Where to tell how it went.
-    pub reply: Started,
-}
-
-/// Where to tell how a start went.
-pub type Started = oneshot::Sender<Result<Created, HostError>>;
+use crate::domain::{Adopted, End, HostError, HostEvent, PrepareRequest, Saved, Start};
+use crate::images::Chain;
 
 /// How a sandbox begins.
 pub enum Begin {
@@ -96,158 +44,10 @@ pub enum Begin {
     Found(oneshot::Sender<Result<Adopted, HostError>>),
 }
 
-/// A machine that an earlier daemon has started.
-pub struct Found {
-    /// What is written down of it.
-    pub note: Note,
-    /// Its process.
-    pub process: Process,
-}
-
-/// Save this sandbox.
-pub struct Order {
-    /// How.
-    pub request: SaveRequest,
-    /// What becomes of it.
-    pub then: Then,
-    /// Where to tell how it went.
-    pub reply: oneshot::Sender<Result<Saved, HostError>>,
-}
-
-/// What becomes of a sandbox that was saved.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Then {
-    /// It ends.
-    End,
-    /// It goes on.
-    GoOn,
-}
-
-impl Entry {
-    /// A sandbox whose vsock is there, and where its task gets its orders.
-    pub fn new(vsock: PathBuf, base: Base) -> (Arc<Self>, mpsc::Receiver<Order>) {
-        let (orders, received) = mpsc::channel(1);
-        let entry = Self {
-            agent: AgentClient::new(vsock),
-            base,
-            orders,
-            claims: Mutex::default(),
-            running: AtomicBool::new(false),
-            paused: CancellationToken::new(),
-            powering_off: AtomicBool::new(false),
-            ended: OnceLock::new(),
-            end: CancellationToken::new(),
-            gone: CancellationToken::new(),
-            leftover: OnceLock::new(),
-        };
-        (Arc::new(entry), received)
-    }
-
-    /// Whether its agent has answered, and it has not ended.
-    pub fn is_running(&self) -> bool {
-        self.running.load(Ordering::Acquire)
-    }
-
-    /// Claims it for a sandbox. Returns whether it has been held; if it has just ended, the reply is
-    /// dropped.
-    pub fn claim(&self, claim: Claim) -> bool {
-        let mut claims = self.claims.lock().unwrap_or_else(PoisonError::into_inner);
-        let task = claims.take();
-        task.is_some_and(|task| {
-            let _ = task.send(claim);
-            true
-        })
-    }
-
-    /// From now on it can be claimed, once.
-    fn hold(&self) -> oneshot::Receiver<Claim> {
-        let (sender, claim) = oneshot::channel();
-        *self.claims.lock().unwrap_or_else(PoisonError::into_inner) = Some(sender);
-        claim
-    }
-
-    /// Waits until it is asked to end.
-    pub async fn end_asked(&self) {
-        self.end.cancelled().await;
-    }
-
-    fn set_running(&self, is_running: bool) {
-        self.running.store(is_running, Ordering::Release);
-    }
-
-    /// From now on its end is told by [`Entry::ended`] alone.
-    pub fn set_powering_off(&self) {
-        self.powering_off.store(true, Ordering::Release);
-    }
-
-    /// How it ended by itself, when nothing of it is left; `None` if it was ended.
-    pub async fn ended(&self) -> Option<End> {
-        self.gone.cancelled().await;
-        self.ended.get().cloned()
-    }
-
-    /// Ends it, and waits until nothing of it is left.
-    pub async fn destroy(&self) -> Result<(), HostError> {
-        self.end.cancel();
-        self.gone.cancelled().await;
-        match self.leftover.get() {
-            Some(reason) => Err(HostError::Internal {
-                reason: reason.clone(),
-            }),
-            None => Ok(()),
-        }
-    }
-
-    /// What `work` in it comes to, if it is not paused before.
-    pub async fn unless_paused<T>(
-        &self,
-        work: impl Future<Output = Result<T, HostError>>,
-    ) -> Result<T, HostError> {
-        tokio::select! {
-            biased;
-            () = self.paused.cancelled() => Err(HostError::Paused),
-            result = work => result,
-        }
-    }
-
-    /// The same stream, which ends with `error` when it is paused.
-    pub fn until_paused<T: Send + 'static, E: Send + 'static>(
-        &self,
-        stream: BoxStream<'static, Result<T, E>>,
-        error: E,
-    ) -> BoxStream<'static, Result<T, E>> {
-        let state = Some((stream, self.paused.clone(), error));
-        stream::unfold(state, async |state| {
-            let (mut stream, paused, error) = state?;
-            tokio::select! {
-                biased;
-                () = paused.cancelled() => Some((Err(error), None)),
-                item = stream.next() => Some((item?, Some((stream, paused, error)))),
-            }
-        })
-        .boxed()
-    }
-
-    fn left(&self, reason: String) {
-        let _ = self.leftover.set(reason);
-    }
-}
-
 /// What a sandbox has of the host for its jail.
-struct Held {
-    user: Option<User>,
-    cgroup: Option<Cgroup>,
-}
-
-impl Found {
-    /// Ends it, without a word of why.
-    async fn end(mut self, id: &SandboxId) {
-        let killed = self.process.signal(Signal::KILL);
-        let ended = self.process.wait().await;
-        if let Err(error) = killed.and(ended.map(drop)) {
-            error!(sandbox = %id, %error, "the vmm of an earlier daemon is not ended");
-        }
-    }
+pub(super) struct Held {
+    pub user: Option<User>,
+    pub cgroup: Option<Cgroup>,
 }
 
 /// Removes a sandbox's cgroup, whose processes have been ended. The error is a sentence.
@@ -261,7 +61,7 @@ async fn remove_cgroup(cgroup: Option<Cgroup>) -> Result<(), String> {
 }
 
 /// Ends a machine that did not become ready.
-async fn not_started(machine: &mut Machine, why: NotReady) -> Outcome {
+pub(super) async fn not_started(machine: &mut Machine, why: NotReady) -> Outcome {
     machine.kill().await;
     match why {
         NotReady::Destroyed => Outcome::Destroyed,
@@ -272,7 +72,7 @@ async fn not_started(machine: &mut Machine, why: NotReady) -> Outcome {
 }
 
 /// How the task of a sandbox came to its end.
-enum Outcome {
+pub(super) enum Outcome {
     NotStarted(HostError),
     /// While it was held.
     Lost,
@@ -345,10 +145,10 @@ impl Inner {
             state.listeners.retain(|listener| !listener.is_closed());
             state.listeners.clone()
         };
-        if let Outcome::Ended(end) = &outcome {
-            let _ = entry.ended.set(end.clone());
-        }
-        entry.gone.cancel();
+        entry.set_gone(match &outcome {
+            Outcome::Ended(end) => Some(end.clone()),
+            _ => None,
+        });
         let tell = |event: HostEvent| {
             for listener in listeners {
                 // A listener that went away in the meantime misses nothing.
@@ -358,7 +158,7 @@ impl Inner {
         let failure = match outcome {
             Outcome::NotStarted(error) => error,
             Outcome::Destroyed => HostError::Destroyed,
-            Outcome::Ended(_) if entry.powering_off.load(Ordering::Acquire) => return,
+            Outcome::Ended(_) if entry.is_powering_off() => return,
             Outcome::Ended(end) => return tell(HostEvent::Ended { id, end }),
             Outcome::Lost => return tell(HostEvent::Lost { id }),
             Outcome::Paused(saved, reply) => return drop(reply.send(Ok(saved))),
@@ -389,96 +189,6 @@ impl Inner {
             None => None,
         };
         Ok(Some(Held { user, cgroup }))
-    }
-
-    /// What a machine that was found has for its jail. The error is a sentence.
-    fn jail_of(&self, note: &Note) -> Result<Held, String> {
-        let user = match (&self.users, note.user) {
-            (Some(users), Some(uid)) => {
-                let user = users.take_over(uid);
-                Some(user.ok_or("its user is none of those that sandboxes have now")?)
-            }
-            _ => None,
-        };
-        let cgroup = note.cgroup.clone().map(|path| Cgroup { path });
-        Ok(Held { user, cgroup })
-    }
-
-    /// Takes a machine over, with its network card.
-    async fn connect_and_take_over(
-        &self,
-        entry: &Entry,
-        request: PrepareRequest,
-        chain: Chain,
-        found: Found,
-        orders: mpsc::Receiver<Order>,
-        begin: &mut Option<Begin>,
-    ) -> Outcome {
-        let network = self.config.networks.as_deref();
-        let (id, tap) = (&request.id, found.note.tap.clone());
-        let nic = match Nic::take_over(network, id, request.nic.as_ref(), tap).await {
-            Ok(nic) => nic,
-            Err(reason) => {
-                found.end(id).await;
-                return Outcome::NotStarted(HostError::Start { reason });
-            }
-        };
-        let outcome = self
-            .take_over(entry, request, chain, found, nic.as_ref(), orders, begin)
-            .await;
-        if let Some(nic) = nic
-            && let Err(reason) = nic.close().await
-        {
-            entry.left(reason);
-        }
-        outcome
-    }
-
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "the parts of one sandbox, each with a life of its own"
-    )]
-    async fn take_over(
-        &self,
-        entry: &Entry,
-        request: PrepareRequest,
-        chain: Chain,
-        Found { note, process }: Found,
-        nic: Option<&Nic<'_>>,
-        orders: mpsc::Receiver<Order>,
-        begin: &mut Option<Begin>,
-    ) -> Outcome {
-        let (id, paths) = (&request.id, &self.config.paths);
-        let mut machine = match Machine::take_over(paths, id, process, note.is_jailed) {
-            Ok(machine) => machine,
-            Err(failed) => {
-                let (process, error) = *failed;
-                Found { note, process }.end(id).await;
-                return Outcome::NotStarted(HostError::Start {
-                    reason: format!("its pipes cannot be opened: {error}"),
-                });
-            }
-        };
-        let settled = async {
-            self.settle(entry, &mut machine, &note, (id, &chain))
-                .await?;
-            match nic {
-                Some(nic) => nic.attach().await.map_err(NotReady::Network),
-                None => Ok(()),
-            }
-        };
-        if let Err(why) = settled.await {
-            return not_started(&mut machine, why).await;
-        }
-        info!(sandbox = %id, pid = note.process.pid(), "a running sandbox is taken over");
-        entry.set_running(true);
-        if let Some(Begin::Found(reply)) = begin.take() {
-            let layers = request.layers.clone();
-            let _ = reply.send(Ok(Adopted { layers }));
-        }
-        let outcome = self.follow(entry, &mut machine, chain, orders).await;
-        entry.set_running(false);
-        outcome
     }
 
     /// Gives the sandbox its network card, and takes it away when the sandbox has ended.
@@ -568,7 +278,7 @@ impl Inner {
         };
         let ready = tokio::select! {
             biased;
-            () = entry.end.cancelled() => Err(NotReady::Destroyed),
+            () = entry.end_asked() => Err(NotReady::Destroyed),
             ready = async {
                 let network = nic.as_deref().and_then(Nic::guest);
                 // While the guest is on its way. What it sends before, the filter drops.
@@ -611,7 +321,7 @@ impl Inner {
     ) -> Result<Claim, Outcome> {
         let restored = tokio::select! {
             biased;
-            () = entry.end.cancelled() => Err(NotReady::Destroyed),
+            () = entry.end_asked() => Err(NotReady::Destroyed),
             restored = machine.restored(self.config.boot_timeout) => restored,
         };
         if let Err(why) = restored {
@@ -624,7 +334,7 @@ impl Inner {
         }
         tokio::select! {
             biased;
-            () = entry.end.cancelled() => {
+            () = entry.end_asked() => {
                 machine.kill().await;
                 Err(Outcome::Destroyed)
             }
@@ -636,7 +346,7 @@ impl Inner {
     }
 
     /// Does what it is told to until the end of the sandbox.
-    async fn follow(
+    pub(super) async fn follow(
         &self,
         entry: &Entry,
         machine: &mut Machine,
@@ -646,7 +356,7 @@ impl Inner {
         loop {
             let order = tokio::select! {
                 biased;
-                () = entry.end.cancelled() => break,
+                () = entry.end_asked() => break,
                 () = machine.exited() => return Outcome::Ended(machine.explain_end().await),
                 // The entry has the other end, and is there as long as this.
                 Some(order) = orders.recv() => order,
@@ -675,7 +385,7 @@ impl Inner {
             };
             let saved = tokio::select! {
                 biased;
-                () = entry.end.cancelled() => {
+                () = entry.end_asked() => {
                     let _ = reply.send(Err(HostError::Destroyed));
                     break;
                 }
@@ -688,8 +398,7 @@ impl Inner {
                     let _ = reply.send(Ok(saved));
                 }
                 Ok((saved, None)) => {
-                    entry.set_running(false);
-                    entry.paused.cancel();
+                    entry.set_paused();
                     machine.kill().await;
                     return Outcome::Paused(saved, reply);
                 }
