@@ -49,11 +49,10 @@ pub struct Inherited {
     pub tap: Option<i32>,
 }
 
-/// The command that starts a sandbox's VMM. `prefetches` is whether it is to have the memory that it
-/// touches first beforehand, if the configuration has that at all. `nic` is the value of the flag for its network card.
+/// The command that starts a sandbox's VMM. `nic` is the value of the flag for its network card.
 pub fn command(
     config: &HostConfig,
-    (request, goes, prefetches): (&PrepareRequest, Goes, bool),
+    (request, goes): (&PrepareRequest, Goes),
     chain: &Chain,
     jail: Option<Jail<'_>>,
     nic: Option<String>,
@@ -66,7 +65,7 @@ pub fn command(
         LayerFiles(paths.layers()),
         &request.layers,
         goes,
-        config.prefetch && prefetches,
+        config.prefetch,
     ) {
         Some(options) => {
             command.args(["--restore", &options]);
