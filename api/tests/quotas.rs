@@ -288,6 +288,19 @@ async fn keys_are_made_listed_and_revoked_by_the_command_line() {
         let text = [output.stdout, output.stderr].concat();
         (output.status.success(), String::from_utf8(text).unwrap())
     };
+    let limited = [
+        "--json",
+        "create",
+        "limited",
+        "--sandboxes",
+        "2",
+        "--disk-mb",
+        "9",
+    ];
+    let (done, limited) = run(first, &limited).await;
+    let limited: Value = serde_json::from_str(&limited).unwrap();
+    let quota = json!({"sandboxes": 2, "vcpus": 0, "memory_mb": 0, "disk_mb": 9});
+    assert!(done && limited["quota"] == quota, "{limited}");
     let (done, key) = run(first, &["create", "mine"]).await;
     assert!(done && key.starts_with("mvs_"), "{key}");
     let with_key = key.trim();
@@ -297,10 +310,8 @@ async fn keys_are_made_listed_and_revoked_by_the_command_line() {
         "{list}"
     );
     assert!(!list.contains(key.trim()), "{list}");
-    let id = list
-        .split_whitespace()
-        .find(|word| word.starts_with("ak-"))
-        .unwrap();
+    let line = list.lines().find(|line| line.contains("mine")).unwrap();
+    let id = line.split_whitespace().next().unwrap();
     assert!(run(with_key, &["revoke", id]).await.0);
     let (done, refused) = run(with_key, &["list"]).await;
     assert!(!done && refused.contains("not good"), "{refused}");
@@ -364,6 +375,76 @@ async fn quotas_hold_for_create_fork_and_resume_of_each_user() {
 }
 
 /// What sandboxes that run have together, by the host's word.
+#[tokio::test]
+async fn quotas_of_a_key_hold_for_what_is_made_with_it() {
+    let quota = Quota {
+        sandboxes: 3,
+        ..Quota::default()
+    };
+    let api = Api::with_quotas(of_user(quota)).await;
+    let alice = user(&api, "alice", "user").await;
+    let new_key = json!({"name": "ci", "quota": {"sandboxes": 1, "memory_mb": 1024}}).to_string();
+    let (status, made) = call(&api, &alice, "POST", "/v1/api-keys", &new_key).await;
+    assert_eq!(status, StatusCode::CREATED);
+    let whole = json!({"sandboxes": 1, "vcpus": 0, "memory_mb": 1024, "disk_mb": 0});
+    assert_eq!(made["quota"], whole);
+    let key = made["key"].as_str().unwrap();
+    let with_key = async |method: &str, path: &str, body: &str| {
+        api.call_as(method, path, body, &[("x-api-key", key)]).await
+    };
+    let of = |sandbox: &str, what: &str| format!("/v1/sandboxes/{sandbox}/{what}");
+
+    // More memory than it allows, though the user has no such quota.
+    let large = r#"{"memory_mb": 2048}"#;
+    let (status, refused) = with_key("POST", "/v1/sandboxes", large).await;
+    assert_eq!(status, StatusCode::TOO_MANY_REQUESTS);
+    let message = refused["error"]["message"].as_str().unwrap();
+    assert!(
+        message.contains("the quota of the API key allows 1024 MiB of memory"),
+        "{message}"
+    );
+    let (status, first) = with_key("POST", "/v1/sandboxes", "{}").await;
+    assert_eq!(status, StatusCode::CREATED);
+    let first = first["id"].as_str().unwrap();
+    assert_eq!(with_key("POST", "/v1/sandboxes", "{}").await.0, 429);
+    assert_eq!(with_key("POST", &of(first, "fork"), "{}").await.0, 429);
+
+    // What was made without it does not count, and its own do, whoever resumes them.
+    let hers = create(&api, &alice).await;
+    assert_eq!(with_key("POST", &of(first, "pause"), "").await.0, 200);
+    let (status, second) = with_key("POST", "/v1/sandboxes", "{}").await;
+    assert_eq!(status, StatusCode::CREATED);
+    let resumed = call(&api, &alice, "POST", &of(first, "resume"), "").await;
+    assert_eq!(resumed.0, StatusCode::TOO_MANY_REQUESTS);
+    assert_eq!(with_key("POST", &of(&hers, "fork"), "{}").await.0, 429);
+    let second = second["id"].as_str().unwrap();
+    let path = format!("/v1/sandboxes/{second}");
+    assert_eq!(with_key("DELETE", &path, "").await.0, 204);
+    assert_eq!(with_key("POST", &of(first, "resume"), "").await.0, 200);
+
+    // That of the user holds for it as well, and no other key is a way around it.
+    create(&api, &alice).await;
+    assert_eq!(with_key("POST", &of(first, "pause"), "").await.0, 200);
+    create(&api, &alice).await;
+    let (_, refused) = with_key("POST", "/v1/sandboxes", "{}").await;
+    let message = refused["error"]["message"].as_str().unwrap();
+    assert!(message.starts_with("the quota allows 3"), "{message}");
+    let (status, refused) = with_key("POST", "/v1/api-keys", r#"{"name": "x"}"#).await;
+    assert_eq!(status, StatusCode::FORBIDDEN);
+    let message = refused["error"]["message"].as_str().unwrap();
+    assert!(message.contains("has a quota"), "{message}");
+    for body in [
+        r#"{"name": "x", "quota": {"sandboxes": -1}}"#,
+        r#"{"name": "x", "quota": {"cpus": 1}}"#,
+        r#"{"name": "x", "quota": null}"#,
+    ] {
+        assert_eq!(
+            call(&api, &alice, "POST", "/v1/api-keys", body).await.0,
+            400
+        );
+    }
+}
+
 fn running(host: &FakeHost) -> usize {
     host.sandboxes.lock().unwrap().len()
 }

@@ -30,6 +30,8 @@ enum ApikeyCommand {
         /// Name of the user whom it acts for [default: whoever makes it]
         #[arg(long, value_name = "NAME")]
         user: Option<String>,
+        #[command(flatten)]
+        quota: QuotaArgs,
     },
     /// List keys
     List,
@@ -39,6 +41,23 @@ enum ApikeyCommand {
         #[arg(required = true)]
         ids: Vec<String>,
     },
+}
+
+/// How much the sandboxes that are made with the key may have together; 0 is no limit.
+#[derive(Debug, Args)]
+struct QuotaArgs {
+    /// How many of its sandboxes may run
+    #[arg(long, value_name = "COUNT", default_value_t = 0)]
+    sandboxes: u32,
+    /// How many vCPUs those may have
+    #[arg(long, value_name = "COUNT", default_value_t = 0)]
+    vcpus: u32,
+    /// How much memory those may have
+    #[arg(long, value_name = "MIB", default_value_t = 0)]
+    memory_mb: u64,
+    /// How large the disks of all of its sandboxes may be
+    #[arg(long, value_name = "MIB", default_value_t = 0)]
+    disk_mb: u64,
 }
 
 /// Does what the command line says. The error is a sentence.
@@ -52,8 +71,14 @@ pub fn apikey(args: ApikeyArgs) -> Result<ExitCode, String> {
 async fn run(args: ApikeyArgs) -> Result<ExitCode, CliError> {
     let client = Client::new(&args.host)?;
     match args.command {
-        ApikeyCommand::Create { name, user } => {
-            let request = json!({"name": name, "user": user});
+        ApikeyCommand::Create { name, user, quota } => {
+            let quota = json!({
+                "sandboxes": quota.sandboxes,
+                "vcpus": quota.vcpus,
+                "memory_mb": quota.memory_mb,
+                "disk_mb": quota.disk_mb,
+            });
+            let request = json!({"name": name, "user": user, "quota": quota});
             let made = client.call_with("POST", "/v1/api-keys", &request).await?;
             print(&made, args.json, |made| {
                 let key = made["key"].as_str().unwrap_or_default();

@@ -53,7 +53,7 @@ pub use process::{
     Bidirectional, GuestHost, KILL, PortStream, Process, ProcessEvent, ProcessEvents, ProcessRef,
     StartProcess, TerminalInput, TerminalInputs, TerminalSize,
 };
-pub use quota::{Quota, QuotaExceeded, Quotas, Usage};
+pub use quota::{Quota, QuotaExceeded, QuotaOf, Quotas, Usage};
 pub use request::{Command, CreateSpec, MAX_EXEC_TIMEOUT_SEC, Problem, SettingsSpec, SnapshotSpec};
 pub use sandbox::{Desired, IllegalTransition, Sandbox, Spec, Standing, Status, Transition};
 pub use snapshot::{LayersInfo, Snapshot, WarmSnapshot};

@@ -1,9 +1,14 @@
-//! Quotas: how much the sandboxes of one owner may have together.
+//! Quotas: how much the sandboxes of one owner, or those made with one API key, may have together.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
 
 use super::sandbox::{Sandbox, Spec, Status};
 
-/// How much the sandboxes of one owner may have together; 0 is no limit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+/// How much sandboxes may have together; 0 is no limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Quota {
     /// Sandboxes that run or are on the way there or from there.
     pub sandboxes: u32,
@@ -24,13 +29,33 @@ pub struct Quotas {
     pub local: Quota,
 }
 
+/// Whose sandboxes a quota is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QuotaOf {
+    /// Those of one owner.
+    Owner,
+    /// Those made with one API key.
+    Key,
+}
+
+impl fmt::Display for QuotaOf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Owner => "the quota",
+            Self::Key => "the quota of the API key",
+        })
+    }
+}
+
 /// It would be more than the quota.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "the quota allows {most} {what} together, {used} are in use and {wanted} more are asked for; \
+    "{of} allows {most} {what} together, {used} are in use and {wanted} more are asked for; \
      pause or delete sandboxes, or ask an administrator for more"
 )]
 pub struct QuotaExceeded {
+    /// Which quota.
+    pub of: QuotaOf,
     /// Of what.
     pub what: &'static str,
     /// The quota.
@@ -76,11 +101,17 @@ impl Quota {
     }
 
     /// Checks that a sandbox of `spec` may start beside those that are in use; `new_disk_mb` is the
-    /// size of its disk if it is new.
+    /// size of its disk if it is new, and `of` for the error.
     ///
     /// # Errors
     /// It may not: the first quota that it would exceed.
-    pub fn check(&self, used: Usage, spec: &Spec, new_disk_mb: u64) -> Result<(), QuotaExceeded> {
+    pub fn check(
+        &self,
+        of: QuotaOf,
+        used: Usage,
+        spec: &Spec,
+        new_disk_mb: u64,
+    ) -> Result<(), QuotaExceeded> {
         let table = [
             (
                 "running sandboxes",
@@ -105,6 +136,7 @@ impl Quota {
         for (what, most, used, wanted) in table {
             if most > 0 && wanted > 0 && used.saturating_add(wanted) > most {
                 return Err(QuotaExceeded {
+                    of,
                     what,
                     most,
                     used,
@@ -153,7 +185,7 @@ mod tests {
         let none = Quota::default();
         let spec = sandbox(Status::Pending).spec;
         let what = |quota: Quota| {
-            let result = quota.check(used, &spec, 100);
+            let result = quota.check(QuotaOf::Owner, used, &spec, 100);
             result
                 .err()
                 .map(|error| (error.what, error.used, error.wanted))

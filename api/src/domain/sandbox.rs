@@ -47,7 +47,7 @@ use std::net::Ipv4Addr;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::id::{LayerId, SandboxId, UserId};
+use super::id::{KeyId, LayerId, SandboxId, UserId};
 use super::layer::Layers;
 use super::network::{Connection, Egress, Forward};
 use super::timings::Timings;
@@ -185,6 +185,8 @@ pub struct Sandbox {
     pub name: Option<String>,
     /// Whose it is; `None` is the local principal.
     pub owner: Option<UserId>,
+    /// The API key that it was made with.
+    pub key: Option<KeyId>,
     /// What it is made of.
     pub spec: Spec,
     /// What the user wants it to be.
@@ -294,6 +296,7 @@ impl Sandbox {
             id,
             name: None,
             owner: None,
+            key: None,
             spec,
             desired: Desired::Running,
             status: Status::Pending,

@@ -6,8 +6,9 @@ use std::net::Ipv4Addr;
 
 use async_trait::async_trait;
 
-use super::id::{LayerId, SandboxId, SnapshotId, TemplateId, UserId};
+use super::id::{KeyId, LayerId, SandboxId, SnapshotId, TemplateId, UserId};
 use super::network::Subnet;
+use super::quota::Quota;
 use super::sandbox::{Sandbox, Status};
 use super::snapshot::{Snapshot, WarmSnapshot};
 use super::template::Template;
@@ -50,6 +51,12 @@ pub trait Store: Send + Sync {
     /// # Errors
     /// The store failed; the record is as it was.
     async fn update(&self, sandbox: &Sandbox) -> Result<Vec<LayerId>, StoreError>;
+
+    /// The quota of an API key; `None` if there is no such key any more.
+    ///
+    /// # Errors
+    /// The store failed.
+    async fn quota_of_key(&self, key: &KeyId) -> Result<Option<Quota>, StoreError>;
 
     /// The sandboxes that are neither stopped nor in error, newest first.
     ///

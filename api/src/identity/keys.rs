@@ -7,7 +7,7 @@ use jiff::{SignedDuration, Timestamp};
 use sha2::{Digest, Sha256};
 
 use super::{Identity, KeyRecord};
-use crate::domain::{Account, KeyId, Principal, StoreError};
+use crate::domain::{Account, KeyId, Principal, Quota, StoreError};
 
 /// What every key begins with, so that one that leaked is recognized.
 pub const MARK: &str = "mvs_";
@@ -27,6 +27,8 @@ pub struct NewKey {
     pub name: String,
     /// Name of the user whom it acts for; `None` is who makes it.
     pub user: Option<String>,
+    /// How much the sandboxes that are made with it may have together, within what the account may have.
+    pub quota: Quota,
 }
 
 /// Why there is no key, or it is still there.
@@ -38,6 +40,9 @@ pub enum KeyError {
     /// Only administrators may do that.
     #[error("only an administrator may make an API key that acts for somebody else")]
     Forbidden,
+    /// It would be a way around its quota.
+    #[error("an API key that has a quota makes no API keys: use a token, or a key without a quota")]
+    HasQuota,
     /// There is no such key, for this caller.
     #[error("API key not found")]
     NotFound,
@@ -64,6 +69,13 @@ impl Identity {
             let text = "name must be 1 to 64 characters, and no control characters";
             return Err(KeyError::Invalid(text.to_owned()));
         }
+        if let Some(key) = by.key() {
+            let keys = self.inner.store.list_keys().await?;
+            let is_limited = |record: &KeyRecord| record.id == *key && record.quota.is_limited();
+            if keys.iter().any(is_limited) {
+                return Err(KeyError::HasQuota);
+            }
+        }
         let account = match (new.user, by.user()) {
             (None, None) => Account::Local,
             (None, Some(user)) => Account::User(user.clone()),
@@ -85,6 +97,7 @@ impl Identity {
             name: new.name,
             prefix: key.chars().take(PREFIX_LEN).collect(),
             account,
+            quota: new.quota,
             created_at: Timestamp::now(),
             last_used_at: None,
         };

@@ -3,7 +3,7 @@
 use async_trait::async_trait;
 use jiff::Timestamp;
 
-use crate::domain::{Account, KeyId, StoreError, User, UserId};
+use crate::domain::{Account, KeyId, Quota, StoreError, User, UserId};
 
 /// A user as it is kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,6 +27,8 @@ pub struct KeyRecord {
     pub prefix: String,
     /// Whom it acts for.
     pub account: Account,
+    /// How much the sandboxes that are made with it may have together.
+    pub quota: Quota,
     /// When it was made.
     pub created_at: Timestamp,
     /// When it was last used, to the minute.

@@ -4,12 +4,13 @@ use async_trait::async_trait;
 use jiff::Timestamp;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use super::{SqliteStore, bad, time};
+use super::{SqliteStore, bad, from_json, time, to_json};
 use crate::domain::{Account, KeyId, Role, StoreError, User, UserId};
 use crate::identity::{AccountStore, Inserted, KeyRecord, UserRecord};
 
 const USER: &str = "id, name, role, password, created_at";
-const KEY: &str = "k.id, k.name, k.prefix, k.created_at, k.last_used_at, k.account, u.name, u.role";
+const KEY: &str =
+    "k.id, k.name, k.prefix, k.created_at, k.last_used_at, k.account, u.name, u.role, k.quota";
 
 #[async_trait]
 impl AccountStore for SqliteStore {
@@ -68,8 +69,8 @@ impl AccountStore for SqliteStore {
                     Account::User(user) => Some(user.id.as_str()),
                 };
                 let inserted = transaction.execute(
-                    "INSERT INTO api_keys (id, hash, name, prefix, account, created_at) \
-                     VALUES (?1, ?2, ?3, ?4, ?5, ?6) ON CONFLICT DO NOTHING",
+                    "INSERT INTO api_keys (id, hash, name, prefix, account, created_at, quota) \
+                     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7) ON CONFLICT DO NOTHING",
                     params![
                         record.id.as_str(),
                         hash,
@@ -77,6 +78,7 @@ impl AccountStore for SqliteStore {
                         record.prefix,
                         account,
                         record.created_at.as_microsecond(),
+                        to_json(&record.quota)?,
                     ],
                 )?;
                 Ok(inserted == 1)
@@ -188,6 +190,7 @@ fn read_key(row: &Row<'_>) -> rusqlite::Result<KeyRecord> {
                 role: role(row, 7)?,
             }),
         },
+        quota: from_json(row, 8)?,
     })
 }
 

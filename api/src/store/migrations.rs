@@ -205,6 +205,10 @@ const STEPS: &[&str] = &[
     CREATE UNIQUE INDEX snapshot_names ON snapshots (coalesce(owner, ''), name)
         WHERE name IS NOT NULL;
 ",
+    "
+    ALTER TABLE sandboxes ADD COLUMN api_key TEXT;
+    ALTER TABLE api_keys ADD COLUMN quota TEXT NOT NULL DEFAULT '{}'; -- JSON
+",
 ];
 
 /// Why the tables are not what this version needs.

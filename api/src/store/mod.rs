@@ -15,6 +15,7 @@ mod templates;
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
@@ -22,15 +23,15 @@ use jiff::Timestamp;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use crate::domain::{
-    Desired, Id, LayerId, Layers, Page, Sandbox, SandboxId, Snapshot, SnapshotId, Spec, Status,
-    Store, StoreError, Subnet, TakenAddresses, Template, TemplateId, UserId, WarmSnapshot,
+    Desired, Id, KeyId, LayerId, Layers, Page, Quota, Sandbox, SandboxId, Snapshot, SnapshotId,
+    Spec, Status, Store, StoreError, Subnet, TakenAddresses, Template, TemplateId, WarmSnapshot,
 };
 pub use migrations::MigrateError;
 
 const COLUMNS: &str = "id, template, vcpus, memory_mb, timeout_sec, desired, status, \
                        status_reason, created_at, started_at, last_active_at, updated_at, timings, \
                        layers, saving, network, address, forwards, name, stopped_at, is_kept, kept, \
-                       disk_mb, owner";
+                       disk_mb, owner, api_key";
 
 /// Sandboxes in a file.
 #[derive(Clone)]
@@ -107,7 +108,7 @@ impl Store for SqliteStore {
         self.with(move |connection| {
             let sql = format!(
                 "INSERT INTO sandboxes ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, \
-                 ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21, ?22, ?23, ?24) ON CONFLICT (id) DO NOTHING"
+                 ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21, ?22, ?23, ?24, ?25) ON CONFLICT (id) DO NOTHING"
             );
             let holder = sandbox.id.as_str();
             layers::change(connection, holder, held(&sandbox), |transaction| {
@@ -157,7 +158,7 @@ impl Store for SqliteStore {
                        created_at = ?9, started_at = ?10, last_active_at = ?11, updated_at = ?12, \
                        timings = ?13, layers = ?14, saving = ?15, network = ?16, \
                        address = ?17, forwards = ?18, name = ?19, stopped_at = ?20, is_kept = ?21, \
-                       kept = ?22, disk_mb = ?23, owner = ?24 WHERE id = ?1";
+                       kept = ?22, disk_mb = ?23, owner = ?24, api_key = ?25 WHERE id = ?1";
             let holder = sandbox.id.as_str();
             layers::change(
                 connection,
@@ -169,6 +170,17 @@ impl Store for SqliteStore {
                 },
             )
             .map(|(_, released)| released)
+        })
+        .await
+    }
+
+    async fn quota_of_key(&self, key: &KeyId) -> Result<Option<Quota>, StoreError> {
+        let key = key.clone();
+        self.with(move |connection| {
+            connection
+                .prepare_cached("SELECT quota FROM api_keys WHERE id = ?1")?
+                .query_row([key.as_str()], |row| from_json(row, 0))
+                .optional()
         })
         .await
     }
@@ -330,8 +342,11 @@ fn from_json<T: serde::de::DeserializeOwned>(row: &Row<'_>, column: usize) -> ru
         .map_err(|error| bad(column, Box::new(error)))
 }
 
-/// Whose something is.
-fn owner(row: &Row<'_>, column: usize) -> rusqlite::Result<Option<UserId>> {
+/// The id in a column that may have none.
+fn optional_id<T>(row: &Row<'_>, column: usize) -> rusqlite::Result<Option<T>>
+where
+    T: FromStr<Err: std::error::Error + Send + Sync + 'static>,
+{
     let text: Option<String> = row.get(column)?;
     text.map(|text| text.parse().map_err(|error| bad(column, Box::new(error))))
         .transpose()
@@ -385,6 +400,7 @@ fn write(connection: &Connection, sql: &str, sandbox: &Sandbox) -> rusqlite::Res
         kept,
         sandbox.spec.disk_mb,
         sandbox.owner.as_ref().map(Id::as_str),
+        sandbox.key.as_ref().map(Id::as_str),
     ])
 }
 
@@ -433,7 +449,8 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Sandbox> {
             .transpose()
             .map_err(|error| bad(16, Box::new(error)))?,
         forwards: from_json(row, 17)?,
-        owner: owner(row, 23)?,
+        owner: optional_id(row, 23)?,
+        key: optional_id(row, 24)?,
     })
 }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use super::{bad, from_json, layers, owner, time, to_json};
+use super::{bad, from_json, layers, optional_id, time, to_json};
 use crate::domain::{Id, LayerId, Snapshot, SnapshotId, Spec, Status, WarmSnapshot};
 
 const COLUMNS: &str = "id, name, description, sandbox, template, vcpus, memory_mb, timeout_sec, \
@@ -120,7 +120,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Snapshot> {
         layers: from_json(row, 8)?,
         content: content.map(|_| from_json(row, 9)).transpose()?,
         created_at: time(10, row.get(10)?)?,
-        owner: owner(row, 14)?,
+        owner: optional_id(row, 14)?,
     })
 }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use super::{bad, from_json, layers, owner, time, to_json};
+use super::{bad, from_json, layers, optional_id, time, to_json};
 use crate::domain::{Id, LayerId, Template, TemplateId};
 
 const COLUMNS: &str = "id, name, source, status, settings, layers, content, created_at, owner";
@@ -90,7 +90,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Template> {
         layers: from_json(row, 5)?,
         content: content.map(|_| from_json(row, 6)).transpose()?,
         created_at: time(7, row.get(7)?)?,
-        owner: owner(row, 8)?,
+        owner: optional_id(row, 8)?,
     })
 }
 

@@ -10,7 +10,7 @@ use utoipa::ToSchema;
 
 use super::error::{ApiError, parse};
 use super::sandboxes::rfc3339;
-use crate::domain::Account;
+use crate::domain::{Account, Quota};
 use crate::http::{AppState, Caller, ErrorBody};
 use crate::identity::{KeyError, KeyRecord, NewKey};
 
@@ -23,6 +23,60 @@ pub struct CreateKeyRequest {
     /// Name of the user whom it acts for; who makes it if not given. For administrators.
     #[schema(nullable = false)]
     pub user: Option<String>,
+    /// How much the sandboxes that are made with it may have together, within the quota of the account that
+    /// it acts for.
+    #[serde(default)]
+    #[schema(nullable = false)]
+    pub quota: QuotaBody,
+}
+
+/// How much sandboxes may have together; 0 is no limit.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize, ToSchema)]
+#[schema(as = ApiKeyQuota)]
+#[serde(default, deny_unknown_fields)]
+pub struct QuotaBody {
+    /// Sandboxes that run.
+    pub sandboxes: u32,
+    /// Their virtual CPUs.
+    pub vcpus: u32,
+    /// Their memory, in MiB.
+    pub memory_mb: u64,
+    /// Disks of all that are not deleted, as their guests see them, in MiB.
+    pub disk_mb: u64,
+}
+
+impl From<Quota> for QuotaBody {
+    fn from(quota: Quota) -> Self {
+        let Quota {
+            sandboxes,
+            vcpus,
+            memory_mb,
+            disk_mb,
+        } = quota;
+        Self {
+            sandboxes,
+            vcpus,
+            memory_mb,
+            disk_mb,
+        }
+    }
+}
+
+impl From<QuotaBody> for Quota {
+    fn from(body: QuotaBody) -> Self {
+        let QuotaBody {
+            sandboxes,
+            vcpus,
+            memory_mb,
+            disk_mb,
+        } = body;
+        Self {
+            sandboxes,
+            vcpus,
+            memory_mb,
+            disk_mb,
+        }
+    }
 }
 
 /// An API key.
@@ -43,6 +97,8 @@ pub struct KeyBody {
     pub key: Option<String>,
     /// Name of the user whom it acts for; null if that is whoever is on this machine.
     pub user: Option<String>,
+    /// How much the sandboxes that are made with it may have together.
+    pub quota: QuotaBody,
     /// When it was made.
     #[schema(value_type = String, format = DateTime)]
     pub created_at: String,
@@ -62,6 +118,7 @@ impl From<KeyRecord> for KeyBody {
                 Account::Local => None,
                 Account::User(user) => Some(user.name),
             },
+            quota: record.quota.into(),
             created_at: rfc3339(record.created_at),
             last_used_at: record.last_used_at.map(rfc3339),
         }
@@ -73,7 +130,9 @@ impl From<KeyError> for ApiError {
         let text = source.to_string();
         match source {
             KeyError::Invalid(_) => Self::invalid(text),
-            KeyError::Forbidden => Self::new(StatusCode::FORBIDDEN, "forbidden", text),
+            KeyError::Forbidden | KeyError::HasQuota => {
+                Self::new(StatusCode::FORBIDDEN, "forbidden", text)
+            }
             KeyError::NotFound => Self::new(StatusCode::NOT_FOUND, "not_found", text),
             KeyError::Random(_) => Self::internal(text),
             KeyError::Store(source) => source.into(),
@@ -90,7 +149,7 @@ impl From<KeyError> for ApiError {
     responses(
         (status = 201, description = "The key", body = KeyBody),
         (status = 400, description = "The request makes no sense", body = ErrorBody),
-        (status = 403, description = "Only an administrator may do that", body = ErrorBody),
+        (status = 403, description = "Only an administrator may do that, or the caller's own key has a quota", body = ErrorBody),
     ),
 )]
 pub async fn create(
@@ -102,6 +161,7 @@ pub async fn create(
     let new = NewKey {
         name: request.name,
         user: request.user,
+        quota: request.quota.into(),
     };
     let (key, record) = state.identity.create_key(new, &caller.principal).await?;
     let body = KeyBody {

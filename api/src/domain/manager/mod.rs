@@ -296,6 +296,7 @@ impl Manager {
         sandbox.name = wishes.name.clone();
         sandbox.is_kept |= wishes.is_kept;
         sandbox.owner = self.principal.owner().cloned();
+        sandbox.key = self.principal.key().cloned();
         let turn = self.inner.turns.take(&sandbox.id).await;
         let is_new = self.inner.store.insert(&sandbox).await?;
         if is_new {

@@ -6,9 +6,25 @@ use std::collections::HashMap;
 use super::Manager;
 use crate::domain::error::StartRefused;
 use crate::domain::host::HostError;
-use crate::domain::id::UserId;
-use crate::domain::quota::{Quota, Usage};
+use crate::domain::id::{KeyId, UserId};
+use crate::domain::quota::{Quota, QuotaOf, Usage};
 use crate::domain::sandbox::{Sandbox, Spec};
+
+/// Whom a sandbox is made by: whose it is, and with which API key.
+#[derive(Clone, Copy)]
+struct By<'a> {
+    owner: Option<&'a UserId>,
+    key: Option<&'a KeyId>,
+}
+
+impl<'a> By<'a> {
+    fn of(sandbox: &'a Sandbox) -> Self {
+        Self {
+            owner: sandbox.owner.as_ref(),
+            key: sandbox.key.as_ref(),
+        }
+    }
+}
 
 impl Manager {
     fn quota_of(&self, owner: Option<&UserId>) -> &Quota {
@@ -20,41 +36,56 @@ impl Manager {
 
     /// Checks that the principal may have one more sandbox. The caller holds the lock of the records.
     pub(super) async fn check_quota_of_new(&self, spec: &Spec) -> Result<(), StartRefused> {
-        self.check_quota(self.principal.owner(), spec, true).await
+        let by = By {
+            owner: self.principal.owner(),
+            key: self.principal.key(),
+        };
+        self.check_quota(by, spec, true).await
     }
 
     /// Checks that a sandbox may start that is there. The caller holds the lock of the records.
     pub(super) async fn check_quota_of(&self, sandbox: &Sandbox) -> Result<(), StartRefused> {
-        let owner = sandbox.owner.as_ref();
-        self.check_quota(owner, &sandbox.spec, false).await
+        self.check_quota(By::of(sandbox), &sandbox.spec, false)
+            .await
     }
 
-    async fn check_quota(
-        &self,
-        owner: Option<&UserId>,
-        spec: &Spec,
-        is_new: bool,
-    ) -> Result<(), StartRefused> {
-        let quota = self.quota_of(owner);
-        if !quota.is_limited() {
+    async fn check_quota(&self, by: By<'_>, spec: &Spec, is_new: bool) -> Result<(), StartRefused> {
+        let of_key = match by.key {
+            Some(key) => self.inner.store.quota_of_key(key).await?,
+            None => None,
+        };
+        let of_key = of_key.unwrap_or_default();
+        let quotas = [
+            (QuotaOf::Owner, *self.quota_of(by.owner)),
+            (QuotaOf::Key, of_key),
+        ];
+        if !quotas.iter().any(|(_, quota)| quota.is_limited()) {
             return Ok(());
         }
+        let counts_disks = quotas.iter().any(|(_, quota)| quota.disk_mb > 0);
         let mut sizes = HashMap::new();
-        let mut used = Usage::default();
+        let mut used = [Usage::default(); 2];
         for other in self.inner.store.list_live().await? {
-            if other.owner.as_ref() == owner {
-                let disk_mb = match quota.disk_mb {
-                    0 => 0,
-                    _ => self.disk_mb(&other.spec, &mut sizes).await?,
-                };
-                used.add(&other, disk_mb);
+            if other.owner.as_ref() != by.owner {
+                continue;
+            }
+            let disk_mb = match counts_disks {
+                true => self.disk_mb(&other.spec, &mut sizes).await?,
+                false => 0,
+            };
+            used[0].add(&other, disk_mb);
+            if other.key.as_ref() == by.key {
+                used[1].add(&other, disk_mb);
             }
         }
-        let disk_mb = match is_new && quota.disk_mb > 0 {
+        let disk_mb = match is_new && counts_disks {
             true => self.disk_mb(spec, &mut sizes).await?,
             false => 0,
         };
-        Ok(quota.check(used, spec, disk_mb)?)
+        for ((of, quota), used) in quotas.into_iter().zip(used) {
+            quota.check(of, used, spec, disk_mb)?;
+        }
+        Ok(())
     }
 
     /// Size of the disk of a sandbox, as its guest sees it, in MiB.
