@@ -18,7 +18,7 @@ test: ## all tests: native ones, then scenarios with real guests
 soak: prepare ## the scenarios that can go on for long, for long
 	MVS_SOAK_SEEDS=$${MVS_SOAK_SEEDS:-50} MVS_SOAK_OPERATIONS=$${MVS_SOAK_OPERATIONS:-1000} \
 		MVS_SOAK_CYCLES=$${MVS_SOAK_CYCLES:-50} MVS_SOAK_SANDBOXES=$${MVS_SOAK_SANDBOXES:-20} \
-		MVS_SOAK_KILLS=$${MVS_SOAK_KILLS:-4} tests/run hostile vmm_api snapshots $(ARGS)
+		MVS_SOAK_KILLS=$${MVS_SOAK_KILLS:-4} tests/run hostile vmm_api snapshots kills $(ARGS)
 	STREAM_MIB=$${STREAM_MIB:-1024} cargo test -p api --test streams long
 
 fuzz: ## fuzz every target for ten minutes; ARGS='--seconds 60 qcow2' for one and less

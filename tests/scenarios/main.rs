@@ -19,6 +19,7 @@ mod floods;
 mod guest;
 mod hostile;
 mod jail;
+mod kills;
 mod network;
 mod processes;
 mod refusals;

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use e2e_tests::daemon::{Daemon, Sandbox};
 use e2e_tests::process::children_of;
-use e2e_tests::{report, until};
+use e2e_tests::report;
+use e2e_tests::work::{Work, soak};
 use rustix::mount::{MountFlags, UnmountFlags};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -19,94 +20,6 @@ const CLOCK_TOLERANCE_NS: i128 = 50_000_000;
 
 fn small() -> Value {
     json!({"memory_mb": 192})
-}
-
-/// How many times a scenario does the same; more by `make soak`.
-fn cycles() -> u32 {
-    let cycles = std::env::var("MVS_SOAK_CYCLES");
-    cycles.map_or(3, |cycles| cycles.parse().unwrap())
-}
-
-/// A number for a run that goes on for long, and what it is without.
-fn soak(variable: &str, otherwise: u64) -> u64 {
-    let given = std::env::var(variable);
-    given.map_or(otherwise, |given| given.parse().unwrap())
-}
-
-/// Numbers that are the same in every run with the same seed (MVS_SOAK_SEED): xorshift.
-struct Chance(u64);
-
-impl Chance {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % end
-    }
-}
-
-/// What is at work in a sandbox: a process that counts and appends each number to a file that it
-/// keeps open, a server that numbers its answers, and a tree of files.
-const WORK: &str = r#"
-mkdir -p /root/tree/a/b && head -c 300000 /dev/urandom >/root/tree/a/b/file
-for n in 1 2 3 4 5 6 7 8; do echo "content $n" >"/root/tree/a/$n"; done
-cat >/root/count.pl <<'END'
-$| = 1; open(my $log, '>>', '/root/log') or die; $log->autoflush(1);
-for (my $n = 1;; $n++) { print $log "$n\n"; select(undef, undef, undef, 0.05) }
-END
-cat >/root/serve.pl <<'END'
-use IO::Socket::INET;
-my $server = IO::Socket::INET->new(LocalAddr => '127.0.0.1:7777', Listen => 8, ReuseAddr => 1) or die;
-open(my $up, '>', '/root/up'); close($up);
-for (my $n = 1;; $n++) { my $client = $server->accept() or next; print $client "answer $n\n" }
-END
-setsid perl -MIO::Handle /root/count.pl </dev/null >/dev/null 2>&1 &
-setsid perl /root/serve.pl </dev/null >/dev/null 2>&1 &
-while ! [ -e /root/up ] || ! [ -s /root/log ]; do sleep 0.1; done
-"#;
-
-const ASK: &str = r#"perl -MIO::Socket::INET -e \
-    'my $s = IO::Socket::INET->new("127.0.0.1:7777") or die; print scalar <$s>'"#;
-
-/// The work of one sandbox, and what it must be like.
-struct Work {
-    tree: String,
-    asked: u32,
-    counted: u64,
-}
-
-impl Work {
-    fn begin(sandbox: &Sandbox<'_>) -> Self {
-        sandbox.must(WORK);
-        Self {
-            tree: tree(sandbox),
-            asked: 0,
-            counted: 0,
-        }
-    }
-
-    /// It goes on where it was, and nothing of it is lost.
-    fn assert_goes_on(&mut self, sandbox: &Sandbox<'_>) {
-        self.asked += 1;
-        assert_eq!(sandbox.must(ASK), format!("answer {}", self.asked));
-        assert_eq!(tree(sandbox), self.tree);
-        let last = || -> u64 {
-            // The last line may be half written.
-            let last = sandbox.must("tail -n 2 /root/log | head -n 1");
-            last.parse().unwrap()
-        };
-        let counted = last();
-        assert!(counted >= self.counted, "{counted} after {}", self.counted);
-        until("the process goes on counting", || last() > counted + 2);
-        let gaps = "awk 'NR != $1 { print NR, $0; exit }' /root/log 2>/dev/null || \
-                    perl -ne 'print, exit if $_ != $.' /root/log";
-        assert_eq!(sandbox.must(gaps), "", "numbers are lost or doubled");
-        self.counted = counted;
-    }
-}
-
-fn tree(sandbox: &Sandbox<'_>) -> String {
-    sandbox.must("cd /root/tree && find . -type f | sort | xargs sha256sum | sha256sum")
 }
 
 fn now_ns() -> i128 {
@@ -211,7 +124,7 @@ fn what_runs_goes_on_after_every_pause() {
     let [hostname, machine_id, boot_id, ..] = identity(&sandbox);
     assert_eq!(hostname, sandbox.id);
     let mut work = Work::begin(&sandbox);
-    for generation in 1..=cycles() {
+    for generation in 1..=soak("MVS_SOAK_CYCLES", 3) {
         work.assert_goes_on(&sandbox);
         let monotonic = sandbox.must("cut -d. -f1 /proc/uptime");
         sandbox.pause();
@@ -333,11 +246,7 @@ fn a_running_parent_is_forked_and_goes_on() {
             forked["stall_ms"], forked["sandboxes"][0]["timings_ms"]
         ));
         let child = daemon.sandbox(forked["sandboxes"][0]["id"].as_str().unwrap());
-        let mut childs = Work {
-            tree: work.tree.clone(),
-            asked: work.asked,
-            counted: work.counted,
-        };
+        let mut childs = work.clone();
         work.assert_goes_on(&parent);
         childs.assert_goes_on(&child);
         parent.must(&format!("echo {generation} >/root/of-the-parent"));
@@ -398,7 +307,7 @@ fn a_snapshot_without_memory_is_a_disk_to_boot_from() {
         assert_eq!(booted.must("sha256sum </root/data"), sum);
         if !content.is_empty() {
             assert_eq!(booted.must("cat /root/file"), content);
-            assert_eq!(tree(&booted), work.tree);
+            assert!(work.has_its_files(&booted));
         }
         booted.delete();
     }
@@ -407,158 +316,6 @@ fn a_snapshot_without_memory_is_a_disk_to_boot_from() {
         assert_eq!(daemon.send(request, std::io::empty(), 0).status, 204);
     }
     assert!(daemon.layers().is_empty(), "{:?}", daemon.layers());
-}
-
-/// A request whose answer nobody waits for: the daemon or the VMM may be killed in the midst of it.
-fn ask(daemon: &Daemon, path: String) -> thread::JoinHandle<()> {
-    let address = daemon.address();
-    thread::spawn(move || {
-        let stream = std::net::TcpStream::connect(address).unwrap();
-        let request = e2e_tests::http::Request::new("POST", &path);
-        let _ = request.send(stream, std::io::empty(), 0);
-    })
-}
-
-/// Sandboxes at work, paused and resumed over and over. Now and then the daemon or the VMM of one of
-/// them is killed, in the midst of a pause, of a resume or while it runs. Each is afterwards as before or
-/// as after, checked by content; when the daemon was killed, one that ran runs on in the same process.
-/// Only one whose own VMM was killed while it ran is gone, and says why.
-#[test]
-fn under_kills_each_sandbox_is_as_before_or_as_after() {
-    let sandboxes = soak("MVS_SOAK_SANDBOXES", 2);
-    let cycles = soak("MVS_SOAK_CYCLES", 3);
-    // One cycle of so many has a kill in it.
-    let kills = soak("MVS_SOAK_KILLS", 1).max(1);
-    let seed = soak("MVS_SOAK_SEED", 6);
-    report(&format!("seed {seed}"));
-    // Neighbouring seeds shall have nothing in common; xorshift never leaves 0.
-    let mut chance = Chance(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
-    let mut daemon = Daemon::start_with(&["--warm-disk-bytes", "1073741824"]);
-    let mut all: Vec<(String, Work)> = Vec::new();
-    let mut outcomes: std::collections::BTreeMap<String, u32> = std::collections::BTreeMap::new();
-    for _ in 0..cycles {
-        while (all.len() as u64) < sandboxes {
-            let sandbox = daemon.create(&small());
-            let mut work = Work::begin(&sandbox);
-            work.assert_goes_on(&sandbox);
-            sandbox.pause();
-            all.push((sandbox.id, work));
-        }
-        for (id, work) in &mut all {
-            let kill = (chance.below(kills) == 0).then(|| (chance.below(5), chance.below(2500)));
-            let what = match kill {
-                None => {
-                    let sandbox = daemon.sandbox(id);
-                    sandbox.resume();
-                    work.assert_goes_on(&sandbox);
-                    sandbox.pause();
-                    "not killed"
-                }
-                Some((what @ 0..2, after_ms)) => {
-                    // In a resume: what was saved stays, whatever becomes of the attempt.
-                    let asking = ask(&daemon, daemon.sandbox(id).path("/resume"));
-                    thread::sleep(Duration::from_millis(after_ms));
-                    daemon = killed(daemon, id, what == 0);
-                    asking.join().unwrap();
-                    match what {
-                        0 => "the daemon killed in a resume",
-                        _ => "the VMM killed in a resume",
-                    }
-                }
-                Some((4, _)) => {
-                    // In neither.
-                    let sandbox = daemon.sandbox(id);
-                    sandbox.resume();
-                    work.assert_goes_on(&sandbox);
-                    let before = sandbox.outer_pid();
-                    daemon = daemon.crash();
-                    let sandbox = daemon.sandbox(id);
-                    assert_eq!(sandbox.outer_pid(), before, "it was started anew");
-                    assert_eq!(sandbox.get()["status"], "running");
-                    "the daemon killed while it runs"
-                }
-                Some((what, after_ms)) => {
-                    let sandbox = daemon.sandbox(id);
-                    sandbox.resume();
-                    work.assert_goes_on(&sandbox);
-                    let asking = ask(&daemon, sandbox.path("/pause"));
-                    thread::sleep(Duration::from_millis(after_ms));
-                    daemon = killed(daemon, id, what == 2);
-                    asking.join().unwrap();
-                    match what {
-                        2 => "the daemon killed in a pause",
-                        _ => "the VMM killed in a pause",
-                    }
-                }
-            };
-            let sandbox = daemon.sandbox(id);
-            let (outcome, lives) = match kill {
-                None => ("paused", true),
-                Some((what, _)) => {
-                    let became = what_became_of(&daemon, &sandbox);
-                    assert!(
-                        became.1 || matches!(what, 1 | 3),
-                        "{what}: {}",
-                        sandbox.get()
-                    );
-                    became
-                }
-            };
-            *outcomes.entry(format!("{what}: {outcome}")).or_default() += 1;
-            if lives && kill.is_some() {
-                work.assert_goes_on(&sandbox);
-                sandbox.pause();
-            }
-        }
-        all.retain(|(id, _)| daemon.sandbox(id).get()["status"] != "error");
-    }
-    for (id, work) in &mut all {
-        let sandbox = daemon.sandbox(id);
-        sandbox.resume();
-        work.assert_goes_on(&sandbox);
-        sandbox.delete();
-    }
-    report(&format!("{outcomes:?}"));
-}
-
-/// Resumes a sandbox that something was killed of, unless it runs or is lost. Returns what it was, and
-/// whether it runs now.
-fn what_became_of(daemon: &Daemon, sandbox: &Sandbox<'_>) -> (&'static str, bool) {
-    let mut outcome = None;
-    until("it has come to rest", || {
-        let (status, answer) = daemon.call("POST", &sandbox.path("/resume"), "");
-        let record = sandbox.get();
-        outcome = match (status, record["status"].as_str().unwrap()) {
-            (200, _) => Some(("paused", true)),
-            // That its VMM was killed may not be known yet.
-            (409, "running") => {
-                let answers = sandbox.try_exec(&["true"], 60).0 == 200;
-                answers.then_some(("running", true))
-            }
-            (409, "error") => {
-                assert!(record["status_reason"].is_string(), "{record}");
-                Some(("lost, for it ran", false))
-            }
-            // The end of its VMM is written down a moment later than it is told.
-            (409, _) => None,
-            _ => panic!("{status} {answer}; {record}"),
-        };
-        outcome.is_some()
-    });
-    outcome.unwrap()
-}
-
-/// Kills the daemon, and starts the next one; or the VMM of a sandbox, if there is one.
-fn killed(daemon: Daemon, id: &str, is_daemon: bool) -> Daemon {
-    if is_daemon {
-        return daemon.crash();
-    }
-    let vmm = daemon.sandbox(id).find_outer_pid();
-    // It may have ended since.
-    if let Some(pid) = vmm.and_then(|pid| Pid::from_raw(pid.cast_signed())) {
-        let _ = kill_process(pid, Signal::KILL);
-    }
-    daemon
 }
 
 /// A small file system over a directory, until it is dropped.
@@ -602,48 +359,6 @@ fn on_a_full_disk_a_sandbox_is_not_paused_and_runs_on() {
     sandbox.resume();
     work.assert_goes_on(&sandbox);
     sandbox.delete();
-}
-
-#[test]
-fn a_daemon_that_is_killed_in_a_pause_leaves_the_sandbox_before_or_after() {
-    let mut daemon = Daemon::start();
-    let mut outcomes = Vec::new();
-    for cycle in 0..cycles() {
-        let id = daemon.create(&small()).id;
-        let mut work = Work::begin(&daemon.sandbox(&id));
-        work.assert_goes_on(&daemon.sandbox(&id));
-        // Somewhere in the midst of it, each time at another point.
-        let (address, path) = (daemon.address(), daemon.sandbox(&id).path("/pause"));
-        let asking = thread::spawn(move || {
-            let stream = std::net::TcpStream::connect(address).unwrap();
-            let request = e2e_tests::http::Request::new("POST", &path);
-            let _ = request.send(stream, std::io::empty(), 0);
-        });
-        thread::sleep(Duration::from_millis(300 + 450 * u64::from(cycle % 7)));
-        daemon = daemon.crash();
-        asking.join().unwrap();
-        let sandbox = daemon.sandbox(&id);
-        let status = sandbox.get()["status"].as_str().unwrap().to_owned();
-        match status.as_str() {
-            "paused" => {
-                sandbox.resume();
-                work.assert_goes_on(&sandbox);
-            }
-            // It was not saved, and goes on.
-            "running" => {
-                assert!(daemon.layers().is_empty(), "{:?}", daemon.layers());
-                work.assert_goes_on(&sandbox);
-                sandbox.pause();
-                sandbox.resume();
-                work.assert_goes_on(&sandbox);
-            }
-            other => panic!("it is {other}"),
-        }
-        outcomes.push(status);
-        daemon.sandbox(&id).delete();
-        assert!(daemon.layers().is_empty(), "{:?}", daemon.layers());
-    }
-    report(&format!("killed in the midst of a pause: {outcomes:?}"));
 }
 
 #[test]

@@ -35,6 +35,7 @@ pub mod setup;
 pub mod terminal;
 pub mod vmm;
 pub mod vmm_api;
+pub mod work;
 
 use std::time::{Duration, Instant};
 
