@@ -6,16 +6,15 @@ use std::time::Duration;
 use agent_protocol::{AgentFrame, EXEC_UPGRADE, FrameKind, MAX_FRAME_PAYLOAD, PATH_EXEC};
 use bytes::{Bytes, BytesMut};
 use futures_util::stream::{self, BoxStream, StreamExt};
-use http_body_util::{BodyExt, Full};
-use hyper::header::{CONNECTION, CONTENT_TYPE, HOST, UPGRADE};
 use hyper::upgrade::Upgraded;
-use hyper::{Request, Response, StatusCode};
+use hyper::{Response, StatusCode};
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::io::{AsyncWriteExt, WriteHalf};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::upgrade::{self, Frames};
 use super::{AgentClient, failure, host_error, unreachable};
 use crate::domain::{ExecEvent, ExecRequest, ExitInfo, HostError};
 
@@ -79,10 +78,8 @@ impl AgentClient {
             .await
             .map_err(|error| unreachable("no stream of frames", &error))?;
         let (reader, writer) = tokio::io::split(TokioIo::new(upgraded));
-        let frames = Frames {
-            io: reader,
-            buffer: BytesMut::new(),
-        };
+        let ended = "the connection ended while the command was running";
+        let frames = Frames::new(reader, AgentFrame::decode, ended);
         let events = events(frames, deadline, timeout);
         Ok(match input {
             Some(input) => fed(events, writer, input),
@@ -105,27 +102,7 @@ impl AgentClient {
             timeout_ms: Some(u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX)),
             ..Default::default()
         };
-        let body = serde_json::to_vec(&body).map_err(|error| HostError::Internal {
-            reason: error.to_string(),
-        })?;
-        if body.len() > agent_protocol::MAX_JSON_BODY {
-            return Err(HostError::Invalid {
-                reason: format!(
-                    "cmd, args and envs have {} bytes; at most {} fit into a command",
-                    body.len(),
-                    agent_protocol::MAX_JSON_BODY
-                ),
-            });
-        }
-        let request = Request::post(PATH_EXEC)
-            .header(HOST, "agent")
-            .header(CONNECTION, "Upgrade")
-            .header(UPGRADE, EXEC_UPGRADE)
-            .header(CONTENT_TYPE, "application/json")
-            .body(Full::from(body).map_err(io::Error::other).boxed_unsync())
-            .map_err(|error| HostError::Internal {
-                reason: error.to_string(),
-            })?;
+        let request = upgrade::request(PATH_EXEC, EXEC_UPGRADE, &body)?;
         let mut sender = self.connect().await?;
         sender
             .send_request(request)
@@ -140,34 +117,6 @@ fn late(timeout: Duration) -> HostError {
             "the command's timeout of {} s is long over, and its end was not told",
             timeout.as_secs()
         ),
-    }
-}
-
-/// The frames of one command.
-struct Frames {
-    io: ReadHalf<TokioIo<Upgraded>>,
-    /// Holds one frame at most: the protocol bounds its length before it arrives.
-    buffer: BytesMut,
-}
-
-impl Frames {
-    async fn next(&mut self) -> Result<AgentFrame, HostError> {
-        loop {
-            match AgentFrame::decode(&mut self.buffer) {
-                Ok(Some(frame)) => return Ok(frame),
-                Ok(None) => {}
-                Err(error) => return Err(unreachable("it broke the protocol", &error)),
-            }
-            match self.io.read_buf(&mut self.buffer).await {
-                Ok(0) => {
-                    return Err(HostError::AgentUnreachable {
-                        reason: "the connection ended while the command was running".to_owned(),
-                    });
-                }
-                Ok(_) => {}
-                Err(error) => return Err(unreachable("the connection broke off", &error)),
-            }
-        }
     }
 }
 
@@ -218,7 +167,7 @@ async fn feed(
     Ok(())
 }
 
-fn events(frames: Frames, deadline: Instant, timeout: Duration) -> Events {
+fn events(frames: Frames<AgentFrame>, deadline: Instant, timeout: Duration) -> Events {
     stream::try_unfold(Some(frames), move |frames| async move {
         let Some(mut frames) = frames else {
             return Ok(None);

@@ -14,6 +14,7 @@ mod identity;
 mod ports;
 mod processes;
 mod shutdown;
+mod upgrade;
 
 use std::io;
 use std::path::PathBuf;

@@ -17,9 +17,10 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::io::{AsyncWriteExt, WriteHalf};
 use tokio_util::task::AbortOnDropHandle;
 
+use super::upgrade::{self, Frames, internal, to_json};
 use super::{AgentClient, failure, host_error, unreachable};
 use crate::domain::{
     ExecRequest, ExitInfo, HostError, Process, ProcessEvent, ProcessEvents, ProcessRef,
@@ -103,15 +104,18 @@ impl AgentClient {
         let (reader, writer) = tokio::io::split(TokioIo::new(upgraded));
         let typing = AbortOnDropHandle::new(tokio::spawn(type_in(writer, input)));
         let following = Following {
-            io: reader,
-            buffer: BytesMut::new(),
+            frames: Frames::new(
+                reader,
+                AttachedFrame::decode,
+                "the connection ended before the process did",
+            ),
             _typing: typing,
         };
         Ok(stream::try_unfold(Some(following), async |following| {
             let Some(mut following) = following else {
                 return Ok(None);
             };
-            let event = following.next().await?;
+            let event = event(following.frames.next().await?)?;
             let has_ended = matches!(event, ProcessEvent::Exited(_));
             Ok(Some((event, (!has_ended).then_some(following))))
         })
@@ -160,17 +164,7 @@ impl AgentClient {
         protocol: &str,
         body: &impl Serialize,
     ) -> Result<Upgraded, HostError> {
-        let request = Request::post(path)
-            .header(HOST, "agent")
-            .header(hyper::header::CONNECTION, "Upgrade")
-            .header(hyper::header::UPGRADE, protocol)
-            .header(CONTENT_TYPE, "application/json")
-            .body(
-                Full::from(to_json(body)?)
-                    .map_err(io::Error::other)
-                    .boxed_unsync(),
-            )
-            .map_err(internal)?;
+        let request = upgrade::request(path, protocol, body)?;
         let response = self.answer(request).await?;
         if response.status() != StatusCode::SWITCHING_PROTOCOLS {
             return Err(refusal(failure(response).await));
@@ -193,26 +187,6 @@ fn refusal(detail: ErrorDetail) -> HostError {
         }
         code => host_error(ErrorDetail::new(code, reason), ""),
     }
-}
-
-fn internal(error: impl std::fmt::Display) -> HostError {
-    HostError::Internal {
-        reason: error.to_string(),
-    }
-}
-
-fn to_json(body: &impl Serialize) -> Result<Vec<u8>, HostError> {
-    let body = serde_json::to_vec(body).map_err(internal)?;
-    if body.len() > agent_protocol::MAX_JSON_BODY {
-        return Err(HostError::Invalid {
-            reason: format!(
-                "cmd, args and envs have {} bytes; at most {} fit into a command",
-                body.len(),
-                agent_protocol::MAX_JSON_BODY
-            ),
-        });
-    }
-    Ok(body)
 }
 
 async fn read<T: DeserializeOwned>(
@@ -260,31 +234,8 @@ fn pieces(bytes: &Bytes) -> impl Iterator<Item = Bytes> {
 
 /// Follows one process.
 struct Following {
-    io: ReadHalf<TokioIo<Upgraded>>,
-    /// Holds one frame at most: the protocol bounds its length before it arrives.
-    buffer: BytesMut,
+    frames: Frames<AttachedFrame>,
     _typing: AbortOnDropHandle<()>,
-}
-
-impl Following {
-    async fn next(&mut self) -> Result<ProcessEvent, HostError> {
-        loop {
-            match AttachedFrame::decode(&mut self.buffer) {
-                Ok(Some(frame)) => return event(frame),
-                Ok(None) => {}
-                Err(error) => return Err(unreachable("it broke the protocol", &error)),
-            }
-            match self.io.read_buf(&mut self.buffer).await {
-                Ok(0) => {
-                    return Err(HostError::AgentUnreachable {
-                        reason: "the connection ended before the process did".to_owned(),
-                    });
-                }
-                Ok(_) => {}
-                Err(error) => return Err(unreachable("the connection broke off", &error)),
-            }
-        }
-    }
 }
 
 fn event(frame: AttachedFrame) -> Result<ProcessEvent, HostError> {

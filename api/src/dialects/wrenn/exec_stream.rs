@@ -17,8 +17,8 @@ use std::io;
 use std::time::Duration;
 
 use axum::extract::Path;
+use axum::extract::ws::WebSocketUpgrade;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
-use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade, close_code};
 use axum::response::Response;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -27,24 +27,12 @@ use futures_util::StreamExt;
 use futures_util::stream::{self, BoxStream};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::{self, Sender};
-use tokio::time::timeout;
 
 use super::error::ApiError;
+use super::socket::{self, Data, MAX_MESSAGE, Socket};
 use super::text::Text;
 use crate::domain::{Command, ExecError, ExecEvent, InUse, MAX_EXEC_TIMEOUT_SEC, Manager};
 use crate::http::{Caller, ErrorBody, SocketPermit};
-
-/// How long a client may take to say what to run.
-const START_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// How long a client may take to close its side in the end.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// The largest message of a client, in bytes: what a command may have.
-const MAX_MESSAGE: usize = 1 << 20;
-
-/// What is read of a WebSocket at once, in bytes. Each has it, idle or not.
-pub const READ_BUFFER: usize = 4096;
 
 /// Pieces of input that wait for the guest to take them.
 const PIECES_IN_FLIGHT: usize = 2;
@@ -127,30 +115,6 @@ enum News<'a> {
     },
 }
 
-/// Output. What is not UTF-8 is base64, and says so.
-#[derive(Debug, Serialize)]
-pub struct Data<'a> {
-    data: std::borrow::Cow<'a, str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    encoding: Option<&'static str>,
-}
-
-impl<'a> Data<'a> {
-    /// As it is, if it is UTF-8.
-    pub fn new(bytes: &'a [u8]) -> Self {
-        match std::str::from_utf8(bytes) {
-            Ok(text) => Self {
-                data: text.into(),
-                encoding: None,
-            },
-            Err(_) => Self {
-                data: STANDARD.encode(bytes).into(),
-                encoding: Some("base64"),
-            },
-        }
-    }
-}
-
 /// Execute a command and follow its output
 ///
 /// A WebSocket. The client's first message is `{"type":"start","cmd":…}`, with the fields of an
@@ -177,80 +141,29 @@ pub async fn exec_stream(
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Result<Response, ApiError> {
     let in_use = caller.manager.running(&id).await?;
-    let upgrade = upgrade
-        .map_err(|rejection| ApiError::invalid(format!("expected a WebSocket: {rejection}")))?;
-    Ok(upgrade
-        .read_buffer_size(READ_BUFFER)
-        .max_message_size(MAX_MESSAGE)
-        .on_upgrade(async move |socket| {
-            serve(socket, &caller.manager, &in_use).await;
-            caller.manager.keep_awake(in_use).await;
-            drop(permit);
-        }))
-}
-
-/// Serves one client until its command has ended or it goes away. There is nobody to tell why.
-async fn serve(mut socket: WebSocket, manager: &Manager, in_use: &InUse) {
-    let last = match timeout(START_TIMEOUT, first_order(&mut socket)).await {
-        Ok(Some(Ok(start))) => run(&mut socket, manager, in_use, start).await,
-        Ok(Some(Err(problem))) => Some(News::Error { data: problem }),
-        Ok(None) => None,
-        Err(_) => Some(News::Error {
-            data: format!(
-                "nothing to run was sent within {} s: expected {{\"type\":\"start\",\"cmd\":…}}",
-                START_TIMEOUT.as_secs()
-            ),
-        }),
-    };
-    let Some(last) = last else { return };
-    if tell(&mut socket, &last).await.is_some() {
-        close(&mut socket).await;
-    }
-}
-
-/// Says that nothing follows.
-pub async fn close(socket: &mut WebSocket) {
-    let close = CloseFrame {
-        code: close_code::NORMAL,
-        reason: "".into(),
-    };
-    let _ = socket.send(Message::Close(Some(close))).await;
-    // What it still sends is read: a connection that is closed on it is reset, and what the client
-    // has been told would be lost on the way.
-    let rest = async { while let Some(Ok(_)) = socket.recv().await {} };
-    let _ = timeout(CLOSE_TIMEOUT, rest).await;
-}
-
-/// What the client wants to run; `None` if it went away.
-async fn first_order(socket: &mut WebSocket) -> Option<Result<Start, String>> {
-    let order = next_order(socket).await?;
-    Some(match order {
-        Ok(Order::Start(start)) => Ok(start),
-        Ok(Order::Stop {}) => Err("there is nothing to stop yet".to_owned()),
-        Ok(_) => Err("nothing runs yet that could read; expected start".to_owned()),
-        Err(problem) => Err(problem),
+    socket::open(upgrade, MAX_MESSAGE, async move |mut socket| {
+        let last = serve(&mut socket, &caller.manager, &in_use).await;
+        socket.end(last).await;
+        caller.manager.keep_awake(in_use).await;
+        drop(permit);
     })
 }
 
-/// The client's next message; `None` if it went away.
-async fn next_order(socket: &mut WebSocket) -> Option<Result<Order, String>> {
-    loop {
-        let text = match socket.recv().await?.ok()? {
-            Message::Text(text) => Bytes::from(text),
-            Message::Binary(bytes) => bytes,
-            Message::Close(_) => return None,
-            Message::Ping(_) | Message::Pong(_) => continue,
-        };
-        return Some(
-            serde_json::from_slice(&text).map_err(|source| format!("invalid message: {source}")),
-        );
-    }
+/// Serves one client until its command has ended. The last thing to tell; `None` if it went away.
+async fn serve(socket: &mut Socket, manager: &Manager, in_use: &InUse) -> Option<News<'static>> {
+    let problem = match socket.first("{\"type\":\"start\",\"cmd\":…}").await? {
+        Ok(Order::Start(start)) => return run(socket, manager, in_use, start).await,
+        Ok(Order::Stop {}) => "there is nothing to stop yet".to_owned(),
+        Ok(_) => "nothing runs yet that could read; expected start".to_owned(),
+        Err(problem) => problem,
+    };
+    Some(News::Error { data: problem })
 }
 
 /// Runs the command and tells what it writes. The last thing to tell; `None` if the client went
 /// away.
 async fn run(
-    socket: &mut WebSocket,
+    socket: &mut Socket,
     manager: &Manager,
     in_use: &InUse,
     start: Start,
@@ -282,7 +195,7 @@ async fn run(
     let (mut stdout, mut stderr) = (Text::default(), Text::default());
     let last = loop {
         let event = tokio::select! {
-            order = next_order(socket), if waiting.is_none() => {
+            order = socket.order(), if waiting.is_none() => {
                 match order? {
                     Ok(Order::Stop {}) => return error("the command was stopped".to_owned()),
                     Ok(Order::Start(_)) => return error("only one command runs here".to_owned()),
@@ -306,21 +219,21 @@ async fn run(
                 continue;
             }
             _ = check.tick(), if waiting.is_some() => {
-                socket.send(Message::Ping(Bytes::new())).await.ok()?;
+                socket.check().await?;
                 continue;
             }
             event = events.next() => event,
         };
         match event {
-            Some(Ok(ExecEvent::Started { pid })) => tell(socket, &News::Start { pid }).await?,
+            Some(Ok(ExecEvent::Started { pid })) => socket.tell(&News::Start { pid }).await?,
             Some(Ok(ExecEvent::Stdout(bytes))) => {
                 if let Some(piece) = stdout.push(&bytes) {
-                    tell(socket, &News::Stdout(Data::new(&piece))).await?;
+                    socket.tell(&News::Stdout(Data::new(&piece))).await?;
                 }
             }
             Some(Ok(ExecEvent::Stderr(bytes))) => {
                 if let Some(piece) = stderr.push(&bytes) {
-                    tell(socket, &News::Stderr(Data::new(&piece))).await?;
+                    socket.tell(&News::Stderr(Data::new(&piece))).await?;
                 }
             }
             Some(Ok(ExecEvent::Exited(exit))) => {
@@ -342,10 +255,10 @@ async fn run(
         }
     };
     if let Some(piece) = stdout.rest() {
-        tell(socket, &News::Stdout(Data::new(&piece))).await?;
+        socket.tell(&News::Stdout(Data::new(&piece))).await?;
     }
     if let Some(piece) = stderr.rest() {
-        tell(socket, &News::Stderr(Data::new(&piece))).await?;
+        socket.tell(&News::Stderr(Data::new(&piece))).await?;
     }
     Some(last)
 }
@@ -373,10 +286,4 @@ async fn pass_on(input: &mut Option<Sender<Bytes>>, waiting: &mut Option<Bytes>)
         (Ok(_), None) => true,
         (Err(_), _) => false,
     }
-}
-
-/// `None` if the client went away.
-async fn tell(socket: &mut WebSocket, news: &News<'_>) -> Option<()> {
-    let text = serde_json::to_string(news).ok()?;
-    socket.send(Message::Text(text.into())).await.ok()
 }

@@ -13,6 +13,7 @@ mod processes;
 mod pty;
 mod sandboxes;
 mod snapshots;
+mod socket;
 mod templates;
 mod text;
 

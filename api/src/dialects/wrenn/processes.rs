@@ -11,8 +11,8 @@
 
 use axum::Json;
 use axum::extract::rejection::QueryRejection;
+use axum::extract::ws::WebSocketUpgrade;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
-use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
 use axum::extract::{Path, Query};
 use axum::http::StatusCode;
 use axum::response::Response;
@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::error::ApiError;
-use super::exec_stream::{Data, READ_BUFFER, close};
+use super::socket::{self, Data, Socket};
 use super::text::Text;
 use crate::domain::{ExecError, InUse, KILL, Manager, Process, ProcessEvent, ProcessRef};
 use crate::http::{Caller, ErrorBody, SocketPermit};
@@ -206,35 +206,21 @@ pub async fn follow(
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Result<Response, ApiError> {
     let in_use = caller.manager.running(&id).await?;
-    let upgrade = upgrade
-        .map_err(|rejection| ApiError::invalid(format!("expected a WebSocket: {rejection}")))?;
     let process = ProcessRef::from(process.as_str());
-    Ok(upgrade
-        .read_buffer_size(READ_BUFFER)
-        .max_message_size(MAX_MESSAGE)
-        .on_upgrade(async move |mut socket| {
-            serve(&mut socket, &caller.manager, &in_use, &process).await;
-            caller.manager.keep_awake(in_use).await;
-            drop(permit);
-        }))
+    socket::open(upgrade, MAX_MESSAGE, async move |mut socket| {
+        let last = tell_all(&mut socket, &caller.manager, &in_use, &process).await;
+        socket.end(last).await;
+        caller.manager.keep_awake(in_use).await;
+        drop(permit);
+    })
 }
 
 /// The largest message of a client, in bytes: it has nothing to say.
 const MAX_MESSAGE: usize = 4096;
 
-async fn serve(socket: &mut WebSocket, manager: &Manager, in_use: &InUse, process: &ProcessRef) {
-    let last = match tell_all(socket, manager, in_use, process).await {
-        Some(last) => last,
-        None => return,
-    };
-    if tell(socket, &last).await.is_some() {
-        close(socket).await;
-    }
-}
-
 /// Tells what the process writes. The last thing to tell; `None` if the client went away.
 async fn tell_all(
-    socket: &mut WebSocket,
+    socket: &mut Socket,
     manager: &Manager,
     in_use: &InUse,
     process: &ProcessRef,
@@ -251,28 +237,25 @@ async fn tell_all(
     let (mut stdout, mut stderr) = (Text::default(), Text::default());
     let last = loop {
         let event = tokio::select! {
-            message = socket.recv() => match message?.ok()? {
-                Message::Close(_) => return None,
-                _ => continue,
-            },
+            () = socket.gone() => return None,
             event = events.next() => event?,
         };
         match event {
             Ok(ProcessEvent::Attached(process)) => {
                 let (pid, tag) = (process.pid, process.tag.as_str());
-                tell(socket, &News::Start { pid, tag }).await?;
+                socket.tell(&News::Start { pid, tag }).await?;
             }
             Ok(ProcessEvent::Stdout(bytes)) => {
                 if let Some(piece) = stdout.push(&bytes) {
-                    tell(socket, &News::Stdout(Data::new(&piece))).await?;
+                    socket.tell(&News::Stdout(Data::new(&piece))).await?;
                 }
             }
             Ok(ProcessEvent::Stderr(bytes)) => {
                 if let Some(piece) = stderr.push(&bytes) {
-                    tell(socket, &News::Stderr(Data::new(&piece))).await?;
+                    socket.tell(&News::Stderr(Data::new(&piece))).await?;
                 }
             }
-            Ok(ProcessEvent::Lost(bytes)) => tell(socket, &News::Lost { bytes }).await?,
+            Ok(ProcessEvent::Lost(bytes)) => socket.tell(&News::Lost { bytes }).await?,
             Ok(ProcessEvent::Exited(exit)) => {
                 break News::Exit {
                     exit_code: exit.code,
@@ -282,18 +265,12 @@ async fn tell_all(
         }
     };
     if let Some(piece) = stdout.rest() {
-        tell(socket, &News::Stdout(Data::new(&piece))).await?;
+        socket.tell(&News::Stdout(Data::new(&piece))).await?;
     }
     if let Some(piece) = stderr.rest() {
-        tell(socket, &News::Stderr(Data::new(&piece))).await?;
+        socket.tell(&News::Stderr(Data::new(&piece))).await?;
     }
     Some(last)
-}
-
-/// `None` if the client went away.
-async fn tell(socket: &mut WebSocket, news: &News<'_>) -> Option<()> {
-    let text = serde_json::to_string(news).ok()?;
-    socket.send(Message::Text(text.into())).await.ok()
 }
 
 #[cfg(test)]

@@ -6,10 +6,12 @@
 //! client ← {"type":"started","pid":212,"tag":"pty-1f2e3d4c"}
 //! client → {"type":"input","data":"bHMK"}, {"type":"resize","cols":100,"rows":30}   any number
 //! client ← {"type":"output","data":"…"}                            any number; base64 both ways
-//! client → {"type":"kill"}
+//! client → {"type":"kill"}, {"type":"pong"}
 //! client ← {"type":"exit","exit_code":0}  or  {"type":"error","data":"…","fatal":true}; then the
 //!          socket is closed
 //! ```
+//!
+//! A client that types in binary messages is also shown what follows in binary messages, both as it is.
 //!
 //! A client that goes away leaves the program as it is: it is a process in the background, and the
 //! next client connects to it by its tag or process id, and is told the latest output first. It ends by
@@ -20,31 +22,26 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use axum::extract::Path;
+use axum::extract::ws::WebSocketUpgrade;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
-use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
 use axum::response::Response;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use bytes::Bytes;
 use futures_util::{StreamExt, stream};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
-use tokio::time::{Instant, MissedTickBehavior, interval_at, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval_at};
 
 use super::error::ApiError;
-use super::exec_stream::{READ_BUFFER, close};
+use super::socket::{self, MAX_MESSAGE, Received, Socket};
 use crate::domain::{
     Command, ExecError, InUse, KILL, MAX_EXEC_TIMEOUT_SEC, Manager, ProcessEvent, ProcessRef,
     ProcessSpec, TerminalInput, check_size,
 };
 use crate::http::{Caller, ErrorBody, SocketPermit};
 
-/// How long a client may take to say what to run.
-const START_TIMEOUT: Duration = Duration::from_secs(30);
 /// How often a client is told that the connection is alive.
 const PING_INTERVAL: Duration = Duration::from_secs(30);
-/// The largest message of a client, in bytes: what a command may have.
-const MAX_MESSAGE: usize = 1 << 20;
 /// How many messages of a client wait for the terminal; then it is not read any more.
 const WAITING_INPUTS: usize = 4;
 
@@ -57,6 +54,7 @@ enum Order {
     Input { data: String },
     Resize { cols: i64, rows: i64 },
     Kill {},
+    Pong {},
 }
 
 #[derive(Debug, Deserialize)]
@@ -115,8 +113,9 @@ fn failed(source: ExecError) -> News<'static> {
 /// `args`, `envs`, `cwd`, `user`, `cols` (80) and `rows` (24), or `{"type":"connect"}` with the `tag`
 /// or `pid` of one that runs. It is told `started` with both. Then it sends `input` with `data` in
 /// base64, `resize` with `cols` and `rows`, and `kill`, and is told `output` with `data` in base64,
-/// `ping` every 30 s, and at last `exit` with the `exit_code`, or an `error` that is `fatal`. A client
-/// that goes away leaves the program running.
+/// `ping` every 30 s, and at last `exit` with the `exit_code`, or an `error` that is `fatal`. One that
+/// sends its input as binary messages also gets the output that follows as such. A client that goes
+/// away leaves the program running.
 #[utoipa::path(
     get, path = "/v1/sandboxes/{id}/pty", operation_id = "openPty", tag = "sandboxes",
     params(("id" = String, Path)),
@@ -135,45 +134,29 @@ pub async fn pty(
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Result<Response, ApiError> {
     let in_use = caller.manager.running(&id).await?;
-    let upgrade = upgrade
-        .map_err(|rejection| ApiError::invalid(format!("expected a WebSocket: {rejection}")))?;
-    Ok(upgrade
-        .read_buffer_size(READ_BUFFER)
-        .max_message_size(MAX_MESSAGE)
-        .on_upgrade(async move |mut socket| {
-            if let Some(last) = serve(&mut socket, &caller.manager, &in_use).await
-                && tell(&mut socket, &last).await.is_some()
-            {
-                close(&mut socket).await;
-            }
-            caller.manager.keep_awake(in_use).await;
-            drop(permit);
-        }))
+    socket::open(upgrade, MAX_MESSAGE, async move |mut socket| {
+        let last = serve(&mut socket, &caller.manager, &in_use).await;
+        socket.end(last).await;
+        caller.manager.keep_awake(in_use).await;
+        drop(permit);
+    })
 }
 
 /// Serves one client. The last thing to tell; `None` if it went away.
-async fn serve(socket: &mut WebSocket, manager: &Manager, in_use: &InUse) -> Option<News<'static>> {
-    const EXPECTED: &str = "expected {\"type\":\"start\"} or {\"type\":\"connect\",\"tag\":…}";
-    let process = match timeout(START_TIMEOUT, next_order(socket)).await {
-        Ok(Some(Ok(Order::Start(start)))) => {
-            match manager.start_process(in_use, spec_of(start)).await {
-                Ok(process) => ProcessRef::Pid(process.pid),
-                Err(source) => return Some(failed(source)),
-            }
-        }
-        Ok(Some(Ok(Order::Connect(connect)))) => match (connect.tag, connect.pid) {
+async fn serve(socket: &mut Socket, manager: &Manager, in_use: &InUse) -> Option<News<'static>> {
+    const EXPECTED: &str = "{\"type\":\"start\"} or {\"type\":\"connect\",\"tag\":…}";
+    let process = match socket.first(EXPECTED).await? {
+        Ok(Order::Start(start)) => match manager.start_process(in_use, spec_of(start)).await {
+            Ok(process) => ProcessRef::Pid(process.pid),
+            Err(source) => return Some(failed(source)),
+        },
+        Ok(Order::Connect(connect)) => match (connect.tag, connect.pid) {
             (Some(tag), None) => ProcessRef::Tag(tag),
             (None, Some(pid)) => ProcessRef::Pid(pid),
             _ => return Some(fatal("connect takes either a tag or a pid")),
         },
-        Ok(Some(Ok(_))) => return Some(fatal(format!("nothing runs here yet: {EXPECTED}"))),
-        Ok(Some(Err(problem))) => return Some(fatal(problem)),
-        Ok(None) => return None,
-        Err(_) => {
-            let seconds = START_TIMEOUT.as_secs();
-            let problem = format!("nothing was sent within {seconds} s: {EXPECTED}");
-            return Some(fatal(problem));
-        }
+        Ok(_) => return Some(fatal(format!("nothing runs here yet: expected {EXPECTED}"))),
+        Err(problem) => return Some(fatal(problem)),
     };
     Session::attach(socket, manager, in_use, process).await
 }
@@ -194,35 +177,22 @@ fn spec_of(start: Start) -> ProcessSpec {
     }
 }
 
-/// The client's next message; `None` if it went away.
-async fn next_order(socket: &mut WebSocket) -> Option<Result<Order, String>> {
-    loop {
-        let text = match socket.recv().await?.ok()? {
-            Message::Text(text) => Bytes::from(text),
-            Message::Binary(bytes) => bytes,
-            Message::Close(_) => return None,
-            Message::Ping(_) | Message::Pong(_) => continue,
-        };
-        return Some(
-            serde_json::from_slice(&text).map_err(|source| format!("invalid message: {source}")),
-        );
-    }
-}
-
 /// A client at a terminal.
 struct Session<'a> {
-    socket: &'a mut WebSocket,
+    socket: &'a mut Socket,
     manager: &'a Manager,
     in_use: &'a InUse,
     /// The process, by its id once that is known: another may get its tag.
     process: ProcessRef,
+    /// Whether the client types in bytes, and so is shown bytes.
+    is_raw: bool,
     typing: mpsc::Sender<TerminalInput>,
 }
 
 impl<'a> Session<'a> {
     /// Serves the client until the process ends or the client goes away.
     async fn attach(
-        socket: &'a mut WebSocket,
+        socket: &'a mut Socket,
         manager: &'a Manager,
         in_use: &'a InUse,
         process: ProcessRef,
@@ -238,6 +208,7 @@ impl<'a> Session<'a> {
             manager,
             in_use,
             process,
+            is_raw: false,
             typing,
         };
         let mut pings = interval_at(Instant::now() + PING_INTERVAL, PING_INTERVAL);
@@ -248,6 +219,8 @@ impl<'a> Session<'a> {
             // shows is told.
             let typing = session.typing.clone();
             let news = tokio::select! {
+                // What the client has sent comes first: it may be what tells how to show something.
+                biased;
                 permit = typing.reserve(), if waiting.is_some() => {
                     // Otherwise the process has ended, which is told soon.
                     if let (Ok(permit), Some(input)) = (permit, waiting.take()) {
@@ -255,10 +228,10 @@ impl<'a> Session<'a> {
                     }
                     continue;
                 }
-                order = next_order(session.socket), if waiting.is_none() => {
-                    match session.obey(order?).await {
+                received = session.socket.order_or_bytes(), if waiting.is_none() => {
+                    match session.obey(received?).await {
                         Ok(input) => waiting = input,
-                        Err(news) => tell(session.socket, &news).await?,
+                        Err(news) => session.socket.tell(&news).await?,
                     }
                     continue;
                 }
@@ -272,12 +245,16 @@ impl<'a> Session<'a> {
                     Ok(ProcessEvent::Attached(process)) => {
                         session.process = ProcessRef::Pid(process.pid);
                         let (pid, tag) = (process.pid, process.tag.as_str());
-                        tell(session.socket, &News::Started { pid, tag }).await?;
+                        session.socket.tell(&News::Started { pid, tag }).await?;
                         continue;
                     }
-                    Ok(ProcessEvent::Stdout(bytes) | ProcessEvent::Stderr(bytes)) => News::Output {
-                        data: STANDARD.encode(bytes),
-                    },
+                    Ok(ProcessEvent::Stdout(bytes) | ProcessEvent::Stderr(bytes)) => {
+                        if session.is_raw {
+                            session.socket.send(bytes).await?;
+                            continue;
+                        }
+                        News::Output { data: STANDARD.encode(bytes) }
+                    }
                     Ok(ProcessEvent::Lost(bytes)) => News::Error {
                         data: format!("{bytes} bytes of output are not kept any more"),
                         fatal: false,
@@ -288,17 +265,26 @@ impl<'a> Session<'a> {
                     Err(source) => return Some(failed(ExecError::Host(source))),
                 },
             };
-            tell(session.socket, &news).await?;
+            session.socket.tell(&news).await?;
         }
     }
 
     /// Does what the client says; returns what is to be done at the terminal, or what to tell it.
     async fn obey(
         &mut self,
-        order: Result<Order, String>,
+        received: Received<Order>,
     ) -> Result<Option<TerminalInput>, News<'static>> {
         let refuse = |data: String| News::Error { data, fatal: false };
-        match order.map_err(refuse)? {
+        let order = match received {
+            Received::Order(order) => order,
+            Received::Problem(problem) => return Err(refuse(problem)),
+            Received::Bytes(bytes) => {
+                self.is_raw = true;
+                return Ok(Some(TerminalInput::Typed(bytes)));
+            }
+        };
+        match order {
+            Order::Pong {} => Ok(None),
             Order::Input { data } => {
                 let bytes = STANDARD
                     .decode(data)
@@ -324,10 +310,4 @@ impl<'a> Session<'a> {
             }
         }
     }
-}
-
-/// `None` if the client went away.
-async fn tell(socket: &mut WebSocket, news: &News<'_>) -> Option<()> {
-    let text = serde_json::to_string(news).ok()?;
-    socket.send(Message::Text(text.into())).await.ok()
 }
