@@ -9,7 +9,7 @@ use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
 use crate::chain;
-use crate::domain::{Egress, Quota, Subnet, WhenIdle};
+use crate::domain::{Egress, OnStop, Quota, Subnet, WhenIdle};
 use crate::hypervisor::{CgroupParent, DiskLimits};
 use crate::identity::Registration;
 use crate::network::MAX_BRIDGE_NAME;
@@ -38,6 +38,8 @@ pub struct Config {
     pub reconcile_sec: u64,
     /// What becomes of a sandbox that was idle for its `timeout_sec`.
     pub when_idle: WhenIdle,
+    /// What becomes of sandboxes that run when the daemon is asked to end.
+    pub on_stop: OnStop,
     /// Accounts.
     pub auth: AuthConfig,
     /// What guests are made from.
@@ -400,6 +402,7 @@ impl Default for Config {
             shutdown_timeout_sec: 10,
             reconcile_sec: 30,
             when_idle: WhenIdle::default(),
+            on_stop: OnStop::default(),
             auth: AuthConfig::default(),
             images: ImagesConfig::default(),
             jail: JailConfig::default(),
@@ -498,6 +501,10 @@ pub struct Flags {
     /// [default: pause]
     #[arg(long, env = "SANDBOXD_WHEN_IDLE", value_name = "WHAT", value_parser = parse_when_idle)]
     when_idle: Option<WhenIdle>,
+    /// What becomes of sandboxes that run when the daemon is asked to end: keep, pause or delete
+    /// [default: keep]
+    #[arg(long, env = "SANDBOXD_ON_STOP", value_name = "WHAT", value_parser = parse_on_stop)]
+    on_stop: Option<OnStop>,
     /// Jail VMMs: `false` is for debugging, and makes a VMM's user the daemon's [default: true]
     #[arg(long, env = "SANDBOXD_JAIL", value_name = "BOOL")]
     jail: Option<bool>,
@@ -605,6 +612,15 @@ fn parse_when_idle(text: &str) -> Result<WhenIdle, String> {
     }
 }
 
+fn parse_on_stop(text: &str) -> Result<OnStop, String> {
+    match text {
+        "keep" => Ok(OnStop::Keep),
+        "pause" => Ok(OnStop::Pause),
+        "delete" => Ok(OnStop::Delete),
+        _ => Err("expected keep, pause or delete".to_owned()),
+    }
+}
+
 /// Why there are no settings.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -675,6 +691,7 @@ impl Config {
         set(&mut self.shutdown_timeout_sec, flags.shutdown_timeout_sec);
         set(&mut self.reconcile_sec, flags.reconcile_sec);
         set(&mut self.when_idle, flags.when_idle);
+        set(&mut self.on_stop, flags.on_stop);
         set(&mut self.jail.enabled, flags.jail);
         set(&mut self.jail.first_uid, flags.jail_first_uid);
         set(&mut self.jail.cgroup, flags.jail_cgroup);

@@ -23,7 +23,7 @@ use tracing::{info, warn};
 use crate::audit::{self, AuditError, AuditLog};
 use crate::chain;
 use crate::config::{Config, NetworkMode};
-use crate::domain::{ExecLimits, Host, Limits, Manager, PoolLimits, Quotas, RecoverError};
+use crate::domain::{ExecLimits, Host, Limits, Manager, OnStop, PoolLimits, Quotas, RecoverError};
 use crate::http::{self, Access, AppState, OpenApiError, RateLimiter, Rates, Sockets};
 use crate::hypervisor::{
     HostConfig, HostNetwork, HostNetworks, LeftoverError, LocalHost, Paths, PathsError,
@@ -125,11 +125,20 @@ pub enum DaemonError {
     Signals(#[source] io::Error),
 }
 
+/// How a daemon ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// Nothing of it runs any more.
+    Wholly,
+    /// Sandboxes run on. What is at them in this process must not be dropped, for that would end them.
+    WhileSandboxesRun,
+}
+
 /// Serves until SIGTERM or SIGINT.
 ///
 /// # Errors
 /// It cannot start. Once it serves, it ends only as asked.
-pub async fn serve(config: Config) -> Result<(), DaemonError> {
+pub async fn serve(config: Config) -> Result<Ended, DaemonError> {
     let images_dir = config.images_dir().map_err(DaemonError::OwnDirectory)?;
     let images = images(&config, &images_dir)?;
     let vmm = config.vmm_path().map_err(DaemonError::OwnDirectory)?;
@@ -253,10 +262,20 @@ pub async fn serve(config: Config) -> Result<(), DaemonError> {
         _ = terminate.recv() => warn!("asked again; ending requests in flight"),
         _ = interrupt.recv() => warn!("asked again; ending requests in flight"),
     }
-    manager.shutdown().await;
+    if config.on_stop == OnStop::Pause {
+        tokio::select! {
+            () = manager.pause_all() => {}
+            _ = terminate.recv() => warn!("asked again; sandboxes that are not paused yet run on"),
+            _ = interrupt.recv() => warn!("asked again; sandboxes that are not paused yet run on"),
+        }
+    }
+    let runs_on = manager.shutdown(config.on_stop != OnStop::Delete).await;
     sockets.closed(GOODBYE).await;
     info!("sandboxd has shut down");
-    Ok(())
+    Ok(match runs_on {
+        true => Ended::WhileSandboxesRun,
+        false => Ended::Wholly,
+    })
 }
 
 /// The networks of sandboxes, if they are to have any and all of them can be set up.

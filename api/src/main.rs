@@ -1,10 +1,13 @@
 //! sandboxd: the daemon that owns sandboxes and serves the REST APIs.
 
 use std::io::{self, IsTerminal, Write};
+use std::mem::ManuallyDrop;
 use std::process::ExitCode;
 
 use api::config::{Config, Flags, LogFormat};
+use api::daemon::Ended;
 use clap::{Parser, Subcommand};
+use tokio::runtime::Runtime;
 use tracing_subscriber::EnvFilter;
 
 /// Runs each untrusted program in a virtual machine of its own, and serves REST APIs for it.
@@ -21,7 +24,7 @@ enum Command {
     ///
     /// Each setting comes from its flag, else from its environment variable, else from the
     /// settings file, else from its default. api/sandboxd.example.toml is a settings file with all
-    /// of them. Sandboxes end with the daemon, unless it is killed: then the next one takes them over.
+    /// of them. Sandboxes outlive the daemon, and the next one takes them over; see --on-stop.
     #[command(args_override_self = true)]
     Serve(Box<Flags>),
     #[command(flatten)]
@@ -68,13 +71,17 @@ fn serve(flags: Flags) -> Result<(), String> {
         LogFormat::Text => logs.init(),
         LogFormat::Json => logs.json().init(),
     }
-    let runtime = tokio::runtime::Runtime::new().map_err(|error| api::chain(&error))?;
+    let runtime = Runtime::new().map_err(|error| api::chain(&error))?;
+    // Dropping what is at a sandbox would end it.
+    let runtime = ManuallyDrop::new(runtime);
     let result = runtime
         .block_on(api::daemon::serve(config))
         .map_err(|error| api::chain(&error));
-    // What is still in flight was given its time.
-    runtime.shutdown_background();
-    result
+    if !matches!(result, Ok(Ended::WhileSandboxesRun)) {
+        // What is still in flight was given its time.
+        ManuallyDrop::into_inner(runtime).shutdown_background();
+    }
+    result.map(drop)
 }
 
 fn openapi() -> Result<(), String> {

@@ -469,7 +469,7 @@ async fn the_end_of_the_daemon_is_told() {
     let alice = served.user("alice", "admin").await;
     let id = served.api.create().await;
     let mut events = served.follow("/system/events", &alice).await;
-    served.api.manager.shutdown().await;
+    served.api.manager.shutdown(false).await;
     loop {
         let (event, data) = events.event().await;
         if event == "status_change" {

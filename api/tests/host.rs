@@ -10,7 +10,7 @@
 #[path = "support/agent.rs"]
 mod agent;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -463,7 +463,7 @@ async fn the_vmm_is_started_as_agreed() {
             "{flag} {arguments:?}"
         );
     }
-    bench.host.shutdown().await;
+    bench.host.shutdown(&BTreeSet::new()).await;
     bench.assert_nothing_is_left();
 }
 

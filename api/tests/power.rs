@@ -215,6 +215,7 @@ async fn a_machine_is_rolled_back_in_place() {
         description: None,
         include_memory,
         is_own: false,
+        overwrite: false,
     };
     let whole = manager.snapshot("box", named("whole", true)).await.unwrap();
     let disk = manager.snapshot("box", named("disk", false)).await.unwrap();

@@ -433,7 +433,7 @@ async fn a_merge_ends_with_the_host() {
     while !bench.log().iter().any(|line| line.starts_with("merge")) {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    bench.host.shutdown().await;
+    bench.host.shutdown(&BTreeSet::new()).await;
     let error = merging.await.unwrap().unwrap_err().to_string();
     assert!(error.contains("shutting down"), "{error}");
     bench.assert_only(&layers);
@@ -748,7 +748,7 @@ async fn a_ready_machine_leaves_nothing_whatever_becomes_of_it() {
         bench.mend(fault);
     }
     bench.prepare(&bench.id, &layers).await.unwrap();
-    bench.host.shutdown().await;
+    bench.host.shutdown(&BTreeSet::new()).await;
     bench.assert_only(&layers);
 }
 

@@ -162,7 +162,7 @@ async fn paused_sandboxes_outlive_the_daemon_and_running_ones_do_not() {
     ok(&api, &path(&paused, "/pause"), "").await;
     ok(&api, &path(&running, "/pause"), "").await;
     ok(&api, &path(&running, "/resume"), "").await;
-    api.manager.shutdown().await;
+    api.manager.shutdown(false).await;
     let api = api.restart().await;
     assert_eq!(status(&api, &paused).await, "paused");
     assert_eq!(status(&api, &running).await, "stopped");
@@ -918,7 +918,7 @@ async fn ready_machines_are_handed_out_once_and_replaced() {
     wait_for_ready(&api, 4).await;
     assert_layers_are_settled(&api).await;
 
-    api.manager.shutdown().await;
+    api.manager.shutdown(false).await;
     assert!(api.host.ready.lock().unwrap().is_empty());
     let api = api.restart().await;
     assert_eq!(create(&api, 256).await["timings_ms"]["start"], "warm");

@@ -633,7 +633,7 @@ async fn an_upload_whose_sender_goes_away_writes_nothing() {
 async fn after_a_shutdown_nothing_runs_and_nothing_starts() {
     let api = api().await;
     let id = api.create().await;
-    api.manager.shutdown().await;
+    api.manager.shutdown(false).await;
     let (_, row) = api.call("GET", &format!("/v1/sandboxes/{id}"), "").await;
     assert_eq!(row["status"], "stopped");
     assert_eq!(row["status_reason"], "daemon shut down");

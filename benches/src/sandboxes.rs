@@ -122,6 +122,7 @@ impl Daemon {
         let directory = tempfile::tempdir()?;
         let mut process = Command::new(&programs.sandboxd)
             .args(["serve", "--listen", "127.0.0.1:0", "--log-format", "json"])
+            .args(["--on-stop", "delete"])
             .arg("--data-dir")
             .arg(directory.path().join("data"))
             .arg("--runtime-dir")

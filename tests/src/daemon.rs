@@ -100,6 +100,7 @@ impl Daemon {
             .env_remove("SANDBOXD_CONFIG")
             // What boots in the background, and what it leaves, is asked for by argument.
             .env("SANDBOXD_WARM_DISK_BYTES", "0")
+            .env("SANDBOXD_ON_STOP", "delete")
             // Daemons of different scenarios run side by side, and would share one bridge.
             .env("SANDBOXD_NETWORK", "off")
             .stdin(Stdio::null())

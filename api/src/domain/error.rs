@@ -327,6 +327,9 @@ pub enum SnapshotError {
     /// Another snapshot has the name.
     #[error("a snapshot named {0:?} exists already; delete it, or choose another name")]
     NameTaken(String),
+    /// A template has the name.
+    #[error("a template is named {0:?}, and goes before a snapshot of that name; choose another")]
+    NameOfTemplate(String),
     /// It neither runs nor is paused.
     #[error("sandbox is neither running nor paused (status: {0})")]
     NotSaveable(Status),

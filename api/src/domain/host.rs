@@ -274,8 +274,9 @@ pub trait Host: GuestHost {
     /// Tells from now on what happens without being asked for.
     async fn events(&self) -> BoxStream<'static, HostEvent>;
 
-    /// Ends every sandbox and starts no more.
-    async fn shutdown(&self);
+    /// Ends every sandbox but these, and starts no more. These run on when the process ends, for the next
+    /// one to [adopt](Self::adopt).
+    async fn shutdown(&self, staying: &BTreeSet<SandboxId>);
 }
 
 /// What a host has to offer.

@@ -39,8 +39,8 @@ pub use host::{
 pub use id::{Id, KeyId, Kind, LayerId, ParseIdError, SandboxId, SnapshotId, TemplateId, UserId};
 pub use layer::{Layers, MAX_DISK};
 pub use manager::{
-    Divergence, Forked, InUse, Limits, MAX_DEPTH, Manager, PoolLimits, PortConnection, ProcessSpec,
-    RecoverError, SandboxNetwork, StopSpec, WhenIdle, check_size,
+    Divergence, Forked, InUse, Limits, MAX_DEPTH, Manager, OnStop, PoolLimits, PortConnection,
+    ProcessSpec, RecoverError, SandboxNetwork, StopSpec, WhenIdle, check_size,
 };
 pub use network::{
     AddressError, AllowRule, Cidr, Connection, Counter, Denied, DeniedWhat, Destination,

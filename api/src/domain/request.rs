@@ -70,6 +70,8 @@ pub struct SnapshotSpec {
     pub include_memory: bool,
     /// Whether the name is one among those of its sandbox's snapshots only.
     pub is_own: bool,
+    /// Whether it replaces the one that has the name, once it is taken.
+    pub overwrite: bool,
 }
 
 impl Default for SnapshotSpec {
@@ -79,6 +81,7 @@ impl Default for SnapshotSpec {
             description: None,
             include_memory: true,
             is_own: false,
+            overwrite: false,
         }
     }
 }

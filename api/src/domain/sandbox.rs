@@ -187,6 +187,9 @@ pub struct Sandbox {
     pub owner: Option<UserId>,
     /// The API key that it was made with.
     pub key: Option<KeyId>,
+    /// The snapshot that it was made from, as its creator called it; `None` if it was made from its
+    /// template.
+    pub snapshot: Option<String>,
     /// What it is made of.
     pub spec: Spec,
     /// What the user wants it to be.
@@ -297,6 +300,7 @@ impl Sandbox {
             name: None,
             owner: None,
             key: None,
+            snapshot: None,
             spec,
             desired: Desired::Running,
             status: Status::Pending,
@@ -332,6 +336,11 @@ impl Sandbox {
             status: self.status,
             was_on: self.started_at.or(self.stopped_at).is_some(),
         }
+    }
+
+    /// What its creator named as its template: that, or a snapshot.
+    pub fn made_from(&self) -> &str {
+        self.snapshot.as_deref().unwrap_or(&self.spec.template)
     }
 
     /// Makes a transition.

@@ -90,6 +90,13 @@ pub trait Store: Send + Sync {
     /// The store failed; the record is as it was.
     async fn update_snapshot(&self, snapshot: &Snapshot) -> Result<Vec<LayerId>, StoreError>;
 
+    /// Gives a snapshot that is there its name and content, and in the same step removes the one of
+    /// that name and owner, if there is one. Returns the layers that this was the last to hold.
+    ///
+    /// # Errors
+    /// The store failed; both are as they were.
+    async fn rename_snapshot(&self, snapshot: &Snapshot) -> Result<Vec<LayerId>, StoreError>;
+
     /// The snapshot of that id.
     ///
     /// # Errors

@@ -662,17 +662,22 @@ impl Host for LocalHost {
         .boxed()
     }
 
-    async fn shutdown(&self) {
+    async fn shutdown(&self, staying: &BTreeSet<SandboxId>) {
         let entries: Vec<_> = {
             let mut state = self.inner.state();
             state.closing = true;
-            state.sandboxes.values().cloned().collect()
+            let all = state.sandboxes.iter();
+            let others = all.filter(|(id, _)| !staying.contains(*id));
+            others.map(|(_, entry)| Arc::clone(entry)).collect()
         };
         // Each says itself what it has left behind.
         let _ = join_all(entries.iter().map(|entry| entry.destroy())).await;
         self.inner.end.cancel();
         drop(self.inner.merging.lock().await);
-        if let Some(networks) = &self.inner.config.networks {
+        // What stays needs its network.
+        if let Some(networks) = &self.inner.config.networks
+            && staying.is_empty()
+        {
             networks.stop().await;
         }
     }

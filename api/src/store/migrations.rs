@@ -209,6 +209,8 @@ const STEPS: &[&str] = &[
     ALTER TABLE sandboxes ADD COLUMN api_key TEXT;
     ALTER TABLE api_keys ADD COLUMN quota TEXT NOT NULL DEFAULT '{}'; -- JSON
 ",
+    // The snapshot that a sandbox was made from.
+    "ALTER TABLE sandboxes ADD COLUMN snapshot TEXT;",
 ];
 
 /// Why the tables are not what this version needs.

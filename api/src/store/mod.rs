@@ -31,7 +31,7 @@ pub use migrations::MigrateError;
 const COLUMNS: &str = "id, template, vcpus, memory_mb, timeout_sec, desired, status, \
                        status_reason, created_at, started_at, last_active_at, updated_at, timings, \
                        layers, saving, network, address, forwards, name, stopped_at, is_kept, kept, \
-                       disk_mb, owner, api_key";
+                       disk_mb, owner, api_key, snapshot";
 
 /// Sandboxes in a file.
 #[derive(Clone)]
@@ -108,7 +108,8 @@ impl Store for SqliteStore {
         self.with(move |connection| {
             let sql = format!(
                 "INSERT INTO sandboxes ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, \
-                 ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21, ?22, ?23, ?24, ?25) ON CONFLICT (id) DO NOTHING"
+                 ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21, ?22, ?23, ?24, ?25, ?26) \
+                 ON CONFLICT (id) DO NOTHING"
             );
             let holder = sandbox.id.as_str();
             layers::change(connection, holder, held(&sandbox), |transaction| {
@@ -158,7 +159,8 @@ impl Store for SqliteStore {
                        created_at = ?9, started_at = ?10, last_active_at = ?11, updated_at = ?12, \
                        timings = ?13, layers = ?14, saving = ?15, network = ?16, \
                        address = ?17, forwards = ?18, name = ?19, stopped_at = ?20, is_kept = ?21, \
-                       kept = ?22, disk_mb = ?23, owner = ?24, api_key = ?25 WHERE id = ?1";
+                       kept = ?22, disk_mb = ?23, owner = ?24, api_key = ?25, \
+                       snapshot = ?26 WHERE id = ?1";
             let holder = sandbox.id.as_str();
             layers::change(
                 connection,
@@ -245,6 +247,12 @@ impl Store for SqliteStore {
     async fn update_snapshot(&self, snapshot: &Snapshot) -> Result<Vec<LayerId>, StoreError> {
         let snapshot = snapshot.clone();
         self.with(move |connection| snapshots::update(connection, &snapshot))
+            .await
+    }
+
+    async fn rename_snapshot(&self, snapshot: &Snapshot) -> Result<Vec<LayerId>, StoreError> {
+        let snapshot = snapshot.clone();
+        self.with(move |connection| snapshots::rename(connection, &snapshot))
             .await
     }
 
@@ -401,6 +409,7 @@ fn write(connection: &Connection, sql: &str, sandbox: &Sandbox) -> rusqlite::Res
         sandbox.spec.disk_mb,
         sandbox.owner.as_ref().map(Id::as_str),
         sandbox.key.as_ref().map(Id::as_str),
+        sandbox.snapshot,
     ])
 }
 
@@ -451,6 +460,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Sandbox> {
         forwards: from_json(row, 17)?,
         owner: optional_id(row, 23)?,
         key: optional_id(row, 24)?,
+        snapshot: row.get(25)?,
     })
 }
 

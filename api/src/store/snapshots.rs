@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use rusqlite::{Connection, OptionalExtension, Row, params};
+use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
 
 use super::{bad, from_json, layers, optional_id, time, to_json};
 use crate::domain::{Id, LayerId, Snapshot, SnapshotId, Spec, Status, WarmSnapshot};
@@ -62,6 +62,40 @@ pub fn update(connection: &mut Connection, snapshot: &Snapshot) -> rusqlite::Res
             changed => Err(rusqlite::Error::StatementChangedRows(changed)),
         }
     })
+    .map(|(_, released)| released)
+}
+
+/// Gives a snapshot its name and content, and removes whatever has the name. Returns the layers that
+/// nobody holds any more.
+pub fn rename(connection: &mut Connection, snapshot: &Snapshot) -> rusqlite::Result<Vec<LayerId>> {
+    let owner = snapshot.owner.as_ref().map(Id::as_str);
+    let content = snapshot.content.as_ref().map(to_json).transpose()?;
+    let other: Option<String> = connection
+        .prepare_cached("SELECT id FROM snapshots WHERE name = ?1 AND owner IS ?2 AND id <> ?3")?
+        .query_row(params![snapshot.name, owner, snapshot.id.as_str()], |row| {
+            row.get(0)
+        })
+        .optional()?;
+    let rename = |transaction: &Transaction<'_>| {
+        if let Some(other) = &other {
+            transaction.execute("DELETE FROM snapshots WHERE id = ?1", [other])?;
+        }
+        let changed = transaction.execute(
+            "UPDATE snapshots SET name = ?2, content = ?3 WHERE id = ?1",
+            params![snapshot.id.as_str(), snapshot.name, content],
+        )?;
+        match changed {
+            1 => Ok(true),
+            changed => Err(rusqlite::Error::StatementChangedRows(changed)),
+        }
+    };
+    match &other {
+        Some(other) => layers::change(connection, other, BTreeSet::new(), rename),
+        None => {
+            let held = snapshot.layers.all().cloned().collect();
+            layers::change(connection, snapshot.id.as_str(), held, rename)
+        }
+    }
     .map(|(_, released)| released)
 }
 
@@ -312,7 +346,46 @@ mod tests {
         );
         assert_eq!(store.find_snapshot("one").await.unwrap(), [first.clone()]);
         assert_eq!(store.find_snapshot("two").await.unwrap(), []);
-        assert_eq!(store.list_snapshots().await.unwrap(), [second, first]);
+        let both = [second, first.clone()];
+        assert_eq!(store.list_snapshots().await.unwrap(), both);
+        assert!(
+            store
+                .rename_snapshot(&snapshot(Some("one"), &layers()))
+                .await
+                .is_err()
+        );
+        assert_eq!(store.list_snapshots().await.unwrap().len(), 2);
+
+        // One that takes over a name takes it from its owner's only.
+        let stranger = snapshot(Some("one"), &first.layers);
+        let mut heir = snapshot(None, &layers());
+        heir.owner = first.owner.clone();
+        for snapshot in [&stranger, &heir] {
+            assert!(store.insert_snapshot(snapshot).await.unwrap());
+        }
+        heir.name = Some("one".into());
+        heir.content = first.content.clone();
+        assert_eq!(store.rename_snapshot(&heir).await.unwrap(), []);
+        assert_eq!(store.get_snapshot(&first.id).await.unwrap(), None);
+        assert_eq!(
+            store.get_snapshot(&heir.id).await.unwrap(),
+            Some(heir.clone())
+        );
+        assert_eq!(store.find_snapshot("one").await.unwrap().len(), 2);
+        let last = snapshot(None, &first.layers);
+        store.remove_snapshot(&stranger.id).await.unwrap();
+        let mut next = Snapshot {
+            owner: heir.owner.clone(),
+            ..last
+        };
+        assert!(store.insert_snapshot(&next).await.unwrap());
+        next.name = Some("one".into());
+        let mut released = store.rename_snapshot(&next).await.unwrap();
+        released.sort();
+        let mut expected: Vec<_> = heir.layers.all().cloned().collect();
+        expected.sort();
+        assert_eq!(released, expected);
+
         let unknown = snapshot(None, &layers());
         assert!(store.update_snapshot(&unknown).await.is_err());
         assert_eq!(store.get_snapshot(&unknown.id).await.unwrap(), None);

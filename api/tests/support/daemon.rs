@@ -57,7 +57,9 @@ impl Place {
             // What boots in the background is told of elsewhere.
             .arg("--warm-disk-bytes=0")
             // These tests have no part of this host for themselves but directories.
-            .arg("--network=off");
+            .arg("--network=off")
+            // What outlives a daemon is told of by argument.
+            .arg("--on-stop=delete");
         for (flag, name) in [
             ("--data-dir", "data"),
             ("--runtime-dir", "run"),

@@ -807,8 +807,9 @@ impl Host for FakeHost {
         .boxed()
     }
 
-    async fn shutdown(&self) {
-        self.sandboxes.lock().unwrap().clear();
+    async fn shutdown(&self, staying: &BTreeSet<SandboxId>) {
+        let mut sandboxes = self.sandboxes.lock().unwrap();
+        sandboxes.retain(|id| staying.contains(id));
         self.ready.lock().unwrap().clear();
     }
 }

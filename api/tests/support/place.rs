@@ -41,7 +41,7 @@ impl Daemon {
             .env_clear()
             .arg("serve")
             .args(["--listen=127.0.0.1:0", "--log-format=json"])
-            .args(["--warm-disk-bytes=0", "--network=off"])
+            .args(["--warm-disk-bytes=0", "--network=off", "--on-stop=delete"])
             .args(arguments)
             .stderr(Stdio::piped());
         for (flag, name) in [

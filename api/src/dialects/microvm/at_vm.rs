@@ -146,9 +146,10 @@ impl AtVm for SnapshotError {
                      paused, or stopped after it has run"
                 ))
             }
-            Self::TooManyLayers(_) | Self::Address(_) | Self::NotAtRest => {
-                ApiError::conflict(self.to_string())
-            }
+            Self::NameOfTemplate(_)
+            | Self::TooManyLayers(_)
+            | Self::Address(_)
+            | Self::NotAtRest => ApiError::conflict(self.to_string()),
             Self::Host(HostError::NotSaved { reason, .. }) => {
                 agent(format!("no snapshot could be taken: {reason}"))
             }

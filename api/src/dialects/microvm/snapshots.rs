@@ -194,6 +194,7 @@ pub async fn create(
         description: request.description,
         include_memory: request.include_memory.unwrap_or(true),
         is_own: true,
+        overwrite: false,
     };
     let taken = caller.manager.snapshot(vm.id.as_str(), spec).await;
     let snapshot = taken.map_err(|error| error.at_vm(&name))?;

@@ -58,7 +58,7 @@ pub struct CreateVmRequest {
     /// RAM in MiB, 128 to what the host has. What the template says if not given, or 512.
     #[schema(nullable = false)]
     pub memory_mb: Option<i64>,
-    /// Template of its disk; `linux-default` is the template `minimal`.
+    /// Template of its disk, or name or id of a snapshot; `linux-default` is the template `minimal`.
     #[schema(default = "linux-default", nullable = false)]
     pub template: Option<String>,
     /// How it shall be connected.
@@ -286,6 +286,7 @@ pub fn vm(sandbox: Sandbox, bridge: Option<&str>) -> VmBody {
     let started = sandbox.started_at.filter(|_| runs);
     let connection = sandbox.spec.network.as_ref();
     let connected = connection.and_then(|connection| connection.network.clone());
+    let template = sandbox.made_from().to_owned();
     let uptime = started.map(|at| Timestamp::now().as_second().saturating_sub(at.as_second()));
     VmBody {
         name: name_of(&sandbox),
@@ -299,7 +300,7 @@ pub fn vm(sandbox: Sandbox, bridge: Option<&str>) -> VmBody {
         os_type: "linux",
         vcpus: sandbox.spec.vcpus,
         memory_mb: sandbox.spec.memory_mb,
-        template: sandbox.spec.template,
+        template,
         created_at: rfc3339(sandbox.created_at),
         updated_at: rfc3339(sandbox.updated_at),
         started_at: sandbox.started_at.map(rfc3339),

@@ -249,9 +249,9 @@ impl From<SnapshotError> for ApiError {
             SnapshotError::Invalid(message) => Self::invalid(message),
             SnapshotError::NotSaveable(_) => Self::state(source.to_string()),
             SnapshotError::Address(source) => source.into(),
-            SnapshotError::NameTaken(_) | SnapshotError::TooManyLayers(_) => {
-                Self::conflict(source.to_string())
-            }
+            SnapshotError::NameTaken(_)
+            | SnapshotError::NameOfTemplate(_)
+            | SnapshotError::TooManyLayers(_) => Self::conflict(source.to_string()),
             SnapshotError::Host(_) | SnapshotError::NotAtRest => Self::agent(chain(&source)),
             SnapshotError::Interrupted => Self::internal(source.to_string()),
         }

@@ -86,6 +86,8 @@ use crate::http::{AppState, ErrorBody};
         directories::MakeDirBody,
         snapshots::CreateSnapshotRequest,
         snapshots::SnapshotBody,
+        snapshots::ListedBody,
+        snapshots::BaseBody,
         snapshots::ForkRequest,
         snapshots::ForkBody,
         snapshots::ForkFailure,

@@ -20,7 +20,9 @@ use crate::http::{Caller, ErrorBody};
 #[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct CreateSandboxRequest {
-    /// Template of the root disk.
+    /// Template of the root disk, or name or id of a snapshot. One with memory goes on where it was
+    /// taken, with its vCPUs and RAM; from one without, the sandbox boots. It is connected as the
+    /// sandbox was that the snapshot is of, but for what `network` says.
     #[schema(default = "minimal", nullable = false)]
     pub template: Option<String>,
     /// Virtual CPUs, 1 to 32. What the template says if not given, or 1.
@@ -63,7 +65,7 @@ pub struct SandboxBody {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub status_reason: Option<String>,
-    /// Template of its root disk.
+    /// Template of its root disk, or the snapshot that it was made from, as its creator called it.
     pub template: String,
     /// Virtual CPUs.
     pub vcpus: u8,
@@ -203,12 +205,13 @@ impl From<Timings> for TimingsBody {
 
 impl From<Sandbox> for SandboxBody {
     fn from(sandbox: Sandbox) -> Self {
+        let template = sandbox.made_from().to_owned();
         Self {
             id: sandbox.id.into(),
             name: sandbox.name,
             status: sandbox.status.into(),
             status_reason: sandbox.status_reason,
-            template: sandbox.spec.template,
+            template,
             vcpus: sandbox.spec.vcpus,
             memory_mb: sandbox.spec.memory_mb,
             timeout_sec: sandbox.spec.timeout_sec,

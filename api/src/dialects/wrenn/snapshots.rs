@@ -2,15 +2,18 @@
 
 use axum::Json;
 use axum::body::Bytes;
-use axum::extract::Path;
-use axum::extract::rejection::BytesRejection;
+use axum::extract::rejection::{BytesRejection, QueryRejection};
+use axum::extract::{Path, Query};
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::error::{ApiError, parse};
 use super::sandboxes::{SandboxBody, rfc3339};
-use crate::domain::{Forked, Snapshot, SnapshotSpec};
+use crate::domain::{
+    DEFAULT_MEMORY_MB, DEFAULT_VCPUS, Forked, Snapshot, SnapshotSpec, Source, TemplateInfo,
+    TemplateStatus,
+};
 use crate::http::{Caller, ErrorBody};
 
 /// What to take a snapshot of.
@@ -42,10 +45,12 @@ pub struct SnapshotBody {
     /// Its id.
     #[schema(example = "sn-0a1b2c3d")]
     pub id: String,
-    /// Its name.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(nullable = false)]
-    pub name: Option<String>,
+    /// Its name; of one that was not given any, its id.
+    pub name: String,
+    /// What it is.
+    #[serde(rename = "type")]
+    #[schema(inline)]
+    pub kind: KindBody,
     /// Its description.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
@@ -68,6 +73,80 @@ pub struct SnapshotBody {
     /// When it was taken.
     #[schema(value_type = String, format = DateTime)]
     pub created_at: String,
+}
+
+/// What sandboxes are made from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum KindBody {
+    /// A template.
+    Base,
+    /// A snapshot.
+    Snapshot,
+}
+
+/// Which ones to list.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct ListParams {
+    #[serde(rename = "type")]
+    kind: Option<KindBody>,
+}
+
+/// What becomes of the one that has the name.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct CreateParams {
+    overwrite: bool,
+}
+
+/// A snapshot, or a template in the shape of one.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(untagged)]
+#[schema(as = SnapshotOrTemplate)]
+pub enum ListedBody {
+    /// A snapshot.
+    Snapshot(SnapshotBody),
+    /// A template.
+    Base(BaseBody),
+}
+
+/// A template, in the shape of a snapshot.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = BaseTemplate)]
+pub struct BaseBody {
+    /// Its name.
+    pub name: String,
+    /// What it is.
+    #[serde(rename = "type")]
+    #[schema(inline)]
+    pub kind: KindBody,
+    /// Virtual CPUs of its sandboxes, if nobody says otherwise.
+    pub vcpus: u8,
+    /// RAM of its sandboxes in MiB, if nobody says otherwise.
+    pub memory_mb: u32,
+    /// Size on the disk in bytes.
+    pub size_bytes: u64,
+    /// When it was asked for; of an image, when it was made.
+    #[schema(value_type = String, format = DateTime)]
+    pub created_at: String,
+    /// Whether it is an image on the host, and so cannot be deleted.
+    pub protected: bool,
+}
+
+impl From<TemplateInfo> for BaseBody {
+    fn from(template: TemplateInfo) -> Self {
+        let content = template.content;
+        Self {
+            name: template.name,
+            kind: KindBody::Base,
+            vcpus: template.settings.vcpus.unwrap_or(DEFAULT_VCPUS),
+            memory_mb: template.settings.memory_mb.unwrap_or(DEFAULT_MEMORY_MB),
+            size_bytes: content.map_or(0, |content| content.size_bytes),
+            created_at: rfc3339(template.created_at),
+            protected: template.source == Source::Image,
+        }
+    }
 }
 
 /// How many sandboxes to make.
@@ -108,8 +187,9 @@ impl From<Snapshot> for SnapshotBody {
             .map(|content| (content.size_bytes, content.checksum))
             .unwrap_or_default();
         Self {
+            name: snapshot.name.unwrap_or_else(|| snapshot.id.to_string()),
+            kind: KindBody::Snapshot,
             id: snapshot.id.into(),
-            name: snapshot.name,
             description: snapshot.description,
             sandbox_id: snapshot.sandbox.into(),
             template: snapshot.spec.template,
@@ -143,24 +223,29 @@ impl From<Forked> for ForkBody {
 
 /// Take a snapshot
 ///
-/// A sandbox that runs stands still while its memory is saved, and goes on.
+/// A sandbox that runs stands still while its memory is saved, and goes on. Sandboxes are made from the
+/// snapshot by its name or id, as `template` of a create.
 #[utoipa::path(
     post, path = "/v1/snapshots", operation_id = "createSnapshot", tag = "snapshots",
+    params(("overwrite" = Option<bool>, Query, description = "Whether it replaces the snapshot that \
+        has its name, once it is taken; otherwise it is refused")),
     request_body = CreateSnapshotRequest,
     responses(
         (status = 201, description = "Snapshot taken", body = SnapshotBody),
         (status = 400, description = "The request makes no sense", body = ErrorBody),
         (status = 404, description = "Sandbox not found", body = ErrorBody),
-        (status = 409, description = "Sandbox neither running nor paused, or the name is taken",
-            body = ErrorBody),
+        (status = 409, description = "Sandbox neither running nor paused, or a snapshot or template \
+            has the name", body = ErrorBody),
         (status = 502, description = "It was not saved; if it still runs, the message says so",
             body = ErrorBody),
     ),
 )]
 pub async fn create(
     caller: Caller,
+    params: Result<Query<CreateParams>, QueryRejection>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<(StatusCode, Json<SnapshotBody>), ApiError> {
+    let Query(params) = params.map_err(bad_query)?;
     let request: CreateSnapshotRequest = parse(body)?;
     if request.sandbox_id.is_empty() {
         return Err(ApiError::invalid("sandbox_id is required"));
@@ -170,21 +255,47 @@ pub async fn create(
         description: request.description,
         include_memory: request.include_memory.unwrap_or(true),
         is_own: false,
+        overwrite: params.overwrite,
     };
     let snapshot = caller.manager.snapshot(&request.sandbox_id, spec).await?;
     Ok((StatusCode::CREATED, Json(snapshot.into())))
 }
 
+fn bad_query(rejection: QueryRejection) -> ApiError {
+    ApiError::invalid(format!("invalid query: {rejection}"))
+}
+
 /// List all snapshots
 ///
-/// Newest first.
+/// Newest first; or the templates that sandboxes can be made from, by name.
 #[utoipa::path(
     get, path = "/v1/snapshots", operation_id = "listSnapshots", tag = "snapshots",
-    responses((status = 200, description = "List of snapshots", body = Vec<SnapshotBody>)),
+    params(("type" = Option<String>, Query, description = "`snapshot`, which is also what is listed \
+        without it, or `base` for templates")),
+    responses(
+        (status = 200, description = "List of snapshots", body = Vec<ListedBody>),
+        (status = 400, description = "The query makes no sense", body = ErrorBody),
+        (status = 502, description = "The host cannot say what it has", body = ErrorBody),
+    ),
 )]
-pub async fn list(caller: Caller) -> Result<Json<Vec<SnapshotBody>>, ApiError> {
+pub async fn list(
+    caller: Caller,
+    params: Result<Query<ListParams>, QueryRejection>,
+) -> Result<Json<Vec<ListedBody>>, ApiError> {
+    let Query(params) = params.map_err(bad_query)?;
+    if params.kind == Some(KindBody::Base) {
+        let templates = caller.manager.list_templates().await?;
+        let ready = templates
+            .into_iter()
+            .filter(|template| template.status == TemplateStatus::Ready);
+        let listed = ready.map(|template| ListedBody::Base(template.into()));
+        return Ok(Json(listed.collect()));
+    }
     let snapshots = caller.manager.list_snapshots().await?;
-    Ok(Json(snapshots.into_iter().map(Into::into).collect()))
+    let listed = snapshots
+        .into_iter()
+        .map(|snapshot| ListedBody::Snapshot(snapshot.into()));
+    Ok(Json(listed.collect()))
 }
 
 /// Get snapshot details

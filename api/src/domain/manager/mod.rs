@@ -11,6 +11,7 @@ mod builds;
 mod console;
 mod directories;
 mod events;
+mod from_snapshot;
 mod idle;
 mod merge;
 mod network;
@@ -24,6 +25,7 @@ mod quota;
 mod reconcile;
 mod recover;
 mod scope;
+mod shutdown;
 mod snapshots;
 mod templates;
 mod warm;
@@ -76,6 +78,7 @@ pub use processes::{ProcessSpec, check_size};
 pub use reconcile::Divergence;
 use reconcile::Reconciler;
 pub use recover::RecoverError;
+pub use shutdown::OnStop;
 pub use snapshots::Forked;
 use warm::Warm;
 
@@ -182,11 +185,20 @@ impl Manager {
     /// Nothing of it is left but, if it was tried, a record with the reason.
     pub async fn create(&self, spec: CreateSpec) -> Result<Sandbox, CreateError> {
         let wishes = Wishes::of(&spec);
-        let spec = self.check(spec).await?;
         let manager = self.clone();
-        tokio::spawn(async move { manager.create_checked(spec, wishes).await }.in_current_span())
-            .await
-            .unwrap_or(Err(CreateError::Interrupted))
+        let created = match self.asked_of_snapshot(&spec).await? {
+            Some(from) => {
+                let wishes = wishes.of_snapshot(spec.template);
+                let task = async move { manager.create_from_snapshot(from, wishes).await };
+                tokio::spawn(task.in_current_span()).await
+            }
+            None => {
+                let spec = self.check(spec).await?;
+                let task = async move { manager.create_checked(spec, wishes).await };
+                tokio::spawn(task.in_current_span()).await
+            }
+        };
+        created.unwrap_or(Err(CreateError::Interrupted))
     }
 
     async fn create_checked(&self, spec: Spec, wishes: Wishes) -> Result<Sandbox, CreateError> {
@@ -295,6 +307,7 @@ impl Manager {
         sandbox.address = address;
         sandbox.name = wishes.name.clone();
         sandbox.is_kept |= wishes.is_kept;
+        sandbox.snapshot = wishes.snapshot.clone();
         sandbox.owner = self.principal.owner().cloned();
         sandbox.key = self.principal.key().cloned();
         let turn = self.inner.turns.take(&sandbox.id).await;
@@ -372,6 +385,9 @@ impl Manager {
     pub async fn problems(&self, spec: &CreateSpec) -> Result<Vec<Problem>, CreateError> {
         let host = self.inner.host.describe().await;
         let host = host.map_err(CreateError::Describe)?;
+        if let Some(snapshot) = self.snapshot_as_template(&spec.template, &host).await? {
+            return self.problems_on(spec, &snapshot, &host).await;
+        }
         let (settings, problem) = match self.checked_ground(&spec.template, &host).await {
             Ok(ground) => (ground.settings, None),
             Err(CreateError::Invalid(sentence)) => (Settings::default(), Some(sentence)),
@@ -568,51 +584,6 @@ impl Manager {
         &self.inner.limits
     }
 
-    /// Ends every sandbox that runs, and writes that down. Paused ones stay.
-    pub async fn shutdown(&self) {
-        self.inner.closing.store(true, Ordering::Release);
-        self.inner.pool.wake();
-        self.inner.host.shutdown().await;
-        self.merges_done().await;
-        let live = match self.inner.store.list_live().await {
-            Ok(live) => live,
-            Err(source) => {
-                error!(error = %chain(&source), "end of sandboxes not recorded");
-                Vec::new()
-            }
-        };
-        for sandbox in live {
-            // Whoever was at it has been told that it ended, and has written that down by then.
-            let _turn = self.inner.turns.take(&sandbox.id).await;
-            if let Err(source) = self.record_shutdown(&sandbox.id).await {
-                error!(sandbox = %sandbox.id, error = %chain(&source), "end of sandbox not recorded");
-            }
-        }
-        self.inner.events.close();
-    }
-
-    async fn record_shutdown(&self, id: &SandboxId) -> Result<(), StoreError> {
-        let status = self
-            .inner
-            .store
-            .get(id)
-            .await?
-            .map(|sandbox| sandbox.status);
-        let reason = "daemon shut down".to_owned();
-        let transition = match status {
-            Some(Status::Resuming) => Transition::NotResumed { reason },
-            Some(Status::Pending | Status::Running | Status::Pausing | Status::Stopping) => {
-                Transition::Stopped {
-                    reason: Some(reason),
-                }
-            }
-            Some(Status::Paused | Status::Off | Status::Stopped | Status::Error) | None => {
-                return Ok(());
-            }
-        };
-        self.record(id, transition).await.map(drop)
-    }
-
     async fn used(&self, id: &SandboxId) {
         if let Err(source) = self.record(id, Transition::Used).await {
             warn!(sandbox = %id, error = %chain(&source), "use of sandbox not recorded");
@@ -699,14 +670,24 @@ struct Wishes {
     address: Option<Ipv4Addr>,
     name: Option<String>,
     is_kept: bool,
+    /// The snapshot that it is made from, as it is called.
+    snapshot: Option<String>,
 }
 
 impl Wishes {
+    fn of_snapshot(self, snapshot: String) -> Self {
+        Self {
+            snapshot: Some(snapshot),
+            ..self
+        }
+    }
+
     fn of(spec: &CreateSpec) -> Self {
         Self {
             address: spec.network.address,
             name: spec.name.clone(),
             is_kept: spec.is_kept,
+            snapshot: None,
         }
     }
 }

@@ -42,6 +42,10 @@ impl Manager {
     /// There is none.
     pub async fn create_off(&self, spec: CreateSpec) -> Result<Sandbox, CreateError> {
         let wishes = Wishes::of(&spec);
+        if let Some(from) = self.asked_of_snapshot(&spec).await? {
+            let wishes = wishes.of_snapshot(spec.template);
+            return self.create_off_from_snapshot(from, wishes).await;
+        }
         let spec = self.check(spec).await?;
         let ground = self.ground(&spec.template).await?;
         let _records = self.inner.records.lock().await;

@@ -33,6 +33,20 @@ pub struct Forked {
     pub stall: Option<SaveTimings>,
 }
 
+/// A snapshot that is written down, and is to be taken.
+struct NewSnapshot {
+    snapshot: Snapshot,
+    /// The name that it gets once it is taken, from the one that has it now.
+    name: Option<String>,
+    /// How the sandbox is to be saved; `None` if it is.
+    save: Option<SaveRequest>,
+}
+
+/// The name of a snapshot, or of one among those of its sandbox, is taken.
+fn name_taken(name: &str) -> SnapshotError {
+    SnapshotError::NameTaken(name.rsplit('/').next().unwrap_or_default().to_owned())
+}
+
 impl Manager {
     /// Takes a snapshot of a sandbox that runs, which is held up while it is saved, or is paused. It goes on if the caller goes away.
     ///
@@ -63,8 +77,12 @@ impl Manager {
         spec: SnapshotSpec,
         _turn: &Turn,
     ) -> Result<(Snapshot, Option<SaveTimings>), SnapshotError> {
-        let (mut snapshot, save) = self.insert_snapshot(id, spec).await?;
-        let taken = self.save_for(&mut snapshot, save).await;
+        let NewSnapshot {
+            mut snapshot,
+            name,
+            save,
+        } = self.insert_snapshot(id, spec).await?;
+        let taken = self.save_for(&mut snapshot, name, save).await;
         if taken.is_err() {
             let released = self.inner.store.remove_snapshot(&snapshot.id).await?;
             self.discard(&released).await;
@@ -80,7 +98,9 @@ impl Manager {
         &self,
         id: &SandboxId,
         spec: SnapshotSpec,
-    ) -> Result<(Snapshot, Option<SaveRequest>), SnapshotError> {
+    ) -> Result<NewSnapshot, SnapshotError> {
+        let host = self.inner.host.describe().await;
+        let host = host.map_err(SnapshotError::Host)?;
         let _records = self.inner.records.lock().await;
         let sandbox = self.get(id.as_str()).await?;
         let save = match sandbox.status {
@@ -108,19 +128,18 @@ impl Manager {
         };
         let name = match spec.name {
             Some(name) if spec.is_own => Some(Snapshot::name_of(id, &name)),
+            Some(name) if self.is_template(&name, &host).await? => {
+                return Err(SnapshotError::NameOfTemplate(name));
+            }
             name => name,
         };
-        if let Some(name) = &name
-            && self
-                .inner
-                .store
-                .find_snapshot(name)
-                .await?
-                .iter()
-                .any(|other| self.owns(other))
-        {
-            let name = name.rsplit('/').next().unwrap_or_default();
-            return Err(SnapshotError::NameTaken(name.to_owned()));
+        let mut has_name_later = false;
+        if let Some(name) = &name {
+            has_name_later = match self.own_snapshot(name).await? {
+                Some(other) if spec.overwrite && other.content.is_some() => true,
+                Some(_) => return Err(name_taken(name)),
+                None => false,
+            };
         }
         let layers = save.as_ref().map_or(&sandbox.layers, |save| &save.layers);
         let layers = match spec.include_memory {
@@ -130,7 +149,7 @@ impl Manager {
         let mut snapshot = Snapshot {
             id: SnapshotId::random(),
             owner: self.principal.owner().cloned(),
-            name,
+            name: name.clone().filter(|_| !has_name_later),
             description: spec.description,
             sandbox: id.clone(),
             spec: sandbox.spec,
@@ -142,13 +161,24 @@ impl Manager {
         while !self.inner.store.insert_snapshot(&snapshot).await? {
             snapshot.id = SnapshotId::random();
         }
-        Ok((snapshot, save))
+        Ok(NewSnapshot {
+            snapshot,
+            name: name.filter(|_| has_name_later),
+            save,
+        })
     }
 
-    /// Saves the sandbox, if it runs, and completes the record.
+    /// The principal's own snapshot of this name, also if it is still being taken.
+    async fn own_snapshot(&self, name: &str) -> Result<Option<Snapshot>, StoreError> {
+        let named = self.inner.store.find_snapshot(name).await?;
+        Ok(named.into_iter().find(|other| self.owns(other)))
+    }
+
+    /// Saves the sandbox, if it runs, and completes the record, with this name if there is one.
     async fn save_for(
         &self,
         snapshot: &mut Snapshot,
+        name: Option<String>,
         save: Option<SaveRequest>,
     ) -> Result<Option<Saved>, SnapshotError> {
         let host = &self.inner.host;
@@ -165,8 +195,36 @@ impl Manager {
                 reason: "layers of the sandbox are missing".to_owned(),
             })
         })?);
-        self.inner.store.update_snapshot(snapshot).await?;
+        match name {
+            Some(name) => self.take_over(snapshot, name).await?,
+            None => drop(self.inner.store.update_snapshot(snapshot).await?),
+        }
         Ok(saved)
+    }
+
+    /// Completes a snapshot, which gets the name of another, and that is removed.
+    async fn take_over(&self, snapshot: &mut Snapshot, name: String) -> Result<(), SnapshotError> {
+        let (replaced, released) = {
+            let _records = self.inner.records.lock().await;
+            let replaced = self.own_snapshot(&name).await?;
+            if replaced
+                .as_ref()
+                .is_some_and(|other| other.content.is_none())
+            {
+                return Err(name_taken(&name));
+            }
+            snapshot.name = Some(name);
+            let released = self.inner.store.rename_snapshot(snapshot).await?;
+            (replaced, released)
+        };
+        self.discard(&released).await;
+        if let Some(replaced) = replaced {
+            let name = replaced.own_name().map(str::to_owned);
+            let id = replaced.id.clone();
+            self.tell_of(&replaced, Change::SnapshotDeleted { id, name })
+                .await;
+        }
+        Ok(())
     }
 
     async fn save_running(&self, request: SaveRequest) -> Result<Saved, SnapshotError> {
