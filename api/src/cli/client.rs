@@ -181,9 +181,9 @@ impl Client {
         self.form(path, &fields, Some(("file", archive))).await
     }
 
-    /// The WebSocket of a command in a sandbox.
-    pub async fn exec_stream(&self, id: &str) -> Result<Socket, ClientError> {
-        let uri = format!("ws://{}/v1/sandboxes/{}/exec/stream", self.host, encode(id));
+    /// A WebSocket of a sandbox: `exec/stream` or `pty`.
+    pub async fn socket(&self, id: &str, of: &str) -> Result<Socket, ClientError> {
+        let uri = format!("ws://{}/v1/sandboxes/{}/{of}", self.host, encode(id));
         let socket = |source| ClientError::Body(Box::new(source));
         let mut request = uri.into_client_request().map_err(socket)?;
         if let Some(key) = &self.key {

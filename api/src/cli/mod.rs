@@ -50,6 +50,10 @@ enum CliError {
     NotBuilt { name: String, reason: String },
     #[error("the command did not run to its end: {0}")]
     Command(String),
+    #[error("the terminal cannot be set up")]
+    Terminal(#[source] io::Error),
+    #[error("standard input is no terminal: leave -t away, or -i if nothing is to be typed")]
+    NoTerminal,
     #[error("signals cannot be received")]
     Signals(#[source] io::Error),
 }

@@ -3,7 +3,9 @@
 mod copy;
 mod stream;
 mod table;
+mod terminal;
 
+use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
@@ -21,13 +23,14 @@ pub enum SandboxCommand {
     /// Run a command in a new sandbox, which is deleted afterwards
     ///
     /// Standard input, output and error are those of the command, and so is the exit status. Ctrl-C
-    /// ends both.
+    /// ends both. With -it the command has a terminal, which is the one that this is typed on.
     Run(RunArgs),
     /// List sandboxes
     Ps(PsArgs),
     /// Run a command in a sandbox that runs
     ///
-    /// Standard input, output and error are those of the command, and so is the exit status.
+    /// Standard input, output and error are those of the command, and so is the exit status. With -it
+    /// the command has a terminal, which is the one that this is typed on.
     Exec(ExecArgs),
     /// Copy a file or a directory into a sandbox, or out of it
     Cp(CopyArgs),
@@ -51,7 +54,7 @@ pub enum SandboxCommand {
 pub struct RunArgs {
     #[command(flatten)]
     host: HostArgs,
-    /// Template of the sandbox
+    /// Template of the sandbox, or name or id of a snapshot
     #[arg(long, value_name = "NAME")]
     template: Option<String>,
     /// Virtual CPUs [default: what the template says]
@@ -77,16 +80,40 @@ struct CommandArgs {
     #[arg(long, value_name = "DIR")]
     cwd: Option<String>,
     /// Seconds after which the command is killed [default: 86400]
-    #[arg(long, value_name = "SECONDS")]
+    #[arg(long, value_name = "SECONDS", conflicts_with = "tty")]
     timeout: Option<i64>,
+    /// Run the command on a terminal
+    #[arg(short, long)]
+    tty: bool,
+    /// Let the command read standard input; without -t it does so in any case
+    #[arg(short, long)]
+    interactive: bool,
     /// Program and arguments; no shell is involved
     #[arg(required = true, trailing_var_arg = true, value_name = "CMD")]
     command: Vec<String>,
 }
 
 impl CommandArgs {
-    fn start(self) -> Start {
-        Start::new(self.command, self.env, self.cwd, self.timeout)
+    /// Says what is wrong before anything is done.
+    fn check(&self) -> Result<(), CliError> {
+        match self.tty && self.interactive && !io::stdin().is_terminal() {
+            true => Err(CliError::NoTerminal),
+            false => Ok(()),
+        }
+    }
+
+    /// Runs the command in this sandbox. The exit status.
+    async fn run(
+        self,
+        client: &Client,
+        id: &str,
+        interrupts: &mut Interrupts,
+    ) -> Result<u8, CliError> {
+        let start = Start::new(self.command, self.env, self.cwd, self.timeout);
+        match self.tty {
+            true => terminal::run(client, id, &start, self.interactive, interrupts).await,
+            false => stream::run(client, id, &start, interrupts).await,
+        }
     }
 }
 
@@ -190,6 +217,9 @@ pub struct CreateSnapshotArgs {
     /// Without memory and processes: what is made from it boots
     #[arg(long)]
     disk_only: bool,
+    /// Replace the snapshot that has the name, once this one is taken
+    #[arg(long, requires = "name")]
+    overwrite: bool,
     /// Print what the API answers, as JSON
     #[arg(long)]
     json: bool,
@@ -226,10 +256,10 @@ async fn dispatch(command: SandboxCommand) -> Result<ExitCode, CliError> {
             Ok(ExitCode::SUCCESS)
         }
         SandboxCommand::Exec(args) => {
+            args.what.check()?;
             let client = Client::new(&args.host)?;
             let mut interrupts = Interrupts::catch()?;
-            let start = args.what.start();
-            let status = stream::run(&client, &args.id, &start, &mut interrupts).await?;
+            let status = args.what.run(&client, &args.id, &mut interrupts).await?;
             Ok(ExitCode::from(status))
         }
         SandboxCommand::Cp(args) => {
@@ -260,9 +290,7 @@ async fn dispatch(command: SandboxCommand) -> Result<ExitCode, CliError> {
         SandboxCommand::Logs(args) => {
             let path = format!("{}/logs", sandbox_path(&args.id));
             let client = Client::new(&args.host)?;
-            client
-                .download("GET", &path, None, std::io::stdout())
-                .await?;
+            client.download("GET", &path, None, io::stdout()).await?;
             Ok(ExitCode::SUCCESS)
         }
         SandboxCommand::Snapshot(command) => snapshot(command).await,
@@ -270,6 +298,7 @@ async fn dispatch(command: SandboxCommand) -> Result<ExitCode, CliError> {
 }
 
 async fn run(args: RunArgs) -> Result<ExitCode, CliError> {
+    args.what.check()?;
     let client = Client::new(&args.host)?;
     let mut interrupts = Interrupts::catch()?;
     let mut fields = Map::new();
@@ -304,7 +333,7 @@ async fn run(args: RunArgs) -> Result<ExitCode, CliError> {
     let id = sandbox["id"].as_str().unwrap_or_default().to_owned();
     let ended = match interrupted {
         Some(status) => Ok(status),
-        None => stream::run(&client, &id, &args.what.start(), &mut interrupts).await,
+        None => args.what.run(&client, &id, &mut interrupts).await,
     };
     if args.keep && interrupted.is_none() {
         say(&format!("sandbox {id} is kept"));
@@ -352,7 +381,11 @@ async fn snapshot(command: SnapshotCommand) -> Result<ExitCode, CliError> {
             fields.extend(name.map(|name| ("name".to_owned(), name.into())));
             fields.extend(description.map(|text| ("description".to_owned(), text.into())));
             let (client, fields) = (Client::new(&args.host)?, Value::from(fields));
-            let taken = client.call_with("POST", "/v1/snapshots", &fields);
+            let path = match args.overwrite {
+                true => "/v1/snapshots?overwrite=true",
+                false => "/v1/snapshots",
+            };
+            let taken = client.call_with("POST", path, &fields);
             let taken = slow("taking a snapshot", taken).await?;
             print(&taken, args.json, |taken| {
                 format!("{}\n", taken["id"].as_str().unwrap_or_default())

@@ -22,6 +22,8 @@ const CHUNK: usize = 32 * 1024;
 pub struct Interrupts {
     interrupt: Signal,
     terminate: Signal,
+    hangup: Signal,
+    quit: Signal,
 }
 
 impl Interrupts {
@@ -34,6 +36,8 @@ impl Interrupts {
         Ok(Self {
             interrupt: catch(SignalKind::interrupt())?,
             terminate: catch(SignalKind::terminate())?,
+            hangup: catch(SignalKind::hangup())?,
+            quit: catch(SignalKind::quit())?,
         })
     }
 
@@ -42,6 +46,8 @@ impl Interrupts {
         tokio::select! {
             _ = self.interrupt.recv() => 130,
             _ = self.terminate.recv() => 143,
+            _ = self.hangup.recv() => 129,
+            _ = self.quit.recv() => 131,
         }
     }
 }
@@ -131,7 +137,7 @@ pub async fn run(
     start: &Start,
     interrupts: &mut Interrupts,
 ) -> Result<u8, CliError> {
-    let socket = client.exec_stream(id).await?;
+    let socket = client.socket(id, "exec/stream").await?;
     let (mut sink, mut source) = socket.split();
     let order = serde_json::to_string(start).map_err(ClientError::from)?;
     sink.send(Message::text(order)).await.map_err(broken)?;
@@ -174,7 +180,8 @@ pub async fn run(
     }
 }
 
-fn broken(source: tokio_tungstenite::tungstenite::Error) -> ClientError {
+/// What it means if the socket breaks off.
+pub fn broken(source: tokio_tungstenite::tungstenite::Error) -> ClientError {
     ClientError::Body(Box::new(source))
 }
 
