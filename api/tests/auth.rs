@@ -197,6 +197,14 @@ async fn with_a_listener_that_others_reach_everybody_needs_credentials() {
     for path in ["/health", "/openapi.json", "/api/v1/health"] {
         assert_eq!(api.call("GET", path, "").await.0, 200, "{path}");
     }
+    // The page that shows the description, so that a browser can load it.
+    for (path, status) in [
+        ("/docs/", 200),
+        ("/docs/swagger-ui.css", 200),
+        ("/docsx", 401),
+    ] {
+        assert_eq!(api.send("GET", path, "").await.status(), status, "{path}");
+    }
     register(&api, "alice", "user", &[]).await;
     let token = api.token("alice", PASSWORD).await;
     let headers = [

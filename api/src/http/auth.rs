@@ -2,7 +2,7 @@
 //!
 //! | path | without credentials |
 //! |---|---|
-//! | [`OPEN`] | anybody |
+//! | [`OPEN`], and the page at `/docs`, which says nothing of what there is | anybody |
 //! | others of `/api/v1` | nobody |
 //! | everything else | the local principal, while all listeners are on loopback addresses; else nobody |
 //!
@@ -175,7 +175,7 @@ pub async fn identify(
                 crate::dialects::wrenn::ApiError::from(source).into_response(),
             )),
         },
-        Ok(None) if OPEN.contains(&path) => Ok(None),
+        Ok(None) if OPEN.contains(&path) || is_page(path) => Ok(None),
         Ok(None) if is_microvm(path) => unauthorized(NO_CREDENTIALS),
         Ok(None) => match state.access {
             Access::Local => Ok(Some(Principal::Local)),
@@ -190,6 +190,13 @@ pub fn path_of(parts: &Parts) -> &str {
         Some(OriginalUri(uri)) => uri.path(),
         None => parts.uri.path(),
     }
+}
+
+/// Whether this path is of the page that shows the description of the API. Browsers have no credentials to
+/// load it with; what is tried on it needs them.
+fn is_page(path: &str) -> bool {
+    path.strip_prefix("/docs")
+        .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
 /// Whether this path belongs to the dialect `/api/v1`.

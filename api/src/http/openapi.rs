@@ -1,6 +1,9 @@
 //! The description of the API, made from the code that serves it.
 
 use utoipa::OpenApi;
+use utoipa::openapi::security::{
+    ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme,
+};
 
 use super::HealthBody;
 use crate::dialects::{microvm, wrenn};
@@ -9,6 +12,11 @@ use crate::dialects::{microvm, wrenn};
 #[derive(Debug, thiserror::Error)]
 #[error("the API's description cannot be written: {0}")]
 pub struct OpenApiError(String);
+
+/// What the document calls a key, in the header `X-API-Key`.
+const KEY: &str = "apiKey";
+/// What the document calls a token, in the header `Authorization`.
+const TOKEN: &str = "bearer";
 
 #[derive(OpenApi)]
 #[openapi(
@@ -31,6 +39,17 @@ pub fn document() -> utoipa::openapi::OpenApi {
     let mut document = Service::openapi();
     document.merge(wrenn::document());
     document.merge(microvm::document());
+    let key = ApiKey::Header(ApiKeyValue::new("X-API-Key"));
+    let bearer = HttpBuilder::new().scheme(HttpAuthScheme::Bearer);
+    let components = document.components.get_or_insert_default();
+    components.add_security_scheme(KEY, SecurityScheme::ApiKey(key));
+    components.add_security_scheme(TOKEN, SecurityScheme::Http(bearer.build()));
+    // Whether they are needed is the daemon's settings' to say.
+    document.security = Some(vec![
+        SecurityRequirement::default(),
+        SecurityRequirement::new::<_, [&str; 0], _>(KEY, []),
+        SecurityRequirement::new::<_, [&str; 0], _>(TOKEN, []),
+    ]);
     document
 }
 
