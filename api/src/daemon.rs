@@ -30,6 +30,7 @@ use crate::hypervisor::{
 };
 use crate::identity::{HashError, Identity, KeyFileError, Tokens};
 use crate::images::{ImageError, Images};
+use crate::metrics::Metrics;
 use crate::network::{Network, NetworkError};
 use crate::store::{OpenError, SqliteStore};
 
@@ -212,11 +213,16 @@ pub async fn serve(config: Config) -> Result<Ended, DaemonError> {
     let reconciler = manager.clone();
     let period = Duration::from_secs(config.reconcile_sec);
     tokio::spawn(async move { reconciler.reconcile_every(period).await });
+    let meter = manager.clone();
+    tokio::spawn(async move { meter.measure_regularly().await });
     let keeper = manager.clone();
     tokio::spawn(async move { keeper.keep_pool().await });
 
     let sockets = Sockets::default();
+    let metrics = Metrics::new();
+    manager.observe(Arc::new(metrics.clone()));
     let state = AppState {
+        metrics,
         manager: manager.clone().into(),
         identity,
         access: Access::of(&config.listen),

@@ -17,9 +17,13 @@ pub mod http;
 pub mod hypervisor;
 pub mod identity;
 pub mod images;
+pub mod metrics;
 pub mod network;
 pub mod oci;
 pub mod store;
+
+/// Version of the compiler that this was built with.
+pub const RUST_VERSION: &str = env!("BUILT_WITH_RUST");
 
 /// Bytes as hexadecimal digits.
 pub fn hex(bytes: &[u8]) -> String {

@@ -23,6 +23,7 @@ mod reaper;
 mod server;
 mod shutdown;
 mod system;
+mod usage;
 mod users;
 mod vsock;
 

@@ -47,7 +47,7 @@ use crate::{
     log::{chain, warning},
     process::{self, ProcessError, Processes},
     reaper::Reaper,
-    shutdown, system,
+    shutdown, system, usage,
 };
 
 /// The largest buffer of a connection, in bytes; also the largest chunk of an upload.
@@ -116,6 +116,8 @@ enum RequestError {
     File(#[from] FileError),
     #[error("the agent is not the init process of a guest, and cannot shut one down")]
     NotInit,
+    #[error("the kernel does not tell what the guest takes")]
+    Usage(#[source] io::Error),
     #[error("a thread of the agent failed")]
     Thread(#[from] tokio::task::JoinError),
     #[error("the answer cannot be written as JSON")]
@@ -138,7 +140,9 @@ impl RequestError {
             | Self::NoUpgrade => ErrorCode::BadRequest,
             Self::BodyTooLarge => ErrorCode::BodyTooLarge,
             Self::NotInit => ErrorCode::NotInit,
-            Self::Thread(_) | Self::Answer(_) | Self::Freeze(_) => ErrorCode::Internal,
+            Self::Thread(_) | Self::Answer(_) | Self::Freeze(_) | Self::Usage(_) => {
+                ErrorCode::Internal
+            }
             Self::Process(ProcessError::Exec(error)) => {
                 return ErrorDetail::new(error.code(), chain(error));
             }
@@ -184,6 +188,7 @@ impl Agent {
         let method = request.method().clone();
         match (path.as_str(), method) {
             (protocol::PATH_HEALTH, Method::GET) => self.health(),
+            (protocol::PATH_USAGE, Method::GET) => usage().await,
             (protocol::PATH_EXEC, Method::POST) => self.exec(request).await,
             (protocol::PATH_PROCESSES, Method::POST) => self.start_process(request).await,
             (protocol::PATH_PROCESSES, Method::GET) => json(StatusCode::OK, &self.processes.list()),
@@ -200,6 +205,7 @@ impl Agent {
             (protocol::PATH_FREEZE, Method::POST) => self.freeze(request).await,
             (protocol::PATH_SHUTDOWN, Method::POST) => self.shutdown(request).await,
             (protocol::PATH_HEALTH, _) => Err(RequestError::Method(protocol::PATH_HEALTH)),
+            (protocol::PATH_USAGE, _) => Err(RequestError::Method(protocol::PATH_USAGE)),
             (protocol::PATH_EXEC, _) => Err(RequestError::Method(protocol::PATH_EXEC)),
             (protocol::PATH_PROCESSES, _) => Err(RequestError::Method(protocol::PATH_PROCESSES)),
             (protocol::PATH_SIGNAL, _) => Err(RequestError::Method(protocol::PATH_SIGNAL)),
@@ -344,6 +350,12 @@ impl Agent {
         *response.status_mut() = StatusCode::ACCEPTED;
         Ok(response)
     }
+}
+
+/// On a thread that may block: asking for a file system's size may wait for its disk.
+async fn usage() -> Answer {
+    let measured = tokio::task::spawn_blocking(usage::measure).await?;
+    json(StatusCode::OK, &measured.map_err(RequestError::Usage)?)
 }
 
 /// The connection, taken from HTTP, and what the host has sent on it already; `None` if the host is

@@ -20,6 +20,7 @@ mod guest;
 mod hostile;
 mod jail;
 mod kills;
+mod measure;
 mod network;
 mod processes;
 mod refusals;

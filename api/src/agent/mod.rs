@@ -15,6 +15,7 @@ mod ports;
 mod processes;
 mod shutdown;
 mod upgrade;
+mod usage;
 
 use std::io;
 use std::path::PathBuf;

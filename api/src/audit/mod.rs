@@ -127,6 +127,29 @@ impl AuditLog {
         self.writer.write(entry).await
     }
 
+    /// Whether it can be read, and what was to be written last is on the disk. The error is a sentence.
+    ///
+    /// # Errors
+    /// It cannot, or is not.
+    pub async fn check(&self) -> Result<(), String> {
+        if self.writer.has_failed() {
+            return Err(
+                "the last records of the audit log were not written; the daemon's log says why"
+                    .to_owned(),
+            );
+        }
+        let reader = Arc::clone(&self.reader);
+        let read = tokio::task::spawn_blocking(move || {
+            let reader = reader.lock().unwrap_or_else(PoisonError::into_inner);
+            reader.query_row("SELECT max(seq) FROM records", [], |_| Ok(()))
+        });
+        match read.await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(format!("the audit log cannot be read: {error}")),
+            Err(_) => Err("the audit log cannot be read".to_owned()),
+        }
+    }
+
     /// The latest records of a filter, latest first, and how many there are in all.
     ///
     /// # Errors

@@ -2,6 +2,7 @@
 //! block.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rusqlite::{Connection, OptionalExtension, params};
@@ -28,6 +29,8 @@ pub struct Writer {
 struct AuditFile {
     path: PathBuf,
     waiting: Mutex<Queue>,
+    /// Whether what was to be written last is not.
+    has_failed: AtomicBool,
     /// Held by the task that writes.
     open: Mutex<(Connection, Head)>,
 }
@@ -52,12 +55,18 @@ impl Writer {
         let file = AuditFile {
             path: path.to_owned(),
             waiting: Mutex::default(),
+            has_failed: AtomicBool::new(false),
             open: Mutex::new(open(path)?),
         };
         Ok(Self {
             turns: Arc::new(Semaphore::new(MAX_WAITING)),
             file: Arc::new(file),
         })
+    }
+
+    /// Whether what was to be written last is not on the disk.
+    pub fn has_failed(&self) -> bool {
+        self.file.has_failed.load(Ordering::Relaxed)
     }
 
     /// Writes a record; it is on the disk when this returns.
@@ -96,7 +105,8 @@ impl AuditFile {
             };
             let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
             let (connection, head) = &mut *open;
-            write(connection, head, together, &self.path);
+            let is_written = write(connection, head, together, &self.path);
+            self.has_failed.store(!is_written, Ordering::Relaxed);
         }
     }
 }
@@ -136,9 +146,16 @@ fn open(path: &Path) -> rusqlite::Result<(Connection, Head)> {
     Ok((connection, Head { seq, hash }))
 }
 
-fn write(connection: &mut Connection, head: &mut Head, together: Vec<Waiting>, path: &Path) {
+/// Returns whether they are on the disk.
+fn write(
+    connection: &mut Connection,
+    head: &mut Head,
+    together: Vec<Waiting>,
+    path: &Path,
+) -> bool {
     let (entries, waiting): (Vec<_>, Vec<_>) = together.into_iter().unzip();
     let result = insert(connection, *head, &entries);
+    let is_written = result.is_ok();
     match result {
         Ok(next) => {
             *head = next;
@@ -157,6 +174,7 @@ fn write(connection: &mut Connection, head: &mut Head, together: Vec<Waiting>, p
             }
         }
     }
+    is_written
 }
 
 fn insert(

@@ -21,10 +21,11 @@ use super::network::{
 use super::process::GuestHost;
 use super::snapshot::LayersInfo;
 use super::timings::{SaveTimings, Start, Timings};
+use super::usage::MeterHost;
 
 /// A machine that runs sandboxes.
 #[async_trait]
-pub trait Host: GuestHost {
+pub trait Host: GuestHost + MeterHost {
     /// What the machine has to offer.
     ///
     /// # Errors

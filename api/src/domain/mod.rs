@@ -4,12 +4,14 @@ mod build;
 mod error;
 mod events;
 mod exec;
+mod history;
 mod host;
 mod id;
 mod idle;
 mod layer;
 mod manager;
 mod network;
+mod observe;
 mod principal;
 mod process;
 mod quota;
@@ -21,6 +23,7 @@ mod store;
 mod template;
 mod timings;
 mod turns;
+mod usage;
 
 pub use build::{BuildFrom, BuildSpec, OutputLines, Progress, Recipe, Step};
 pub use error::{
@@ -48,6 +51,7 @@ pub use network::{
     MAX_FORWARDS, MAX_RULES, MacAddress, NetworkActivity, NetworkInfo, NetworkSpec, PortRange,
     RateLimits, Subnet, SubnetError, Traffic, Transport,
 };
+pub use observe::Observer;
 pub use principal::{Account, Principal, Role, User};
 pub use process::{
     Bidirectional, GuestHost, KILL, PortStream, Process, ProcessEvent, ProcessEvents, ProcessRef,
@@ -64,3 +68,7 @@ pub use template::{
     TemplateInfo, TemplateStatus,
 };
 pub use timings::{SaveTimings, Start, Timings};
+pub use usage::{
+    CardUsage, GuestUsage, HostHealth, HostMeasured, HostUsage, MeasureError, Measured, MeterHost,
+    PartHealth, Point, SandboxUsage, VmmUsage, VmmVersion,
+};

@@ -92,21 +92,23 @@ impl Status {
         }
     }
 
+    /// All of them.
+    pub const ALL: [Self; 9] = [
+        Self::Pending,
+        Self::Running,
+        Self::Pausing,
+        Self::Paused,
+        Self::Resuming,
+        Self::Stopping,
+        Self::Off,
+        Self::Stopped,
+        Self::Error,
+    ];
+
     /// The state of that name.
     pub fn from_word(word: &str) -> Option<Self> {
-        [
-            Self::Pending,
-            Self::Running,
-            Self::Pausing,
-            Self::Paused,
-            Self::Resuming,
-            Self::Stopping,
-            Self::Off,
-            Self::Stopped,
-            Self::Error,
-        ]
-        .into_iter()
-        .find(|status| status.as_str() == word)
+        let mut all = Self::ALL.into_iter();
+        all.find(|status| status.as_str() == word)
     }
 }
 

@@ -10,8 +10,9 @@
 //! than it thinks.
 
 use std::net::{IpAddr, SocketAddr};
+use std::time::Instant;
 
-use axum::extract::{ConnectInfo, FromRequestParts, OriginalUri, Request, State};
+use axum::extract::{ConnectInfo, FromRequestParts, MatchedPath, OriginalUri, Request, State};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
@@ -24,6 +25,7 @@ use crate::chain;
 use crate::dialects::microvm;
 use crate::domain::{Manager, Principal};
 use crate::identity::{Credential, KEY_MARK};
+use crate::metrics::{Answered, method_word};
 
 /// The header of API keys.
 pub const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
@@ -119,6 +121,8 @@ pub async fn authenticate(
     let act = Act::of(&request);
     let is_limited = is_microvm(request.uri().path());
     let path = request.uri().path().to_owned();
+    let (method, route) = (method_word(request.method()), route_of(&request));
+    let began = Instant::now();
     let answer = async {
         match refused {
             Some(refused) => *refused,
@@ -132,6 +136,13 @@ pub async fn authenticate(
         true => state.rates.limit(&who, answer).await,
         false => answer.await,
     };
+    let answered = Answered {
+        method,
+        route,
+        status: response.status(),
+        took: began.elapsed(),
+    };
+    state.metrics.answered(who.principal.as_ref(), answered);
     let Some(act) = act else {
         return response;
     };
@@ -146,6 +157,13 @@ pub async fn authenticate(
             refuse(&path, status, "internal_error", message)
         }
     }
+}
+
+/// The path with the names of its parameters; there are as many paths that are none as anybody cares to
+/// make up.
+fn route_of(request: &Request) -> String {
+    let matched = request.extensions().get::<MatchedPath>();
+    matched.map_or("none", MatchedPath::as_str).to_owned()
 }
 
 /// Who calls this path with these headers; `None` is somebody without credentials at a path that needs

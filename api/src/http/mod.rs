@@ -6,6 +6,7 @@ mod docs;
 mod error;
 mod guard;
 mod headers;
+mod metrics;
 mod openapi;
 mod rate;
 mod record;
@@ -33,6 +34,7 @@ use crate::audit::AuditLog;
 use crate::dialects::{microvm, wrenn};
 use crate::domain::{Manager, Principal};
 use crate::identity::Identity;
+use crate::metrics::Metrics;
 
 /// The largest JSON request body in bytes.
 const MAX_JSON_BODY: usize = 1 << 20;
@@ -52,6 +54,8 @@ pub struct AppState {
     pub audit: AuditLog,
     /// WebSockets that are open.
     pub sockets: Sockets,
+    /// What was counted.
+    pub metrics: Metrics,
     /// The largest file that may be uploaded, in bytes.
     pub max_upload: u64,
     /// The largest archive that a template may be built from, in bytes.
@@ -112,6 +116,7 @@ pub fn router(state: AppState) -> Result<Router, OpenApiError> {
     let json = json()?;
     Ok(Router::new()
         .route("/health", get(health))
+        .route("/metrics", get(metrics::metrics))
         .route(
             "/openapi.yaml",
             get(move || async move { ([("content-type", "application/yaml")], yaml) }),

@@ -29,7 +29,7 @@ const TOKEN: &str = "bearer";
         (url = "http://localhost:8080", description = "This machine"),
         (url = "http://localhost:8000", description = "This machine"),
     ),
-    paths(super::health),
+    paths(super::health, super::metrics::metrics),
     components(schemas(HealthBody)),
 )]
 struct Service;

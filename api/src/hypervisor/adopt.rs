@@ -288,6 +288,7 @@ impl Inner {
             return not_started(&mut machine, why).await;
         }
         info!(sandbox = %id, pid = note.process.pid(), "a running sandbox is taken over");
+        let _ = entry.process.set(note.process);
         entry.set_running(true);
         if let Some(Begin::Found(reply)) = begin.take() {
             let layers = request.layers.clone();

@@ -111,6 +111,23 @@ pub fn command(
     command
 }
 
+/// The command that starts a VMM without a machine, which listens for requests at the socket `api`. That
+/// stays open here until it is spawned.
+pub fn without_machine(vmm: &Path, api: i32) -> Command {
+    let mut command = Command::new(vmm);
+    command.args(["--api-socket", &format!("fd={api}")]);
+    isolate(&mut command, [api]);
+    // SAFETY: between fork and exec only async-signal-safe functions may be called, and prctl(2) is one.
+    unsafe {
+        command.pre_exec(|| {
+            // Nothing would end it after a daemon that was killed.
+            rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
+            Ok(())
+        });
+    }
+    command
+}
+
 /// The command that merges the images `layers`, bottom first, of a disk of `size` bytes into the empty
 /// file `output`. All of them stay open here until it is spawned.
 pub fn merge(

@@ -3,6 +3,7 @@
 //!
 //! A VMM may have been taken over by its guest, so what it answers is bounded and only told.
 
+use std::collections::BTreeMap;
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::BorrowedFd;
@@ -20,6 +21,9 @@ const PAUSE_TIMEOUT: Duration = Duration::from_secs(60);
 const INFO_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a VMM may take to write a guest's memory: a tebibyte at 1 GiB/s, and some more.
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(30 * 60);
+/// How long a VMM may take to tell what it has counted. It does so after what it is at, which may be
+/// writing a guest's memory; nobody who looks at figures waits for that.
+const COUNTERS_TIMEOUT: Duration = Duration::from_secs(3);
 /// The longest head, and the longest body, of an answer that is read, in bytes.
 const MAX_ANSWER: u64 = 64 * 1024;
 /// The most descriptors in one message: `SCM_MAX_FD` of Linux.
@@ -55,6 +59,15 @@ pub enum ControlError {
     },
 }
 
+/// Which VMM it is, in its own words.
+#[derive(Debug, serde::Deserialize)]
+pub struct Ping {
+    /// The version of the program.
+    pub build_version: String,
+    /// The version of Cloud Hypervisor whose API it has.
+    pub version: String,
+}
+
 /// The API of one VMM.
 #[derive(Debug, Clone)]
 pub struct Control {
@@ -74,11 +87,7 @@ impl Control {
             state: String,
         }
         let what = "vm.info";
-        let body = self.ask("GET", what, "", &[], INFO_TIMEOUT).await?;
-        let info: Info = serde_json::from_slice(&body).map_err(|error| ControlError::Io {
-            what,
-            source: error.into(),
-        })?;
+        let info: Info = self.get(what, INFO_TIMEOUT).await?;
         match info.state.as_str() {
             "Running" => Ok(false),
             "Paused" => Ok(true),
@@ -87,6 +96,16 @@ impl Control {
                 reason: "it has no machine that was started".to_owned(),
             }),
         }
+    }
+
+    /// Which VMM it is.
+    pub async fn ping(&self) -> Result<Ping, ControlError> {
+        self.get("vmm.ping", INFO_TIMEOUT).await
+    }
+
+    /// What its devices have counted, by their ids.
+    pub async fn counters(&self) -> Result<BTreeMap<String, BTreeMap<String, u64>>, ControlError> {
+        self.get("vm.counters", COUNTERS_TIMEOUT).await
     }
 
     /// Stops the guest.
@@ -126,6 +145,18 @@ impl Control {
         let body = serde_json::json!({ "id": "_disk0", "image_types": types }).to_string();
         self.put("vm.replace-disk", &body, files, PAUSE_TIMEOUT)
             .await
+    }
+
+    async fn get<T: serde::de::DeserializeOwned>(
+        &self,
+        what: &'static str,
+        timeout: Duration,
+    ) -> Result<T, ControlError> {
+        let body = self.ask("GET", what, "", &[], timeout).await?;
+        serde_json::from_slice(&body).map_err(|error| ControlError::Io {
+            what,
+            source: error.into(),
+        })
     }
 
     async fn put(

@@ -10,6 +10,7 @@ use futures_util::stream::{self, BoxStream};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
+use super::process::ProcessId;
 use crate::agent::AgentClient;
 use crate::domain::{Created, End, HostError, Identity, Nic as NicRequest, SaveRequest, Saved};
 use crate::images::Base;
@@ -20,6 +21,8 @@ pub struct Entry {
     pub agent: AgentClient,
     /// What is at the bottom of its disk.
     pub base: Base,
+    /// Its VMM, once that is started.
+    pub process: OnceLock<ProcessId>,
     /// Asks its task to save it. One at a time; who asks waits.
     pub orders: mpsc::Sender<Order>,
     /// Claims it, while it is held.
@@ -79,6 +82,7 @@ impl Entry {
         let entry = Self {
             agent: AgentClient::new(vsock),
             base,
+            process: OnceLock::new(),
             orders,
             claims: Mutex::default(),
             running: AtomicBool::new(false),

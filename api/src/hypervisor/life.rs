@@ -252,6 +252,9 @@ impl Inner {
                 });
             }
         };
+        if let Some(process) = machine.process_id() {
+            let _ = entry.process.set(process.clone());
+        }
         if let Some(Begin::Held(_)) = begin {
             match self.hold(entry, &mut machine, begin).await {
                 Ok(claim) => {

@@ -120,6 +120,7 @@ pub enum NotReady {
 pub struct Machine {
     id: SandboxId,
     process: Process,
+    process_id: Option<ProcessId>,
     is_jailed: bool,
     /// Where the agent of a booted guest says that it is ready.
     listener: Option<UnixListener>,
@@ -197,9 +198,11 @@ impl Machine {
         }
         info!(sandbox = %id, pid = child.id(), "vmm started");
         let process = Process::Child(child);
-        write_down(paths, request, &process, jail, nic.as_deref()).map_err(SpawnError::Note)?;
+        let noted = write_down(paths, request, &process, jail, nic.as_deref());
+        let process_id = noted.map_err(SpawnError::Note)?;
 
         let mut machine = Self::new(paths, &id, process, jail.is_some(), events, stderr);
+        machine.process_id = process_id;
         machine.goes = goes;
         machine.listener = listener;
         machine.created = created;
@@ -236,6 +239,7 @@ impl Machine {
         Self {
             id: id.clone(),
             process,
+            process_id: None,
             is_jailed,
             listener: None,
             ready_path: paths.ready(id),
@@ -357,6 +361,11 @@ impl Machine {
             total_us: micros(now - self.created),
         };
         Ok(Created { timings })
+    }
+
+    /// The process, of one that was started here.
+    pub fn process_id(&self) -> Option<&ProcessId> {
+        self.process_id.as_ref()
     }
 
     /// The API of the VMM.
@@ -491,16 +500,16 @@ fn make_fifo(path: &Path) -> io::Result<(pipe::Receiver, OwnedFd)> {
     Ok((reader, writer))
 }
 
-/// Writes down what a later daemon has to know of a machine.
+/// Writes down what a later daemon has to know of a machine. Returns its process, if it was started here.
 fn write_down(
     paths: &Paths,
     request: &PrepareRequest,
     process: &Process,
     jail: Option<Jail<'_>>,
     nic: Option<&Nic<'_>>,
-) -> io::Result<()> {
+) -> io::Result<Option<ProcessId>> {
     let Process::Child(child) = process else {
-        return Ok(());
+        return Ok(None);
     };
     let pid = child.id().ok_or(io::ErrorKind::NotFound)?;
     let note = Note {
@@ -512,7 +521,8 @@ fn write_down(
         layers: request.layers.clone(),
         disk: note::inode(&paths.disk(&request.id))?,
     };
-    note.write(paths, &request.id)
+    note.write(paths, &request.id)?;
+    Ok(Some(note.process))
 }
 
 /// Waits until someone in the guest says that the agent is ready. What else is said there is

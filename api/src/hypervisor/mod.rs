@@ -11,6 +11,7 @@ mod disk_limits;
 mod end;
 mod entry;
 mod guests;
+mod health;
 mod jail;
 mod keep;
 mod kept;
@@ -26,6 +27,7 @@ mod paths;
 mod process;
 mod save;
 mod sweep;
+mod usage;
 mod warm_key;
 
 use std::collections::{BTreeSet, HashMap};
@@ -90,7 +92,8 @@ pub struct HostConfig {
     pub networks: Option<Arc<HostNetworks>>,
 }
 
-/// This machine as a [`Host`].
+/// This machine as a [`Host`]; clones share it.
+#[derive(Clone)]
 pub struct LocalHost {
     inner: Arc<Inner>,
 }
@@ -105,6 +108,7 @@ struct Inner {
     state: Mutex<State>,
     /// One merge at a time; its end is the host's.
     merging: tokio::sync::Mutex<()>,
+    probed: health::Probed,
     end: CancellationToken,
 }
 
@@ -154,6 +158,7 @@ impl LocalHost {
             machine: warm_key::machine().map_err(|error| error.to_string()),
             state: Mutex::default(),
             merging: tokio::sync::Mutex::default(),
+            probed: health::Probed::default(),
             end: CancellationToken::new(),
         });
         Ok(Self { inner })

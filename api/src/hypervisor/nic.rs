@@ -86,6 +86,14 @@ impl HostNetworks {
         self.all().flat_map(|one| one.network.attached())
     }
 
+    /// Whether all of them are as they were set up. The error is a sentence.
+    pub async fn check(&self) -> Result<(), String> {
+        for one in self.all() {
+            one.network.check().await?;
+        }
+        Ok(())
+    }
+
     /// Removes all of them.
     pub async fn stop(&self) {
         // The first has found the host as it was before.

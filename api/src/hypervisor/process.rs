@@ -45,6 +45,11 @@ impl ProcessId {
         self.pid
     }
 
+    /// Whether it was started at this time, in clock ticks since the machine was.
+    pub fn was_started_at(&self, start_time: u64) -> bool {
+        self.start_time == start_time
+    }
+
     /// A handle for it; `None` if it has ended.
     pub fn open(&self) -> io::Result<Option<OwnedFd>> {
         let Some(pid) = Some(self.pid)

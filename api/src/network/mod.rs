@@ -14,6 +14,7 @@
 //! Of all this, bridge and tables alone outlive a daemon that is killed. They are found by their
 //! names, the bridge by its alias too, and replaced by the next daemon of the same directories.
 
+mod check;
 mod denied;
 mod dhcp;
 mod dns;

@@ -22,6 +22,7 @@ use api::domain::{
 };
 use api::http::{Access, AppState, RateLimiter, Rates, Sockets, router};
 use api::identity::{Identity, Registration, Tokens};
+use api::metrics::Metrics;
 use api::store::SqliteStore;
 use async_trait::async_trait;
 use axum::Router;
@@ -33,6 +34,8 @@ use http_body_util::BodyExt;
 use serde_json::Value;
 use tokio::sync::{Notify, mpsc};
 use tower::ServiceExt;
+
+pub mod meter;
 
 /// Pieces of long output and files.
 pub const PIECE: usize = 64 * 1024;
@@ -125,6 +128,8 @@ pub struct FakeHost {
     goes_on: Mutex<BTreeSet<SandboxId>>,
     /// What sandboxes were saved to last, when they went on.
     noted: Mutex<HashMap<SandboxId, Layers>>,
+    /// What is measured.
+    pub meter: meter::FakeMeter,
     listeners: Mutex<Vec<mpsc::UnboundedSender<HostEvent>>>,
 }
 
@@ -974,7 +979,10 @@ impl Api {
         tokio::spawn(async move { keeper.keep_pool().await });
         let tokens = Tokens::open(&dir.path().join("token.key")).unwrap();
         let identity = Identity::new(store.clone(), tokens, Registration::Open).unwrap();
+        let metrics = Metrics::new();
+        manager.observe(Arc::new(metrics.clone()));
         let state = AppState {
+            metrics,
             manager: manager.clone().into(),
             identity,
             access,

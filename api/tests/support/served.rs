@@ -19,6 +19,7 @@ use api::http::{Access, AppState, RateLimiter, Rates, Sockets, router};
 use api::hypervisor::{HostConfig, LocalHost, Paths};
 use api::identity::{Identity, Registration, Tokens};
 use api::images::Images;
+use api::metrics::Metrics;
 use api::store::SqliteStore;
 use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
@@ -87,7 +88,10 @@ impl Served {
         tokio::spawn(async move { reaper.set_aside_idle().await });
         let tokens = Tokens::open(&path.join("token.key")).unwrap();
         let identity = Identity::new(store, tokens, Registration::Open).unwrap();
+        let metrics = Metrics::new();
+        manager.observe(Arc::new(metrics.clone()));
         let state = AppState {
+            metrics,
             manager: manager.clone().into(),
             rates: RateLimiter::new(Rates {
                 per_minute: 0,

@@ -13,6 +13,7 @@
 //! | Request | Answer |
 //! |---|---|
 //! | `GET /v1/health` | 200, JSON [`Health`] |
+//! | `GET /v1/usage` | 200, JSON [`Usage`] |
 //! | `POST /v1/exec`, JSON [`ExecRequest`] | 101, then frames both ways; see below |
 //! | `POST /v1/processes`, JSON [`StartProcess`] | 201, JSON [`Process`]; see below |
 //! | `GET /v1/processes` | 200, JSON [`ProcessList`] |
@@ -156,6 +157,7 @@ mod files;
 mod frame;
 mod process;
 mod query;
+mod usage;
 
 use std::time::Duration;
 
@@ -173,6 +175,7 @@ pub use process::{
     StartProcess, TerminalFrame, TerminalSize, check_tag,
 };
 pub use query::{percent_decode, percent_encode};
+pub use usage::Usage;
 
 /// The vsock port on which the agent serves.
 pub const AGENT_PORT: u32 = 1024;
@@ -190,6 +193,8 @@ pub const BACKGROUND_GRACE: Duration = Duration::from_millis(250);
 
 /// Path of the health check.
 pub const PATH_HEALTH: &str = "/v1/health";
+/// Path of the operation `GET` usage.
+pub const PATH_USAGE: &str = "/v1/usage";
 /// Path of exec.
 pub const PATH_EXEC: &str = "/v1/exec";
 /// Path of starting and listing processes.

@@ -9,6 +9,7 @@
 //! it, and a program cannot replace it. Without `root=` the guest stays in the initramfs.
 
 mod cmdline;
+mod grow;
 mod hotplug;
 mod modules;
 mod uevent;
@@ -138,7 +139,12 @@ fn mount_root(root: &Path, options: &BootOptions) -> Result<(), InitError> {
     let mut last = io::Error::from(io::ErrorKind::InvalidInput);
     for kind in &options.filesystems {
         match mount(root, NEW_ROOT, kind.as_str(), flags, &*data) {
-            Ok(()) => return Ok(()),
+            Ok(()) => {
+                if !options.read_only {
+                    fill_disk(root);
+                }
+                return Ok(());
+            }
             Err(error) => last = error.into(),
         }
     }
@@ -147,6 +153,15 @@ fn mount_root(root: &Path, options: &BootOptions) -> Result<(), InitError> {
         at: NEW_ROOT.into(),
         source: last,
     })
+}
+
+/// Makes the root file system as large as its disk. One that stays as it was is of use too.
+fn fill_disk(root: &Path) {
+    match grow::grow(root, Path::new(NEW_ROOT)) {
+        Ok(None) => {}
+        Ok(Some(size)) => info!("the root file system has grown to {} MiB", size >> 20),
+        Err(error) => warning!("the root file system does not fill its disk: {error}"),
+    }
 }
 
 /// Makes the root disk `/`, and takes the mounted file systems along.

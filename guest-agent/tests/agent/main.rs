@@ -12,3 +12,4 @@ mod exec;
 mod files;
 mod freeze;
 mod processes;
+mod usage;

@@ -48,7 +48,8 @@ fn agent(message: impl Into<String>) -> ApiError {
     ApiError::new(StatusCode::BAD_GATEWAY, "agent_error", message)
 }
 
-fn of_host(source: HostError) -> ApiError {
+/// An error of the host at a running machine.
+pub fn of_host(source: HostError) -> ApiError {
     let text = source.to_string();
     match source {
         HostError::FileNotFound { .. } => ApiError::not_found(text),
@@ -181,7 +182,8 @@ impl AtVm for NetworkChangeError {
     }
 }
 
-fn not_running(name: &str, word: &str) -> ApiError {
+/// It does not run, which it must.
+pub fn not_running(name: &str, word: &str) -> ApiError {
     ApiError::conflict(format!(
         "VM '{name}' is {word}; it must be running for this"
     ))

@@ -11,8 +11,10 @@ mod fields;
 mod files;
 mod guest;
 mod health;
+mod metrics;
 mod network;
 mod snapshots;
+mod status;
 mod vms;
 
 use axum::Router;
@@ -37,6 +39,7 @@ pub const BASE: &str = "/api/v1";
         accounts::register,
         accounts::login,
         health::health,
+        status::status,
         audit::logs,
         vms::list,
         vms::create,
@@ -56,6 +59,8 @@ pub const BASE: &str = "/api/v1";
         snapshots::create,
         snapshots::restore,
         snapshots::delete,
+        metrics::get,
+        metrics::system,
         network::networks,
         network::get,
         network::open_forward,
@@ -70,6 +75,7 @@ pub const BASE: &str = "/api/v1";
         accounts::LoginRequest,
         accounts::TokenBody,
         health::HealthBody,
+        status::StatusBody,
         audit::AuditLogsBody,
         audit::AuditLogBody,
     ))
@@ -87,9 +93,11 @@ pub fn router() -> Router<AppState> {
         .route("/auth/register", post(accounts::register))
         .route("/auth/login", post(accounts::login))
         .route("/health", get(health::health))
+        .route("/status", get(status::status))
         .route("/vms", get(vms::list).post(vms::create))
         .route("/vms/{vm_name}", get(vms::get).delete(vms::delete))
         .nest("/vms/{vm_name}", of_one())
+        .route("/system/metrics", get(metrics::system))
         .route("/networks", get(network::networks))
         .route("/system/events", get(events::of_system))
         .route("/security/audit-logs", get(audit::logs))
@@ -107,6 +115,7 @@ fn of_one() -> Router<AppState> {
         .route("/start", post(vms::start))
         .route("/stop", post(vms::stop))
         .route("/restart", post(vms::restart))
+        .route("/metrics", get(metrics::get))
         .route("/execute", post(exec::execute))
         .route("/files", get(files::list))
         .route("/files/upload", upload)

@@ -18,6 +18,7 @@ use super::at_vm::{AtVm, no_vm};
 use super::body::{FromFields, parse};
 use super::error::{ApiError, ErrorBody};
 use super::fields::Fields;
+use super::metrics::{ResourceUsageBody, in_short};
 use super::rfc3339;
 use crate::domain::{
     CreateSpec, MacAddress, Manager, NetworkSpec, Page, PowerError, Problem, Sandbox, SortBy,
@@ -155,6 +156,10 @@ pub struct VmBody {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub uptime_seconds: Option<u64>,
+    /// What it takes; of one machine by itself, if it runs and can be measured now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false, inline)]
+    pub resource_usage: Option<ResourceUsageBody>,
     /// Its address, if it has a network card.
     #[schema(format = Ipv4)]
     pub ip_address: Option<String>,
@@ -306,6 +311,7 @@ pub fn vm(sandbox: Sandbox, bridge: Option<&str>) -> VmBody {
         started_at: sandbox.started_at.map(rfc3339),
         stopped_at: sandbox.stopped_at.map(rfc3339),
         uptime_seconds: uptime.and_then(|seconds| u64::try_from(seconds).ok()),
+        resource_usage: None,
         ip_address: sandbox.address.map(|address| address.to_string()),
         network_config: sandbox.address.map(|address| NetworkConfigBody {
             ip: address.to_string(),
@@ -552,7 +558,12 @@ async fn spec(
 pub async fn get(caller: Caller, Path(name): Path<String>) -> Result<Json<VmBody>, ApiError> {
     let sandbox = find(&caller.manager, &name).await?;
     let bridge = bridge(&caller.manager).await?;
-    Ok(Json(vm(sandbox, bridge.as_deref())))
+    let resource_usage = in_short(&caller.manager, &sandbox).await;
+    let body = vm(sandbox, bridge.as_deref());
+    Ok(Json(VmBody {
+        resource_usage,
+        ..body
+    }))
 }
 
 /// Start a virtual machine

@@ -87,7 +87,7 @@ impl ApiError {
     }
 
     /// A host's error in the midst of an operation on a running sandbox.
-    fn host(source: HostError) -> Self {
+    pub(super) fn host(source: HostError) -> Self {
         let text = source.to_string();
         match source {
             HostError::FileNotFound { .. } => Self::new(StatusCode::NOT_FOUND, "not_found", text),

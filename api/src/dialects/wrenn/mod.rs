@@ -7,6 +7,7 @@ mod exec;
 mod exec_stream;
 mod files;
 mod logs;
+mod metrics;
 mod network;
 mod ports;
 mod processes;
@@ -47,6 +48,7 @@ use crate::http::{AppState, ErrorBody};
         files::write,
         files::read,
         logs::get,
+        metrics::get,
         directories::list,
         directories::make,
         directories::remove,
@@ -80,6 +82,8 @@ use crate::http::{AppState, ErrorBody};
         processes::ProcessBody,
         processes::ProcessListBody,
         files::ReadFileRequestBody,
+        metrics::MetricsBody,
+        metrics::PointBody,
         directories::ListDirRequestBody,
         directories::PathRequestBody,
         directories::ListDirBody,
@@ -195,6 +199,7 @@ fn sandboxes(base: &str) -> Router<AppState> {
         .route("/files/mkdir", post(directories::make))
         .route("/files/remove", post(directories::remove))
         .route("/logs", get(logs::get))
+        .route("/metrics", get(metrics::get))
         .route("/network", get(network::get))
         .route("/network/egress", put(network::set_egress))
         .route("/network/forwards", post(network::open_forward))

@@ -14,6 +14,7 @@ mod events;
 mod from_snapshot;
 mod idle;
 mod merge;
+mod meter;
 mod network;
 mod oci;
 mod pause;
@@ -31,8 +32,8 @@ mod templates;
 mod warm;
 
 use std::net::Ipv4Addr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -56,6 +57,7 @@ use super::id::{LayerId, SandboxId};
 use super::idle::Idle;
 use super::layer::Layers;
 use super::network::Connection;
+use super::observe::Observer;
 use super::principal::Principal;
 use super::quota::Quotas;
 use super::request::{self, Command, CreateSpec, Problem};
@@ -69,6 +71,7 @@ use builds::Builds;
 pub use directories::MAX_DEPTH;
 pub use idle::{InUse, WhenIdle};
 use merge::Merges;
+use meter::Meter;
 pub use network::SandboxNetwork;
 use pool::Pool;
 pub use pool::PoolLimits;
@@ -121,6 +124,8 @@ struct Inner {
     builds: Builds,
     reconciler: Reconciler,
     events: Events,
+    meter: Meter,
+    observer: OnceLock<Arc<dyn Observer>>,
     closing: AtomicBool,
 }
 
@@ -141,6 +146,8 @@ impl Manager {
                 builds: Builds::default(),
                 reconciler: Reconciler::default(),
                 events: Events::default(),
+                meter: Meter::default(),
+                observer: OnceLock::new(),
                 closing: AtomicBool::new(false),
             }),
             principal: Arc::new(Principal::Local),
@@ -154,6 +161,11 @@ impl Manager {
             inner: Arc::clone(&self.inner),
             principal: Arc::new(principal),
         }
+    }
+
+    /// Has this told of all changes from now on. The first one is; there is no second.
+    pub fn observe(&self, observer: Arc<dyn Observer>) {
+        let _ = self.inner.observer.set(observer);
     }
 
     /// Writes down what happens on the host, until it tells no more.
@@ -639,6 +651,9 @@ impl Manager {
         let before = earlier.status;
         if sandbox.status != before {
             self.watch(&sandbox);
+            if let Some(observer) = self.inner.observer.get() {
+                observer.changed(before, &sandbox);
+            }
             match (sandbox.status, &sandbox.status_reason) {
                 (Status::Error, reason) => warn!(sandbox = %id, from = %before,
                     reason = reason.as_deref(), "sandbox is in error"),

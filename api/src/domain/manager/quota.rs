@@ -89,7 +89,7 @@ impl Manager {
     }
 
     /// Size of the disk of a sandbox, as its guest sees it, in MiB.
-    async fn disk_mb(
+    pub(super) async fn disk_mb(
         &self,
         spec: &Spec,
         sizes: &mut HashMap<String, u64>,

@@ -1,0 +1,141 @@
+//! What guests take, by `/api/v1` and `/v1`, and how the daemon is.
+
+use std::thread;
+use std::time::Duration;
+
+use e2e_tests::daemon::{Daemon, Sandbox};
+use e2e_tests::http::Request;
+use serde_json::{Value, json};
+
+/// A caller of `/api/v1`.
+struct Admin {
+    bearer: String,
+}
+
+impl Admin {
+    fn register(daemon: &Daemon) -> Self {
+        let user = json!({"username": "root", "password": "Correct-horse-7", "role": "admin"});
+        let (status, body) = daemon.call("POST", "/api/v1/auth/register", &user.to_string());
+        assert_eq!(status, 201, "{body}");
+        let (status, body) = daemon.call("POST", "/api/v1/auth/login", &user.to_string());
+        assert_eq!(status, 200, "{body}");
+        Self {
+            bearer: format!("Bearer {}", body["access_token"].as_str().unwrap()),
+        }
+    }
+
+    fn call(&self, daemon: &Daemon, method: &str, path: &str, body: &Value) -> (u16, Value) {
+        let body = match body {
+            Value::Null => String::new(),
+            body => body.to_string(),
+        };
+        let request = Request::new(method, &format!("/api/v1{path}"))
+            .header("Content-Type", "application/json")
+            .header("Authorization", &self.bearer);
+        let response = daemon.send(request, body.as_bytes(), body.len() as u64);
+        (response.status, response.json())
+    }
+
+    #[track_caller]
+    fn must(&self, daemon: &Daemon, method: &str, path: &str, body: &Value) -> Value {
+        let (status, answer) = self.call(daemon, method, path, body);
+        assert!(
+            (200..300).contains(&status),
+            "{method} {path}: {status} {answer}"
+        );
+        answer
+    }
+}
+
+const BURN: &str = "i=0; while :; do i=$((i+1)); done";
+
+/// Share of its one vCPU that a guest has had after it has worked for some seconds, by the daemon's measure of
+/// the last ones.
+fn busy(daemon: &Daemon, admin: &Admin, sandbox: &Sandbox<'_>) -> f64 {
+    thread::scope(|scope| {
+        let work = scope.spawn(|| sandbox.must(&format!("timeout 14 sh -c '{BURN}' || true")));
+        thread::sleep(Duration::from_secs(12));
+        let metrics = admin.must(daemon, "GET", "/vms/vm/metrics", &Value::Null);
+        work.join().unwrap();
+        metrics["cpu"]["usage_percent"].as_f64().unwrap()
+    })
+}
+
+#[test]
+fn what_a_machine_takes_is_measured_and_its_file_system_fills_its_disk() {
+    let daemon = Daemon::start();
+    let admin = Admin::register(&daemon);
+    let vm = json!({"name": "vm", "vcpus": 1, "memory_mb": 256,
+        "storage_config": {"disk_size_gb": 2}});
+    let id = admin.must(&daemon, "POST", "/vms", &vm)["id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    admin.must(&daemon, "POST", "/vms/vm/start", &Value::Null);
+
+    // The file system fills the disk.
+    let sandbox = daemon.sandbox(&id);
+    let size: u64 = sandbox
+        .must("df -m --output=size / | tail -n 1")
+        .parse()
+        .unwrap();
+    assert!((1850..2048).contains(&size), "{size} MiB of 2048");
+    sandbox.must("fallocate -l 1500M /large && rm /large");
+
+    // What is written, allocated and computed shows.
+    let metrics = || admin.must(&daemon, "GET", "/vms/vm/metrics", &Value::Null);
+    let before = metrics();
+    sandbox.must("head -c 50M /dev/zero >/written && sync && mkdir -p /fill");
+    sandbox.must("mount -t tmpfs -o size=100% fill /fill && head -c 60M /dev/zero >/fill/zeroes");
+    let after = metrics();
+    let grown = |part: &str, field: &str| {
+        after[part][field].as_f64().unwrap() - before[part][field].as_f64().unwrap()
+    };
+    assert!(
+        (0.045..0.1).contains(&grown("disk", "used_gb")),
+        "{before} {after}"
+    );
+    assert!(grown("memory", "used_mb") > 50.0, "{before} {after}");
+    assert!(grown("memory", "available_mb") < -50.0, "{before} {after}");
+    assert!(grown("cpu", "cpu_time_seconds") > 0.0, "{before} {after}");
+    assert_eq!(after["memory"]["allocated_mb"], 256);
+    assert_eq!(after["disk"]["allocated_gb"], 2.0);
+    assert!(
+        after["network"].is_null() || after["network"]["bytes_in"].is_u64(),
+        "{after}"
+    );
+    sandbox.must("umount /fill");
+    let share = busy(&daemon, &admin, &sandbox);
+    assert!(share > 50.0, "{share} % of one vCPU that works");
+    let usage = admin.must(&daemon, "GET", "/vms/vm", &Value::Null);
+    assert!(
+        usage["resource_usage"]["memory_used_mb"].as_u64().unwrap() > 10,
+        "{usage}"
+    );
+    let points = daemon.call("GET", &sandbox.path("/metrics?range=5m"), "").1;
+    let points = points["points"].as_array().unwrap().clone();
+    assert!(points.len() > 2, "{points:?}");
+    assert!(
+        points
+            .iter()
+            .any(|point| point["cpu_pct"].as_f64().unwrap() > 50.0),
+        "{points:?}"
+    );
+
+    let (status, health) = daemon.call("GET", "/api/v1/health", "");
+    assert_eq!(
+        (status, &health["status"]),
+        (200, &json!("healthy")),
+        "{health}"
+    );
+    let system = admin.must(&daemon, "GET", "/status", &Value::Null)["system"].clone();
+    assert!(
+        system["vmm_version"].as_str().unwrap().starts_with("vmm "),
+        "{system}"
+    );
+    let version = system["cloud_hypervisor_version"].as_str().unwrap();
+    assert!(version.parse::<f64>().unwrap() > 50.0, "{system}");
+    let host = admin.must(&daemon, "GET", "/system/metrics", &Value::Null);
+    assert_eq!(host["vms"]["total_vcpus_allocated"], 1, "{host}");
+    sandbox.delete();
+}
