@@ -103,7 +103,7 @@ async fn what_changes_something_is_on_record_and_holds_no_secret() {
     assert_eq!(records[2]["user_id"], "anonymous");
     assert_eq!(records[3]["user_id"], root_id);
     assert_eq!(records[3]["resource_id"], id);
-    assert_eq!(records[3]["details"]["vcpus"], 2);
+    assert_eq!(records[3]["details"]["vm_config"]["vcpus"], 2);
     assert_eq!(records[4]["user_id"], "local");
     assert_eq!((outcome(5), outcome(6)), ("failure", "denied"));
     assert_eq!(

@@ -7,8 +7,7 @@ mod support;
 use serde_json::{Value, json};
 use support::Api;
 
-/// Paths, parameters, schemas and statuses of the API that `/v1` follows.
-const FOLLOWED: &str = include_str!("support/wrenn.json");
+const FOLLOWED: &str = conformance::wrenn::DOCUMENT;
 
 /// Defaults that depend on the template here. A client that sends what the document says would
 /// override the template.

@@ -14,15 +14,9 @@ use crate::audit::{Entry, frameworks};
 /// The largest answer that is looked into for the name of what was made, in bytes.
 const MAX_ANSWER: u64 = 64 * 1024;
 /// What is taken from an answer that tells of a new thing.
-const TOLD: [&str; 7] = [
-    "name",
-    "username",
-    "role",
-    "template",
-    "vcpus",
-    "memory_mb",
-    "sandbox_id",
-];
+const TOLD: [&str; 5] = ["name", "username", "role", "template", "sandbox_id"];
+/// What is taken from one that tells of a new machine, as its `vm_config`.
+const SHAPE: [&str; 2] = ["vcpus", "memory_mb"];
 
 /// Who logged in or tried to, as an extension of the answer.
 #[derive(Debug, Clone)]
@@ -80,10 +74,10 @@ impl Act {
         }
         let mut resource_id = self.resource_id;
         if let Some(told) = &told {
-            for field in TOLD {
-                if let Some(value) = told.get(field).filter(|value| !value.is_null()) {
-                    details.insert(field.into(), value.clone());
-                }
+            details.extend(fields(told, &TOLD));
+            let shape: Map<_, _> = fields(told, &SHAPE).collect();
+            if !shape.is_empty() {
+                details.insert("vm_config".into(), shape.into());
             }
             let id = ["id", "user_id", "name"]
                 .into_iter()
@@ -124,6 +118,16 @@ impl Act {
         };
         (entry, response)
     }
+}
+
+/// Those of these fields that say something.
+fn fields(
+    told: &Map<String, Value>,
+    names: &'static [&str],
+) -> impl Iterator<Item = (String, Value)> {
+    let told = names.iter().filter_map(|name| told.get_key_value(*name));
+    told.filter(|(_, value)| !value.is_null())
+        .map(|(name, value)| (name.clone(), value.clone()))
 }
 
 /// What is done to what kind of thing, made of the path, so that no endpoint can be forgotten: the

@@ -9,11 +9,12 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
 
+use conformance::{Answer, Client};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
@@ -29,13 +30,18 @@ pub struct Daemon {
 impl Daemon {
     /// Starts one with these settings beside its own.
     pub fn start(arguments: &[&str]) -> Self {
+        Self::start_with(|_| agent::binary().to_owned(), arguments)
+    }
+
+    /// The same with this program as the agent, which may be made in the daemon's directory.
+    pub fn start_with(agent: impl FnOnce(&Path) -> PathBuf, arguments: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = |name: &str| dir.path().join(name);
         fs::create_dir(path("images")).unwrap();
         for image in ["vmlinux", "initramfs.cpio", "minimal.ext4"] {
             fs::write(path("images").join(image), [0; 4096]).unwrap();
         }
-        vmm::install(dir.path(), "as_a_vmm", agent::binary());
+        vmm::install(dir.path(), "as_a_vmm", &agent(dir.path()));
         let mut command = Command::new(env!("CARGO_BIN_EXE_sandboxd"));
         command
             .env_clear()
@@ -56,8 +62,10 @@ impl Daemon {
         let stderr = BufReader::new(process.stderr.take().unwrap());
         // Read to its end: a daemon whose log nobody reads stands still.
         let (sender, lines) = mpsc::channel();
+        let mut kept = fs::File::create(path("daemon.log")).unwrap();
         thread::spawn(move || {
             for line in stderr.lines().map_while(Result::ok) {
+                writeln!(kept, "{line}").unwrap();
                 let _ = sender.send(line);
             }
         });
@@ -89,7 +97,7 @@ impl Daemon {
         &self.address
     }
 
-    /// A file beside those of the daemon. [`vmm`] says which ones make the VMM fail.
+    /// A file beside those of the daemon: `daemon.log` is what it has said. [`vmm`] says which ones make the VMM fail.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
@@ -101,18 +109,30 @@ impl Daemon {
 
     /// The answer to a request with this body.
     pub fn send(&self, method: &str, path: &str, kind: &str, body: &[u8]) -> Answer {
-        let mut stream = TcpStream::connect(&self.address).unwrap();
+        Client::send(self, method, path, &[("Content-Type", kind)], body)
+    }
+}
+
+impl Client for Daemon {
+    fn connect(&self) -> TcpStream {
+        TcpStream::connect(&self.address).unwrap()
+    }
+
+    fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
+        let mut stream = self.connect();
         write!(
             stream,
-            "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
-             Content-Type: {kind}\r\nContent-Length: {}\r\n\r\n",
-            body.len()
+            "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
         )
         .unwrap();
+        for (name, value) in headers {
+            write!(stream, "{name}: {value}\r\n").unwrap();
+        }
+        write!(stream, "Content-Length: {}\r\n\r\n", body.len()).unwrap();
         stream.write_all(body).unwrap();
         let mut bytes = Vec::new();
         stream.read_to_end(&mut bytes).unwrap();
-        Answer::parse(&bytes)
+        parse(&bytes)
     }
 }
 
@@ -132,38 +152,23 @@ impl Drop for Daemon {
     }
 }
 
-/// An answer.
-#[derive(Debug)]
-pub struct Answer {
-    pub status: u16,
-    /// The type of the body; empty if there is none.
-    pub kind: String,
-    pub body: Vec<u8>,
-}
-
-impl Answer {
-    fn parse(bytes: &[u8]) -> Self {
-        let end = bytes.windows(4).position(|four| four == b"\r\n\r\n");
-        let (head, body) = bytes.split_at(end.unwrap() + 4);
-        let head = std::str::from_utf8(head).unwrap().to_lowercase();
-        let header = |name: &str| {
-            let mut lines = head.lines().filter_map(|line| line.split_once(": "));
-            lines.find(|(known, _)| *known == name)
-        };
-        let mut body = body.to_vec();
-        if header("transfer-encoding").is_some() {
-            body = dechunk(&body);
-        }
-        Self {
-            status: head.split(' ').nth(1).unwrap().parse().unwrap(),
-            kind: header("content-type").map_or_else(String::new, |(_, kind)| kind.to_owned()),
-            body,
-        }
+/// What the bytes of an answer say.
+fn parse(bytes: &[u8]) -> Answer {
+    let end = bytes.windows(4).position(|four| four == b"\r\n\r\n");
+    let (head, body) = bytes.split_at(end.unwrap() + 4);
+    let head = std::str::from_utf8(head).unwrap().to_lowercase();
+    let header = |name: &str| {
+        let mut lines = head.lines().filter_map(|line| line.split_once(": "));
+        lines.find(|(known, _)| *known == name)
+    };
+    let mut body = body.to_vec();
+    if header("transfer-encoding").is_some() {
+        body = dechunk(&body);
     }
-
-    /// The body as JSON; null if it is none.
-    pub fn json(&self) -> Value {
-        serde_json::from_slice(&self.body).unwrap_or_default()
+    Answer {
+        status: head.split(' ').nth(1).unwrap().parse().unwrap(),
+        kind: header("content-type").map_or_else(String::new, |(_, kind)| kind.to_owned()),
+        body,
     }
 }
 
