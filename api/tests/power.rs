@@ -307,3 +307,25 @@ async fn lists_have_pages() {
     };
     assert_eq!(list(none).await, (String::new(), 0));
 }
+
+#[tokio::test]
+async fn a_machine_that_is_kept_is_paused_and_goes_on() {
+    let api = Api::new(1 << 20, 1 << 20).await;
+    let manager = &api.manager;
+    manager.create_off(spec("box")).await.unwrap();
+    manager.power_on("box").await.unwrap();
+    for _ in 0..2 {
+        let paused = manager.pause("box").await.unwrap();
+        assert_eq!((paused.status, paused.kept), (Status::Paused, None));
+        *api.host.fault.lock().unwrap() = Some(Fault::NotRestored);
+        assert!(manager.resume("box").await.is_err());
+        assert_eq!(manager.get("box").await.unwrap().status, Status::Paused);
+        let resumed = manager.resume("box").await.unwrap();
+        assert_eq!(resumed.status, Status::Running);
+        is_tidy(&api).await;
+    }
+    let off = manager.power_off("box", STOP).await.unwrap();
+    assert_eq!((off.status, off.layers.memory.len()), (Status::Off, 0));
+    is_tidy(&api).await;
+    manager.power_on("box").await.unwrap();
+}

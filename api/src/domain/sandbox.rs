@@ -373,7 +373,7 @@ impl Sandbox {
                 self.started_at = None;
                 self.layers = layers;
             }
-            (Pending | Running, Transition::Kept(layers)) => {
+            (Pending | Resuming | Running, Transition::Kept(layers)) => {
                 self.is_kept = true;
                 self.kept = Some(layers);
             }
@@ -436,6 +436,7 @@ impl Sandbox {
             }
             (Resuming, Transition::NotResumed { reason }) => {
                 self.status = Paused;
+                self.kept = None;
                 self.want(Desired::Paused);
                 self.status_reason = Some(reason);
             }
@@ -561,7 +562,7 @@ mod tests {
             ),
             (
                 Transition::Kept(layers()),
-                &[(Pending, Pending), (Running, Running)],
+                &[(Pending, Pending), (Resuming, Resuming), (Running, Running)],
             ),
             (Transition::PoweringOn(layers()), &[(Off, Pending)]),
             // That of one whose disk is kept is tested below.

@@ -109,26 +109,29 @@ impl Manager {
             Ok(created) => {
                 self.open_forwards(&sandbox).await;
                 let started = Transition::Started(created.timings);
-                self.started(id, started)
-                    .await
-                    .map_err(|error| match error {
-                        CreateError::EndedAtOnce { id, reason } => {
-                            ResumeError::EndedAtOnce { id, reason }
-                        }
-                        CreateError::Store(source) => store(source),
-                        other => {
-                            error!(sandbox = %id, error = %chain(&other), "resume not recorded");
-                            ResumeError::Interrupted
-                        }
-                    })
+                match self.started(id, started).await {
+                    Ok(sandbox) => Ok(sandbox),
+                    Err(CreateError::EndedAtOnce { id, reason }) => {
+                        Err(ResumeError::EndedAtOnce { id, reason })
+                    }
+                    Err(CreateError::Store(source)) => Err(store(source)),
+                    // Its disk cannot be kept, so that it was ended again.
+                    Err(CreateError::Host { source, .. }) => self.not_resumed(id, source).await,
+                    Err(other) => {
+                        error!(sandbox = %id, error = %chain(&other), "resume not recorded");
+                        Err(ResumeError::Interrupted)
+                    }
+                }
             }
-            Err(source) => {
-                let reason = reason_of(&source);
-                self.record(id, Transition::NotResumed { reason })
-                    .await
-                    .map_err(store)?;
-                Err(ResumeError::Host(source))
-            }
+            Err(source) => self.not_resumed(id, source).await,
         }
+    }
+
+    /// Writes down that a sandbox is paused as before.
+    async fn not_resumed(&self, id: &SandboxId, source: HostError) -> Result<Sandbox, ResumeError> {
+        let reason = reason_of(&source);
+        let recorded = self.record(id, Transition::NotResumed { reason }).await;
+        recorded.map_err(|source| ResumeError::Lookup(source.into()))?;
+        Err(ResumeError::Host(source))
     }
 }
