@@ -70,6 +70,17 @@ pub struct GuestCommandBody {
     pub encoding: Encoding,
 }
 
+/// A file to upload.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "says what the form has in it")]
+struct GuestUploadForm {
+    /// Its content.
+    #[schema(format = Binary, content_media_type = "application/octet-stream")]
+    file: String,
+    /// Absolute path in the machine.
+    remote_path: String,
+}
+
 /// A file was uploaded.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct GuestUploadBody {
@@ -155,6 +166,7 @@ pub async fn command(
 #[utoipa::path(
     post, path = "/api/v1/vms/{vm_name}/guest/upload", operation_id = "guestUpload", tag = "guest",
     params(("vm_name" = String, Path, description = "Its name or id")),
+    request_body(content = inline(GuestUploadForm), content_type = "multipart/form-data"),
     responses(
         (status = 200, description = "It is there", body = GuestUploadBody),
         (status = 404, description = "No such machine", body = ErrorBody),

@@ -172,7 +172,7 @@ pub async fn list(
     post, path = "/api/v1/vms/{vm_name}/snapshots", operation_id = "createVmSnapshot",
     tag = "snapshots",
     params(("vm_name" = String, Path, description = "Its name or id")),
-    request_body = CreateSnapshotRequest,
+    request_body = Option<CreateSnapshotRequest>,
     responses(
         (status = 201, description = "It is taken", body = SnapshotBody),
         (status = 404, description = "No such machine", body = ErrorBody),

@@ -455,7 +455,7 @@ fn page(query: &HashMap<String, String>) -> Result<(Page, bool), ApiError> {
 /// started at once.
 #[utoipa::path(
     post, path = "/api/v1/vms", operation_id = "createVm", tag = "vms",
-    request_body = CreateVmRequest,
+    request_body = Option<CreateVmRequest>,
     responses(
         (status = 201, description = "It is there", body = VmBody),
         (status = 400, description = "The body is not JSON", body = ErrorBody),
@@ -601,7 +601,7 @@ pub async fn start(
 #[utoipa::path(
     post, path = "/api/v1/vms/{vm_name}/stop", operation_id = "stopVm", tag = "vms",
     params(("vm_name" = String, Path, description = "Its name or id")),
-    request_body = StopRequest,
+    request_body = Option<StopRequest>,
     responses(
         (status = 200, description = "It is stopped", body = StoppedBody),
         (status = 404, description = "No such machine", body = ErrorBody),
@@ -644,7 +644,7 @@ fn stop_spec(body: Result<Bytes, BytesRejection>) -> Result<StopSpec, ApiError> 
 #[utoipa::path(
     post, path = "/api/v1/vms/{vm_name}/restart", operation_id = "restartVm", tag = "vms",
     params(("vm_name" = String, Path, description = "Its name or id")),
-    request_body = StopRequest,
+    request_body = Option<StopRequest>,
     responses(
         (status = 200, description = "It runs, and its agent has answered", body = RestartedBody),
         (status = 404, description = "No such machine", body = ErrorBody),

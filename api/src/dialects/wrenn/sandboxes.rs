@@ -242,6 +242,7 @@ pub fn rfc3339(time: Timestamp) -> String {
             body = ErrorBody),
         (status = 502, description = "Host agent error: it did not start", body = ErrorBody),
         (status = 503, description = "The daemon is shutting down", body = ErrorBody),
+        (status = 429, description = "It would be more than the quota", body = ErrorBody),
     ),
 )]
 pub async fn create(
@@ -371,6 +372,7 @@ pub async fn pause(caller: Caller, Path(id): Path<String>) -> Result<Json<Sandbo
         (status = 502, description = "It was not resumed, and is paused as before",
             body = ErrorBody),
         (status = 503, description = "The daemon is shutting down", body = ErrorBody),
+        (status = 429, description = "It would be more than the quota", body = ErrorBody),
     ),
 )]
 pub async fn resume(caller: Caller, Path(id): Path<String>) -> Result<Json<SandboxBody>, ApiError> {

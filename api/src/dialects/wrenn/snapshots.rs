@@ -238,6 +238,7 @@ impl From<Forked> for ForkBody {
             has the name", body = ErrorBody),
         (status = 502, description = "It was not saved; if it still runs, the message says so",
             body = ErrorBody),
+        (status = 429, description = "It would be more than the quota", body = ErrorBody),
     ),
 )]
 pub async fn create(
@@ -340,6 +341,7 @@ pub async fn delete(caller: Caller, Path(id): Path<String>) -> Result<StatusCode
         (status = 404, description = "Snapshot not found", body = ErrorBody),
         (status = 502, description = "None of them started", body = ErrorBody),
         (status = 503, description = "The daemon is shutting down", body = ErrorBody),
+        (status = 429, description = "It would be more than the quota", body = ErrorBody),
     ),
 )]
 pub async fn fork(
@@ -368,6 +370,7 @@ pub async fn fork(
         (status = 502, description = "It was not saved, or none of them started",
             body = ErrorBody),
         (status = 503, description = "The daemon is shutting down", body = ErrorBody),
+        (status = 429, description = "It would be more than the quota", body = ErrorBody),
     ),
 )]
 pub async fn fork_sandbox(
