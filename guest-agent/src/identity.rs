@@ -15,6 +15,7 @@ use rustix::system::sethostname;
 use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 
 use crate::boot_id::BootId;
+use crate::host_clock::HostClock;
 use crate::log::{info, warning};
 use crate::{connections, network};
 
@@ -23,8 +24,39 @@ const RNDADDENTROPY: libc::Ioctl = 0x4008_5203;
 const RNDRESEEDCRNG: libc::Ioctl = 0x5207;
 const NANOS: u64 = 1_000_000_000;
 
+/// What the guest knows of itself from one request to the next.
+#[derive(Debug, Default)]
+pub struct Itself {
+    boot_id: BootId,
+    /// Open from the start: what is to be done first after a restore shall touch little.
+    clock: Option<HostClock>,
+}
+
+impl Itself {
+    /// When the guest has booted.
+    pub fn of_guest() -> Self {
+        Self {
+            boot_id: BootId::default(),
+            clock: HostClock::open(),
+        }
+    }
+
+    /// Sets the clock by KVM, if that tells what time it is, and returns how far it may be off then, in
+    /// nanoseconds; otherwise to this time, and nobody in here knows how far that is off.
+    fn set_clock(&self, realtime_ns: u64) -> io::Result<Option<u64>> {
+        if let Some(clock) = &self.clock {
+            match clock.set_realtime() {
+                Ok(error_ns) => return Ok(Some(error_ns)),
+                Err(error) => warning!("KVM does not tell the time: {error}"),
+            }
+        }
+        clock_settime(ClockId::Realtime, timespec(realtime_ns)?)?;
+        Ok(None)
+    }
+}
+
 /// Does what the request asks for, as far as it can be done.
-pub fn assume(request: &ResumedRequest, boot_id: &mut BootId) -> Resumed {
+pub fn assume(request: &ResumedRequest, itself: &mut Itself) -> Resumed {
     let mut problems = Vec::new();
     let mut try_to = |what: &str, result: io::Result<bool>| match result {
         Ok(done) => done,
@@ -39,9 +71,13 @@ pub fn assume(request: &ResumedRequest, boot_id: &mut BootId) -> Resumed {
         "the random pool cannot be seeded",
         seed(&request.seed).map(|()| true),
     );
+    let mut clock_error_ns = None;
     let clock = try_to(
         "the clock cannot be set",
-        set_clock(request.realtime_ns).map(|()| true),
+        itself.set_clock(request.realtime_ns).map(|error_ns| {
+            clock_error_ns = error_ns;
+            true
+        }),
     );
     let hostname = try_to(
         "the host name cannot be set",
@@ -56,7 +92,7 @@ pub fn assume(request: &ResumedRequest, boot_id: &mut BootId) -> Resumed {
     // After the seed, so that it is drawn from that.
     let boot_id = try_to(
         "another boot id cannot be shown",
-        boot_id.belongs_to(&request.machine_id),
+        itself.boot_id.belongs_to(&request.machine_id),
     );
     let mut before = None;
     let network = match &request.network {
@@ -80,6 +116,7 @@ pub fn assume(request: &ResumedRequest, boot_id: &mut BootId) -> Resumed {
         realtime_ns: realtime_ns(),
         seeded,
         clock,
+        clock_error_ns,
         hostname,
         machine_id,
         boot_id,
@@ -90,19 +127,26 @@ pub fn assume(request: &ResumedRequest, boot_id: &mut BootId) -> Resumed {
 
 /// `CLOCK_REALTIME` in nanoseconds since the Unix epoch; 0 before it.
 pub fn realtime_ns() -> u64 {
-    let now = clock_gettime(ClockId::Realtime);
-    let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
-    let nanos = u64::try_from(now.tv_nsec).unwrap_or(0);
+    nanos(clock_gettime(ClockId::Realtime))
+}
+
+/// A time in nanoseconds; 0 if it is before that.
+pub fn nanos(time: Timespec) -> u64 {
+    let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
+    let nanos = u64::try_from(time.tv_nsec).unwrap_or(0);
     seconds.saturating_mul(NANOS).saturating_add(nanos)
 }
 
-fn set_clock(realtime_ns: u64) -> io::Result<()> {
+/// A time that is given in nanoseconds.
+///
+/// # Errors
+/// The kernel knows none that is so late.
+pub fn timespec(time_ns: u64) -> io::Result<Timespec> {
     let out_of_range = |_| io::Error::from(io::ErrorKind::InvalidInput);
-    let time = Timespec {
-        tv_sec: i64::try_from(realtime_ns / NANOS).map_err(out_of_range)?,
-        tv_nsec: i64::try_from(realtime_ns % NANOS).map_err(out_of_range)?,
-    };
-    Ok(clock_settime(ClockId::Realtime, time)?)
+    Ok(Timespec {
+        tv_sec: i64::try_from(time_ns / NANOS).map_err(out_of_range)?,
+        tv_nsec: i64::try_from(time_ns % NANOS).map_err(out_of_range)?,
+    })
 }
 
 /// Mixes the seed into the kernel's pool, and makes the generator start from it at once rather

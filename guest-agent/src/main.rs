@@ -14,6 +14,7 @@ mod connections;
 mod exec;
 mod files;
 mod freeze;
+mod host_clock;
 mod identity;
 mod init;
 mod log;
@@ -28,7 +29,14 @@ mod users;
 mod vsock;
 
 use std::{
-    cell::Cell, future::Future, io, io::Write, path::PathBuf, process::ExitCode, rc::Rc, sync::Arc,
+    cell::Cell,
+    future::Future,
+    io,
+    io::Write,
+    path::PathBuf,
+    process::ExitCode,
+    rc::Rc,
+    sync::{Arc, Mutex},
 };
 
 use agent_protocol::{AGENT_PORT, READY_PORT, Ready};
@@ -163,7 +171,7 @@ fn run_as_init(entered_us: u64) -> Outcome {
             execs: Cell::new(0),
             processes: Rc::default(),
             connections: Rc::default(),
-            boot_id: Arc::default(),
+            itself: Arc::new(Mutex::new(identity::Itself::of_guest())),
         });
         tokio::select! {
             result = reaping => result?,
@@ -197,7 +205,7 @@ fn run_on_socket(socket: PathBuf, cgroup: Option<PathBuf>, entered_us: u64) -> O
             execs: Cell::new(0),
             processes: Rc::default(),
             connections: Rc::default(),
-            boot_id: Arc::default(),
+            itself: Arc::default(),
         });
         let next = || async { listener.accept().await.map(|(stream, _)| stream) };
         tokio::select! {

@@ -38,7 +38,6 @@ use tokio::{
 
 use crate::{
     body::Body,
-    boot_id::BootId,
     connect::{self, ConnectError, Connections},
     exec::{self, Cgroups, Running},
     files::{self, FileError, Listing, Reading, write::Writing},
@@ -72,8 +71,8 @@ pub struct Agent {
     pub processes: Rc<Processes>,
     /// Connections to ports of the guest.
     pub connections: Rc<Connections>,
-    /// The boot id that the guest shows. Held by one request after the other.
-    pub boot_id: Arc<Mutex<BootId>>,
+    /// What the guest knows of itself. Held by one request after the other.
+    pub itself: Arc<Mutex<identity::Itself>>,
 }
 
 /// A request that was not carried out.
@@ -308,10 +307,10 @@ impl Agent {
         let order: ResumedRequest = read_json(request.into_body()).await?;
         order.check().map_err(RequestError::Identity)?;
         let done = if self.init {
-            let boot_id = Arc::clone(&self.boot_id);
+            let itself = Arc::clone(&self.itself);
             let assume = move || {
-                let mut boot_id = boot_id.lock().unwrap_or_else(PoisonError::into_inner);
-                identity::assume(&order, &mut boot_id)
+                let mut itself = itself.lock().unwrap_or_else(PoisonError::into_inner);
+                identity::assume(&order, &mut itself)
             };
             tokio::task::spawn_blocking(assume).await?
         } else {

@@ -1,10 +1,10 @@
 //! Telling a guest who it is and what time it is.
 //!
-//! The clock that the guest sets is late by the time that the request was under way, which after a
-//! restore may be long: all that the agent touches has to be read from the disk first. So the answer
-//! says what the guest's clock shows, and the host repeats the request until that is right. From the
-//! third on, it adds half of the shortest way so far; that of the first says nothing of those that
-//! follow.
+//! A guest whose kernel can ask KVM what time it is sets its clock by that. The clock of another is late by
+//! the time that the request was under way, which after a restore may be long: all that the agent touches
+//! has to be read from the disk first. So the answer says what the guest's clock shows, and the host repeats
+//! the request until that is right. From the third on, it adds half of the shortest way so far; that of the
+//! first says nothing of those that follow.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -80,6 +80,12 @@ impl AgentClient {
                 warn!(sandbox = %id, problem, "the guest is not quite as it should be");
             }
             if !resumed.clock {
+                return Ok(());
+            }
+            if let Some(error_ns) = resumed.clock_error_ns
+                && error_ns <= CLOCK_TOLERANCE_NS.cast_unsigned()
+            {
+                debug!(sandbox = %id, error_ns, "guest's clock set by KVM");
                 return Ok(());
             }
             let error = clock_error(sent_ns, way, resumed.realtime_ns);

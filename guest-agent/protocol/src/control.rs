@@ -85,6 +85,10 @@ pub struct Resumed {
     pub seeded: bool,
     /// `CLOCK_REALTIME` is set.
     pub clock: bool,
+    /// How far that may be off at most, in nanoseconds, if it was set by what KVM tells; otherwise it was set
+    /// to what the request says, and is late by the time that the request took.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clock_error_ns: Option<u64>,
     /// The host name is set.
     pub hostname: bool,
     /// `/etc/machine-id` has the id. `false` without a problem: the guest has no such file.
