@@ -10,6 +10,7 @@
 mod alone;
 mod api;
 mod boot;
+mod conformance;
 mod console;
 mod debugging;
 mod devices;
