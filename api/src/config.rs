@@ -48,6 +48,8 @@ pub struct Config {
     pub jail: JailConfig,
     /// The network of sandboxes.
     pub network: NetworkConfig,
+    /// Security scans.
+    pub scan: ScanConfig,
     /// Sizes.
     pub limits: LimitsConfig,
     /// Logs.
@@ -105,6 +107,14 @@ impl From<QuotaConfig> for Quota {
             disk_mb: config.disk_mb,
         }
     }
+}
+
+/// Security scans.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ScanConfig {
+    /// Known holes of packages: a JSON file of OSV records, or that of the Debian security tracker.
+    pub advisories: Option<PathBuf>,
 }
 
 /// What guests are made from.
@@ -407,6 +417,7 @@ impl Default for Config {
             images: ImagesConfig::default(),
             jail: JailConfig::default(),
             network: NetworkConfig::default(),
+            scan: ScanConfig::default(),
             limits: LimitsConfig::default(),
             log: LogConfig::default(),
         }
@@ -895,6 +906,9 @@ mod tests {
                 kernel: Some("/k".into()),
                 initramfs: Some("/r".into()),
                 ..ImagesConfig::default()
+            },
+            scan: ScanConfig {
+                advisories: Some("/a".into()),
             },
             network: NetworkConfig {
                 namespace: Some("n".into()),

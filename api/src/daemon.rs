@@ -32,6 +32,7 @@ use crate::identity::{HashError, Identity, KeyFileError, Tokens};
 use crate::images::{ImageError, Images};
 use crate::metrics::Metrics;
 use crate::network::{Network, NetworkError};
+use crate::scan::Scans;
 use crate::store::{OpenError, SqliteStore};
 
 /// From how many disk layers on those of a sandbox are merged. Each is an open file of its VMM, and
@@ -204,7 +205,7 @@ pub async fn serve(config: Config) -> Result<Ended, DaemonError> {
     let store = Arc::new(store);
     let tokens = Tokens::open(&data_dir.join("token.key"))?;
     let identity = Identity::new(store.clone(), tokens, config.auth.registration)?;
-    let manager = Manager::new(Arc::new(host), store, limits);
+    let manager = Manager::new(Arc::new(host), store.clone(), limits);
     manager.recover().await?;
     let follower = manager.clone();
     tokio::spawn(async move { follower.follow(events).await });
@@ -221,6 +222,9 @@ pub async fn serve(config: Config) -> Result<Ended, DaemonError> {
     let sockets = Sockets::default();
     let metrics = Metrics::new();
     manager.observe(Arc::new(metrics.clone()));
+    let audit = AuditLog::open(&data_dir.join(audit::FILE))?;
+    let scans = Scans::open(store.clone(), audit.clone(), config.scan.advisories.clone());
+    let scans = scans.await.map_err(RecoverError::Store)?;
     let state = AppState {
         metrics,
         manager: manager.clone().into(),
@@ -230,7 +234,8 @@ pub async fn serve(config: Config) -> Result<Ended, DaemonError> {
             per_minute: config.auth.requests_per_minute,
             per_hour: config.auth.requests_per_hour,
         }),
-        audit: AuditLog::open(&data_dir.join(audit::FILE))?,
+        audit: audit.clone(),
+        scans: scans.clone(),
         sockets: sockets.clone(),
         max_upload: config.limits.upload_bytes,
         max_archive: config.limits.template_archive_bytes,
@@ -268,6 +273,7 @@ pub async fn serve(config: Config) -> Result<Ended, DaemonError> {
         _ = terminate.recv() => warn!("asked again; ending requests in flight"),
         _ = interrupt.recv() => warn!("asked again; ending requests in flight"),
     }
+    scans.shutdown().await;
     if config.on_stop == OnStop::Pause {
         tokio::select! {
             () = manager.pause_all() => {}
@@ -276,6 +282,7 @@ pub async fn serve(config: Config) -> Result<Ended, DaemonError> {
         }
     }
     let runs_on = manager.shutdown(config.on_stop != OnStop::Delete).await;
+    audit.flush().await;
     sockets.closed(GOODBYE).await;
     info!("sandboxd has shut down");
     Ok(match runs_on {

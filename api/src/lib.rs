@@ -20,6 +20,7 @@ pub mod images;
 pub mod metrics;
 pub mod network;
 pub mod oci;
+pub mod scan;
 pub mod store;
 
 /// Version of the compiler that this was built with.

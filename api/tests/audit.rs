@@ -253,3 +253,45 @@ async fn too_many_requests_are_refused_and_every_answer_tells_what_is_left() {
     // The other dialect is not limited.
     assert_eq!(api.call("GET", "/v1/sandboxes", "").await.0, StatusCode::OK);
 }
+
+#[tokio::test(start_paused = true)]
+async fn who_knocks_without_end_does_not_fill_the_log() {
+    let api = Api::new(1, 1).await;
+    let path = api.dir.path().join(audit::FILE);
+    let knock = async |path: &str| {
+        let forged = [("x-api-key", "mvs_no")];
+        let (status, _) = api.call_as("DELETE", path, "", &forged).await;
+        assert_eq!(status, StatusCode::UNAUTHORIZED);
+    };
+    for number in 0..200 {
+        knock(&format!("/v1/sandboxes/sb-{number:08x}")).await;
+        knock("/v1/snapshots/x").await;
+    }
+    assert_eq!(
+        audit::verify(&path).unwrap().records,
+        2,
+        "the first of each kind"
+    );
+    tokio::time::sleep(std::time::Duration::from_secs(61)).await;
+    api.audit.flush().await;
+    assert_eq!(
+        audit::verify(&path).unwrap().records,
+        4,
+        "and the number of the others"
+    );
+    let root = user(&api, "root", "admin").await;
+    let (_, answer) = logs(&api, &root, "?action_type=vm_delete").await;
+    let records = answer["logs"].as_array().unwrap();
+    assert_eq!(records[0]["details"]["repeated"], 199);
+    assert_eq!(records[0]["outcome"], "denied");
+    assert_eq!(records[0]["resource_id"], Value::Null);
+    assert_eq!(records[1]["details"]["repeated"], Value::Null);
+    // The next minute begins anew, and an orderly end writes down what was counted.
+    for _ in 0..3 {
+        knock("/v1/snapshots/x").await;
+    }
+    api.audit.flush().await;
+    let (_, answer) = logs(&api, &root, "?action_type=snapshot_delete").await;
+    assert_eq!(answer["total"], 4);
+    assert_eq!(answer["logs"][0]["details"]["repeated"], 2);
+}

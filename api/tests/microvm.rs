@@ -653,13 +653,18 @@ async fn networks_and_forwards() {
     assert_eq!(status, 201, "{opened}");
     let expected = json!({
         "message": "Port forward configured", "vm_name": "test-vm", "host_port": 8080,
-        "guest_port": 80, "protocol": "tcp", "host_address": "127.0.0.1"
+        "guest_port": 80, "protocol": "tcp", "host_address": "127.0.0.1",
+        "description": "Web server"
     });
     assert_eq!(opened, expected);
     assert_eq!(post(&api, path, web).await.0, 409);
     api.host.taken_ports.lock().unwrap().push(9000);
     let taken = json!({"host_port": 9000, "guest_port": 80});
     assert_eq!(post(&api, path, taken).await.0, 409);
+    for description in ["x".repeat(257), "x\n".to_owned()] {
+        let wrong = json!({"guest_port": 81, "description": description});
+        assert_eq!(post(&api, path, wrong).await.0, 422);
+    }
     let wrong = json!({"host_port": 0, "guest_port": 65_536, "protocol": "icmp"});
     let (status, refused) = post(&api, path, wrong).await;
     assert_eq!(
@@ -674,7 +679,8 @@ async fn networks_and_forwards() {
         "mac_address": "52:54:00:a8:c8:64", "bridge_name": "chbr0",
         "network_interface": "chbr0-0001", "connectivity_status": "connected",
         "port_forwards": [{
-            "host_port": 8080, "guest_port": 80, "protocol": "tcp", "host_address": "127.0.0.1"
+            "host_port": 8080, "guest_port": 80, "protocol": "tcp", "host_address": "127.0.0.1",
+            "description": "Web server"
         }]
     });
     assert_eq!(network, expected);
@@ -682,7 +688,7 @@ async fn networks_and_forwards() {
     post(&api, "/vms/test-vm/stop", Value::Null).await;
     let (_, network) = get(&api, "/vms/test-vm/network").await;
     assert_eq!(network["connectivity_status"], "disconnected");
-    assert_eq!(network["port_forwards"].as_array().unwrap().len(), 1);
+    assert_eq!(network["port_forwards"][0]["description"], "Web server");
     let one = format!("{path}/8080");
     assert_eq!(
         call(&api, "DELETE", &format!("{one}?protocol=udp"), Value::Null)

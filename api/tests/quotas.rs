@@ -42,6 +42,7 @@ struct Things {
     snapshot: String,
     template: String,
     key: String,
+    scan: String,
 }
 
 impl Things {
@@ -55,6 +56,7 @@ impl Things {
                 ("{id}", "snapshots") | ("{snapshot_name}", "snapshots") => &self.snapshot,
                 ("{name}", "templates") => &self.template,
                 ("{id}", "api-keys") => &self.key,
+                ("{scan_id}", _) => &self.scan,
                 ("{transport}", _) => "tcp",
                 ("{host_port}", _) => "10000",
                 ("{host}", _) => "127.0.0.1:10000",
@@ -100,20 +102,31 @@ async fn no_operation_lets_a_user_see_touch_or_infer_what_is_anothers() {
     let (status, template) = call(&api, &alice, "POST", "/v1/templates", &body).await;
     assert!(status.is_success(), "{template}");
     let (_, key) = call(&api, &alice, "POST", "/v1/api-keys", r#"{"name": "k"}"#).await;
+    let body = json!({"scan_type": "configuration", "target": sandbox}).to_string();
+    let (status, scan) = call(&api, &alice, "POST", "/api/v1/security/scan", &body).await;
+    assert_eq!(status, StatusCode::ACCEPTED, "{scan}");
     let text = |value: &Value| value.as_str().unwrap().to_owned();
     let hers = Things {
         sandbox,
         snapshot: text(&snapshot["id"]),
         template: "alices".into(),
         key: text(&key["id"]),
+        scan: text(&scan["scan_id"]),
     };
     let nobodys = Things {
         sandbox: "sb-00000000".into(),
         snapshot: "sn-00000000".into(),
         template: "nobody".into(),
         key: "ak-00000000".into(),
+        scan: "sc-00000000".into(),
     };
-    let names = [&hers.sandbox, &hers.snapshot, &hers.template, &hers.key];
+    let names = [
+        &hers.sandbox,
+        &hers.snapshot,
+        &hers.template,
+        &hers.key,
+        &hers.scan,
+    ];
     let before = call(&api, &alice, "GET", &hers.fill("/v1/sandboxes/{id}"), "").await;
     let document: Value = serde_json::from_str(&api::http::json().unwrap()).unwrap();
     let mut checked = 0;
@@ -147,6 +160,7 @@ async fn no_operation_lets_a_user_see_touch_or_infer_what_is_anothers() {
                     (&things.snapshot, "SNAPSHOT"),
                     (&things.template, "TEMPLATE"),
                     (&things.key, "KEY"),
+                    (&things.scan, "SCAN"),
                 ] {
                     text = text.replace(name.as_str(), of);
                 }
@@ -165,6 +179,10 @@ async fn no_operation_lets_a_user_see_touch_or_infer_what_is_anothers() {
     }
     assert!(checked > 40, "{checked}");
     for (path, body) in [
+        (
+            "/api/v1/security/scan",
+            json!({"scan_type": "configuration", "target": hers.sandbox}),
+        ),
         ("/v1/snapshots", json!({"sandbox_id": hers.sandbox})),
         (
             "/v1/templates",

@@ -5,11 +5,15 @@
 //! changed, removed or put in between shows. What is missing at the end does not show in the chain
 //! alone: keep the last hash elsewhere to compare.
 //!
+//! Of refusals that anybody can cause without end, the first is a record, and the number of the others
+//! another; see [`denials`].
+//!
 //! A record is on the disk before the answer of its call begins. One task writes; all that wait
 //! while it writes are written together next, in one transaction.
 
 mod chain;
 mod compliance;
+mod denials;
 mod writer;
 
 use std::path::{Path, PathBuf};
@@ -21,6 +25,7 @@ use serde_json::Value;
 
 pub use chain::{Broken, Intact};
 pub use compliance::frameworks;
+use denials::Denials;
 use writer::Writer;
 
 /// Name of the file in the data directory.
@@ -96,6 +101,7 @@ pub enum AuditError {
 pub struct AuditLog {
     path: Arc<PathBuf>,
     writer: Writer,
+    denials: Denials,
     reader: Arc<Mutex<Connection>>,
 }
 
@@ -115,8 +121,14 @@ impl AuditLog {
         Ok(Self {
             path: Arc::new(path.to_owned()),
             writer,
+            denials: Denials::default(),
             reader: Arc::new(Mutex::new(reader)),
         })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Writes down what was done. When this returns it is on the disk.
@@ -148,6 +160,20 @@ impl AuditLog {
             Ok(Err(error)) => Err(format!("the audit log cannot be read: {error}")),
             Err(_) => Err("the audit log cannot be read".to_owned()),
         }
+    }
+
+    /// Writes down a refusal that its caller can cause any number of times: the first of a kind from one
+    /// source in a minute at once, the others together at the minute's end.
+    ///
+    /// # Errors
+    /// It is not.
+    pub async fn record_denied(&self, entry: Entry) -> Result<(), AuditError> {
+        self.denials.record(&self.writer, entry).await
+    }
+
+    /// Writes down how many refusals there were until now.
+    pub async fn flush(&self) {
+        self.denials.flush(&self.writer).await;
     }
 
     /// The latest records of a filter, latest first, and how many there are in all.

@@ -4,4 +4,5 @@
 mod forms;
 pub mod microvm;
 mod output;
+mod upload;
 pub mod wrenn;

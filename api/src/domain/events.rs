@@ -146,8 +146,11 @@ pub fn changes(before: &Sandbox, after: &Sandbox) -> Vec<Change> {
         changes.push(Change::EgressChanged);
     }
     let only_in = |one: &Sandbox, other: &Sandbox| {
-        let forwards = one.forwards.iter().copied();
-        let forwards = forwards.filter(|forward| !other.forwards.contains(forward));
+        let has = |sandbox: &Sandbox, forward: Forward| {
+            sandbox.forwards.iter().any(|kept| kept.forward == forward)
+        };
+        let forwards = one.forwards.iter().map(|kept| kept.forward);
+        let forwards = forwards.filter(|forward| !has(other, *forward));
         forwards.collect::<Vec<_>>()
     };
     changes.extend(
@@ -385,7 +388,7 @@ impl Drop for Subscription {
 #[cfg(test)]
 mod tests {
     use super::super::layer::Layers;
-    use super::super::network::{Connection, Egress, RateLimits, Transport};
+    use super::super::network::{Connection, Egress, KeptForward, RateLimits, Transport};
     use super::super::principal::{Role, User};
     use super::super::sandbox::{Spec, Transition};
     use super::super::timings::Timings;
@@ -463,8 +466,12 @@ mod tests {
             host: (Ipv4Addr::LOCALHOST, port).into(),
             guest_port: 80,
         });
-        let first = after(&running, Transition::Forwards(vec![one]));
-        let second = after(&first, Transition::Forwards(vec![two]));
+        let kept = |forward| KeptForward {
+            forward,
+            description: None,
+        };
+        let first = after(&running, Transition::Forwards(vec![kept(one)]));
+        let second = after(&first, Transition::Forwards(vec![kept(two)]));
         assert_eq!(changes(&running, &first), [Change::ForwardOpened(one)]);
         assert_eq!(
             changes(&first, &second),

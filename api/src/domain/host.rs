@@ -18,6 +18,7 @@ use super::layer::Layers;
 use super::network::{
     AddressError, Connection, Egress, Forward, ForwardSpec, NetworkActivity, NetworkInfo,
 };
+use super::posture::Posture;
 use super::process::GuestHost;
 use super::snapshot::LayersInfo;
 use super::timings::{SaveTimings, Start, Timings};
@@ -274,6 +275,12 @@ pub trait Host: GuestHost + MeterHost {
 
     /// Tells from now on what happens without being asked for.
     async fn events(&self) -> BoxStream<'static, HostEvent>;
+
+    /// What holds a sandbox, which may be off, and who may read these layers of it.
+    ///
+    /// # Errors
+    /// It cannot be looked at.
+    async fn posture(&self, id: &SandboxId, layers: &[LayerId]) -> Result<Posture, HostError>;
 
     /// Ends every sandbox but these, and starts no more. These run on when the process ends, for the next
     /// one to [adopt](Self::adopt).

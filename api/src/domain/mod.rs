@@ -12,6 +12,7 @@ mod layer;
 mod manager;
 mod network;
 mod observe;
+mod posture;
 mod principal;
 mod process;
 mod quota;
@@ -42,16 +43,17 @@ pub use host::{
 pub use id::{Id, KeyId, Kind, LayerId, ParseIdError, SandboxId, SnapshotId, TemplateId, UserId};
 pub use layer::{Layers, MAX_DISK};
 pub use manager::{
-    Divergence, Forked, InUse, Limits, MAX_DEPTH, Manager, OnStop, PoolLimits, PortConnection,
-    ProcessSpec, RecoverError, SandboxNetwork, StopSpec, WhenIdle, check_size,
+    Divergence, Forked, InUse, Inspected, Limits, MAX_DEPTH, Manager, OnStop, PoolLimits,
+    PortConnection, ProcessSpec, RecoverError, SandboxNetwork, StopSpec, WhenIdle, check_size,
 };
 pub use network::{
     AddressError, AllowRule, Cidr, Connection, Counter, Denied, DeniedWhat, Destination,
-    DomainPattern, Egress, EgressError, FIRST_AUTO_PORT, Forward, ForwardSpec, LAST_AUTO_PORT,
-    MAX_FORWARDS, MAX_RULES, MacAddress, NetworkActivity, NetworkInfo, NetworkSpec, PortRange,
-    RateLimits, Subnet, SubnetError, Traffic, Transport,
+    DomainPattern, Egress, EgressError, FIRST_AUTO_PORT, Forward, ForwardSpec, KeptForward,
+    LAST_AUTO_PORT, MAX_DESCRIPTION, MAX_FORWARDS, MAX_RULES, MacAddress, NetworkActivity,
+    NetworkInfo, NetworkSpec, PortRange, RateLimits, Subnet, SubnetError, Traffic, Transport,
 };
 pub use observe::Observer;
+pub use posture::{Posture, VmmPosture};
 pub use principal::{Account, Principal, Role, User};
 pub use process::{
     Bidirectional, GuestHost, KILL, PortStream, Process, ProcessEvent, ProcessEvents, ProcessRef,

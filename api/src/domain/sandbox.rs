@@ -49,7 +49,7 @@ use serde::{Deserialize, Serialize};
 
 use super::id::{KeyId, LayerId, SandboxId, UserId};
 use super::layer::Layers;
-use super::network::{Connection, Egress, Forward};
+use super::network::{Connection, Egress, KeptForward};
 use super::timings::Timings;
 
 /// Where a sandbox stands.
@@ -225,7 +225,7 @@ pub struct Sandbox {
     /// Its address in the network, if it has a network card. It is nobody else's before it ends.
     pub address: Option<Ipv4Addr>,
     /// Ports of the host that lead into it.
-    pub forwards: Vec<Forward>,
+    pub forwards: Vec<KeptForward>,
 }
 
 /// Something that happened to a sandbox.
@@ -253,7 +253,7 @@ pub enum Transition {
     /// It may reach something else than before.
     Egress(Egress),
     /// Other ports of the host lead into it than before.
-    Forwards(Vec<Forward>),
+    Forwards(Vec<KeptForward>),
     /// It is to be resumed.
     Resuming,
     /// It was not resumed.
@@ -330,6 +330,12 @@ impl Sandbox {
             is_kept: true,
             ..Self::new(id, spec, layers, now)
         }
+    }
+
+    /// What it is called for people: its name, or its id.
+    pub fn shown(&self) -> String {
+        let name = self.name.clone();
+        name.unwrap_or_else(|| self.id.to_string())
     }
 
     /// Where it stands.

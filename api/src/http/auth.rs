@@ -146,8 +146,13 @@ pub async fn authenticate(
     let Some(act) = act else {
         return response;
     };
+    let is_knock = act.is_knock(response.status());
     let (entry, response) = act.record(&who, response).await;
-    match state.audit.record(entry).await {
+    let recorded = match is_knock {
+        true => state.audit.record_denied(entry).await,
+        false => state.audit.record(entry).await,
+    };
+    match recorded {
         Ok(()) => response,
         // It may have been done; that it was is not on record, which must not go unnoticed.
         Err(source) => {

@@ -35,6 +35,7 @@ use crate::dialects::{microvm, wrenn};
 use crate::domain::{Manager, Principal};
 use crate::identity::Identity;
 use crate::metrics::Metrics;
+use crate::scan::Scans;
 
 /// The largest JSON request body in bytes.
 const MAX_JSON_BODY: usize = 1 << 20;
@@ -52,6 +53,8 @@ pub struct AppState {
     pub rates: RateLimiter,
     /// What was done.
     pub audit: AuditLog,
+    /// Security scans.
+    pub scans: Scans,
     /// WebSockets that are open.
     pub sockets: Sockets,
     /// What was counted.

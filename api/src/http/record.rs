@@ -58,6 +58,16 @@ impl Act {
         })
     }
 
+    /// Whether this answer to it is one that the caller can cause without end: no or bad credentials, and
+    /// too many requests. Those at `auth` with 401 are failed logins, whose number is limited.
+    pub fn is_knock(&self, status: StatusCode) -> bool {
+        match status {
+            StatusCode::TOO_MANY_REQUESTS => true,
+            StatusCode::UNAUTHORIZED => self.resource_type != "user",
+            _ => false,
+        }
+    }
+
     /// The record of it, and the answer, which may have been read for it.
     pub async fn record(self, who: &Identified, response: Response) -> (Entry, Response) {
         let status = response.status();
@@ -79,7 +89,7 @@ impl Act {
             if !shape.is_empty() {
                 details.insert("vm_config".into(), shape.into());
             }
-            let id = ["id", "user_id", "name"]
+            let id = ["id", "user_id", "scan_id", "name"]
                 .into_iter()
                 .find_map(|field| told.get(field));
             if let (None, Some(Value::String(id))) = (&resource_id, id) {

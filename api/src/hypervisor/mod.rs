@@ -24,6 +24,7 @@ mod monitor;
 mod nic;
 mod note;
 mod paths;
+mod posture;
 mod process;
 mod save;
 mod sweep;
@@ -49,8 +50,8 @@ use crate::domain::{
     AddressError, AdoptRequest, Adopted, ClaimRequest, CreateRequest, Created, Egress, ExecEvent,
     ExecRequest, FileContent, FileInfo, Forward, ForwardSpec, Host, HostError, HostEvent, HostInfo,
     ImageInfo, KeepDiskRequest, KeptDisk, LayerId, Layers, LayersInfo, MergeRequest,
-    NetworkActivity, PowerOffRequest, PrepareRequest, Presence, ReadFileRequest, SandboxId,
-    SaveRequest, Saved, Shape, WriteFileRequest,
+    NetworkActivity, Posture, PowerOffRequest, PrepareRequest, Presence, ReadFileRequest,
+    SandboxId, SaveRequest, Saved, Shape, WriteFileRequest,
 };
 use crate::images::{Base, Chain, Images};
 use crate::network::{ForwardError, NetworkError};
@@ -467,6 +468,16 @@ impl Host for LocalHost {
         let layers = layers.clone();
         self.inner
             .with_layers(move |files| files.inspect(&layers))
+            .await
+    }
+
+    async fn posture(&self, id: &SandboxId, layers: &[LayerId]) -> Result<Posture, HostError> {
+        let (inner, id, layers) = (Arc::clone(&self.inner), id.clone(), layers.to_vec());
+        self.inner
+            .with_layers(move |files| {
+                let layers = layers.iter().map(|layer| files.path(layer)).collect();
+                posture::look(&inner.config.paths, &id, layers)
+            })
             .await
     }
 

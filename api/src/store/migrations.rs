@@ -211,6 +211,16 @@ const STEPS: &[&str] = &[
 ",
     // The snapshot that a sandbox was made from.
     "ALTER TABLE sandboxes ADD COLUMN snapshot TEXT;",
+    "
+    CREATE TABLE scans (
+        id             TEXT PRIMARY KEY,
+        owner          TEXT,             -- id of the user who asked for it; NULL: the local principal
+        kind           TEXT NOT NULL,
+        is_under_way   INTEGER NOT NULL,
+        record         TEXT NOT NULL     -- JSON
+    ) STRICT;
+    CREATE INDEX scans_under_way ON scans (is_under_way);
+",
 ];
 
 /// Why the tables are not what this version needs.

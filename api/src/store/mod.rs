@@ -9,6 +9,7 @@ mod accounts;
 mod layers;
 mod migrations;
 mod pages;
+mod scans;
 mod snapshots;
 mod templates;
 

@@ -15,7 +15,7 @@ use api::domain::{
     Egress, End, ExecEvent, ExecLimits, ExecRequest, ExitInfo, FileContent, FileInfo, FileKind,
     Forward, ForwardSpec, GuestHost, Host, HostError, HostEvent, HostInfo, ImageInfo,
     KeepDiskRequest, KeptDisk, LayerId, Layers, LayersInfo, Limits, Manager, MergeRequest,
-    NetworkActivity, NetworkInfo, PoolLimits, PortStream, PowerOffRequest, PrepareRequest,
+    NetworkActivity, NetworkInfo, PoolLimits, PortStream, Posture, PowerOffRequest, PrepareRequest,
     Presence, Process, ProcessEvents, ProcessRef, Quotas, ReadFileRequest, SandboxId, SaveRequest,
     SaveTimings, Saved, Shape, Start, StartProcess, TerminalInputs, Timings, Traffic, WhenIdle,
     WriteFileRequest,
@@ -23,6 +23,7 @@ use api::domain::{
 use api::http::{Access, AppState, RateLimiter, Rates, Sockets, router};
 use api::identity::{Identity, Registration, Tokens};
 use api::metrics::Metrics;
+use api::scan::Scans;
 use api::store::SqliteStore;
 use async_trait::async_trait;
 use axum::Router;
@@ -36,6 +37,8 @@ use tokio::sync::{Notify, mpsc};
 use tower::ServiceExt;
 
 pub mod meter;
+/// Name of the file of known holes in the directory of an [`Api`].
+pub const ADVISORIES: &str = "advisories.json";
 
 /// Pieces of long output and files.
 pub const PIECE: usize = 64 * 1024;
@@ -122,6 +125,8 @@ pub struct FakeHost {
     pub forwards: Mutex<Vec<(SandboxId, Forward)>>,
     /// Ports that somebody else has.
     pub taken_ports: Mutex<Vec<u16>>,
+    /// What holds its sandboxes that run.
+    pub posture: Mutex<Posture>,
     /// Sandboxes of which something is left.
     pub left: Mutex<BTreeSet<SandboxId>>,
     /// Sandboxes that are being saved, and then go on.
@@ -698,6 +703,9 @@ impl Host for FakeHost {
         }
         let file = self.files.lock().unwrap().get(&request.path).cloned();
         let file = file.ok_or(HostError::FileNotFound { path: request.path })?;
+        if file == b"hang" {
+            std::future::pending::<()>().await;
+        }
         let size = Some(file.len() as u64);
         Ok(FileContent {
             size,
@@ -812,6 +820,14 @@ impl Host for FakeHost {
         .boxed()
     }
 
+    async fn posture(&self, id: &SandboxId, _layers: &[LayerId]) -> Result<Posture, HostError> {
+        let mut posture = self.posture.lock().unwrap().clone();
+        if !self.sandboxes.lock().unwrap().contains(id) {
+            posture.vmm = None;
+        }
+        Ok(posture)
+    }
+
     async fn shutdown(&self, staying: &BTreeSet<SandboxId>) {
         let mut sandboxes = self.sandboxes.lock().unwrap();
         sandboxes.retain(|id| staying.contains(id));
@@ -867,6 +883,8 @@ pub struct Api {
     pub host: Arc<FakeHost>,
     pub store: Arc<SqliteStore>,
     pub manager: Manager,
+    pub scans: Scans,
+    pub audit: AuditLog,
     pub router: Router,
     pub dir: tempfile::TempDir,
 }
@@ -981,13 +999,21 @@ impl Api {
         let identity = Identity::new(store.clone(), tokens, Registration::Open).unwrap();
         let metrics = Metrics::new();
         manager.observe(Arc::new(metrics.clone()));
+        let audit = AuditLog::open(&dir.path().join(audit::FILE)).unwrap();
+        let scans = Scans::open(
+            store.clone(),
+            audit.clone(),
+            Some(dir.path().join(ADVISORIES)),
+        );
+        let scans = scans.await.unwrap();
         let state = AppState {
             metrics,
             manager: manager.clone().into(),
             identity,
             access,
             rates: RateLimiter::new(rates),
-            audit: AuditLog::open(&dir.path().join(audit::FILE)).unwrap(),
+            scans: scans.clone(),
+            audit: audit.clone(),
             sockets: Sockets::default(),
             max_upload,
             max_archive: 1 << 20,
@@ -996,6 +1022,8 @@ impl Api {
             host,
             store,
             manager,
+            scans,
+            audit,
             router: router(state).unwrap(),
             dir,
         }

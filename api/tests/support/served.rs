@@ -20,6 +20,7 @@ use api::hypervisor::{HostConfig, LocalHost, Paths};
 use api::identity::{Identity, Registration, Tokens};
 use api::images::Images;
 use api::metrics::Metrics;
+use api::scan::Scans;
 use api::store::SqliteStore;
 use bytes::Bytes;
 use futures_util::{SinkExt, StreamExt};
@@ -87,9 +88,12 @@ impl Served {
         let reaper = manager.clone();
         tokio::spawn(async move { reaper.set_aside_idle().await });
         let tokens = Tokens::open(&path.join("token.key")).unwrap();
-        let identity = Identity::new(store, tokens, Registration::Open).unwrap();
+        let identity = Identity::new(store.clone(), tokens, Registration::Open).unwrap();
         let metrics = Metrics::new();
         manager.observe(Arc::new(metrics.clone()));
+        let audit = AuditLog::open(&path.join(audit::FILE)).unwrap();
+        let scans = Scans::open(store.clone(), audit.clone(), None);
+        let scans = scans.await.unwrap();
         let state = AppState {
             metrics,
             manager: manager.clone().into(),
@@ -97,7 +101,8 @@ impl Served {
                 per_minute: 0,
                 per_hour: 0,
             }),
-            audit: AuditLog::open(&path.join(audit::FILE)).unwrap(),
+            scans,
+            audit,
             sockets: Sockets::default(),
             identity,
             access: Access::Local,

@@ -17,7 +17,7 @@ use super::body::{FromFields, parse};
 use super::error::{ApiError, ErrorBody};
 use super::fields::Fields;
 use super::rfc3339;
-use super::vms::find;
+use super::vms::running;
 use crate::dialects::output::{self, Encoding};
 use crate::domain::{Command, ExecEnd, ExecOutput, Manager};
 use crate::http::Caller;
@@ -144,9 +144,7 @@ pub async fn run(
     if command.is_empty() {
         return Err(wrong("command", "is required"));
     }
-    find(manager, name).await?;
-    let in_use = manager.running(name).await;
-    let in_use = in_use.map_err(|error| error.at_vm(name))?;
+    let in_use = running(manager, name).await?;
     let command = Command {
         argv: vec!["/bin/sh".to_owned(), "-c".to_owned(), command.to_owned()],
         env,

@@ -147,6 +147,19 @@ impl Fields {
         }
     }
 
+    /// A list of strings.
+    pub fn list(&mut self, field: &str) -> Option<Vec<String>> {
+        let Some(Value::Array(values)) = self.fields.get(field) else {
+            let is_there = self.fields.get(field).is_some_and(|value| !value.is_null());
+            return self.not_a(field, is_there, "a list of strings");
+        };
+        let strings = values.iter().map(|value| value.as_str().map(str::to_owned));
+        match strings.collect::<Option<_>>() {
+            Some(strings) => Some(strings),
+            None => self.not_a(field, true, "a list of strings"),
+        }
+    }
+
     /// Any value.
     pub fn value(&mut self, field: &str) -> Option<Value> {
         let value = self.fields.get(field)?;

@@ -1,34 +1,26 @@
 //! Files: upload, download, list.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::Json;
 use axum::body::{Body, Bytes};
-use axum::extract::multipart::{Field, Multipart};
-use axum::extract::{FromRequest, Path, Query, Request, State};
+use axum::extract::{Path, Query, Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use futures_util::stream::{self, BoxStream, StreamExt};
+use futures_util::stream::{self, StreamExt};
 use jiff::Timestamp;
 use serde::Serialize;
-use sha2::{Digest, Sha256};
-use tokio::sync::mpsc;
 use utoipa::ToSchema;
 
 use super::at_vm::{AtVm, too_large, wrong};
 use super::error::{ApiError, ErrorBody};
+use super::ranges::{Range, part_of};
 use super::rfc3339;
-use super::vms::{find, name_of};
-use crate::dialects::forms::{
-    FORM_OVERHEAD, PIECES_IN_FLIGHT, SPOOL_MEMORY, announced, content, drain, ends_with_none,
-    one_at_a_time,
-};
-use crate::domain::{FileContent, FileInfo, FileKind, InUse, MAX_DEPTH, Manager, Spool, Spooled};
+use super::vms::{name_of, running};
+use crate::dialects::upload::{self, Rules, UploadError, Uploaded};
+use crate::domain::{FileContent, FileInfo, FileKind, MAX_DEPTH, Manager};
 use crate::http::{AppState, Caller};
 
-/// The longest text field of a form that is read, in bytes.
-const MAX_TEXT: usize = 8 * 1024;
 /// Permission bits of a file for which none are given.
 const DEFAULT_MODE: u32 = 0o644;
 /// The longest first line of a form that is looked at for its boundary, in bytes: RFC 2046 has 70 and
@@ -137,68 +129,50 @@ pub async fn upload(
     Path(name): Path<String>,
     request: Request,
 ) -> Result<Json<UploadedBody>, ApiError> {
-    let uploaded = take_upload(&caller.manager, state.max_upload, &name, request, "path").await?;
+    let taken = take_upload(&caller.manager, state.max_upload, &name, request, "path").await;
+    let (vm_name, uploaded) = taken?;
     Ok(Json(UploadedBody {
         message: "File uploaded successfully",
-        vm_name: uploaded.vm_name,
+        vm_name,
         remote_path: uploaded.path,
-        size_bytes: uploaded.size_bytes,
+        size_bytes: uploaded.size,
         uploaded_at: rfc3339(Timestamp::now()),
     }))
 }
 
-/// A file that was uploaded.
-pub struct Uploaded {
-    /// Into which machine.
-    pub vm_name: String,
-    /// Where it is.
-    pub path: String,
-    /// Its size.
-    pub size_bytes: u64,
-    /// SHA-256, as hexadecimal digits.
-    pub digest: String,
-}
-
-/// Takes a form with a file, whose path is in this field.
+/// Takes a form with a file, whose path is in this field. Returns the name of the machine, too.
 pub async fn take_upload(
     manager: &Manager,
     limit: u64,
     name: &str,
     request: Request,
-    path_field: &'static str,
-) -> Result<Uploaded, ApiError> {
-    let vm = find(manager, name).await?;
-    let in_use = manager.running(name).await;
-    let in_use = in_use.map_err(|error| error.at_vm(name))?;
-    if announced(&request).is_some_and(|length| length > limit.saturating_add(FORM_OVERHEAD)) {
-        // A sender that asked first, and is now told no, sends nothing.
-        if !request.headers().contains_key(header::EXPECT) {
-            drain(request.into_body().into_data_stream(), limit).await;
-        }
-        return Err(over_limit(limit));
-    }
-    let request = with_boundary(request).await?;
-    let request = request.map(|body| Body::from_stream(one_at_a_time(body.into_data_stream())));
-    let form = Multipart::from_request(request, &()).await;
-    let form = form.map_err(|rejection| {
-        ApiError::bad_request(format!("expected multipart/form-data: {rejection}"))
-    })?;
-    let upload = Upload {
-        manager,
-        in_use: &in_use,
-        vm: name,
-        limit,
-        path_field,
-        digest: Arc::default(),
-    };
-    let (path, size_bytes) = upload.run(form).await?;
-    let digest = upload.digest.lock().unwrap_or_else(PoisonError::into_inner);
-    Ok(Uploaded {
-        vm_name: name_of(&vm),
+    path: &'static str,
+) -> Result<(String, Uploaded), ApiError> {
+    let in_use = running(manager, name).await?;
+    let rules = Rules {
         path,
-        size_bytes,
-        digest: crate::hex(&digest.clone().finalize()),
-    })
+        mode: Some(DEFAULT_MODE),
+        with_digest: true,
+        limit,
+    };
+    let request = with_boundary(request).await?;
+    let uploaded = upload::take(manager, &in_use, request, rules).await;
+    Ok((
+        name_of(&in_use.sandbox),
+        uploaded.map_err(|error| error.at_vm(name))?,
+    ))
+}
+
+impl AtVm for UploadError {
+    fn at_vm(self, name: &str) -> ApiError {
+        match self {
+            Self::TooLarge(_) => too_large(self.to_string()),
+            Self::Form(problem) => ApiError::bad_request(problem),
+            Self::Field { field, problem } => wrong(field, problem),
+            Self::File(source) => source.at_vm(name),
+            Self::Spool(_) => ApiError::internal(&self),
+        }
+    }
 }
 
 /// A request whose header says that it is a form. Some clients send one with another content type: its
@@ -238,144 +212,6 @@ async fn with_boundary(mut request: Request) -> Result<Request, ApiError> {
     let begin = stream::iter([Ok(Bytes::from(begin))]);
     *request.body_mut() = Body::from_stream(begin.chain(pieces));
     Ok(request)
-}
-
-fn over_limit(limit: u64) -> ApiError {
-    too_large(format!("the file exceeds the limit of {limit} bytes"))
-}
-
-/// An upload on its way into a machine.
-struct Upload<'a> {
-    manager: &'a Manager,
-    in_use: &'a InUse,
-    vm: &'a str,
-    limit: u64,
-    path_field: &'static str,
-    digest: Arc<Mutex<Sha256>>,
-}
-
-impl Upload<'_> {
-    /// Where the file is, and its size.
-    async fn run(&self, mut form: Multipart) -> Result<(String, u64), ApiError> {
-        let (mut path, mut mode, mut waiting) = (None, None, None);
-        while let Some(mut field) = form.next_field().await.map_err(|error| bad_form(&error))? {
-            match field.name() {
-                Some(name) if name == self.path_field && path.is_none() => {
-                    path = Some(read_text(&mut field).await?);
-                }
-                Some("permissions") if mode.is_none() => {
-                    mode = Some(permissions(&read_text(&mut field).await?)?);
-                }
-                Some("file") if waiting.is_none() => {
-                    let result = match (path.clone(), mode) {
-                        (Some(path), Some(mode)) => {
-                            let size = self.pass_on(path.clone(), mode, &mut field).await;
-                            size.map(|size| Err((path, size)))
-                        }
-                        _ => self.spool(&mut field).await.map(Ok),
-                    };
-                    match result {
-                        Ok(Err(done)) => return Ok(done),
-                        Ok(Ok(spooled)) => waiting = Some(spooled),
-                        Err(error) => {
-                            drain(field, self.limit).await;
-                            return Err(error);
-                        }
-                    }
-                }
-                _ => {}
-            }
-        }
-        let path = path.ok_or_else(|| wrong(self.path_field, "is required"))?;
-        let file: Spooled = waiting.ok_or_else(|| wrong("file", "is required"))?;
-        let size = file.len();
-        let mode = mode.unwrap_or(DEFAULT_MODE);
-        self.write(path.clone(), mode, content(file)).await?;
-        Ok((path, size))
-    }
-
-    async fn write(
-        &self,
-        path: String,
-        mode: u32,
-        content: BoxStream<'static, std::io::Result<Bytes>>,
-    ) -> Result<(), ApiError> {
-        let digest = Arc::clone(&self.digest);
-        let content = content.inspect(move |piece| {
-            if let Ok(piece) = piece {
-                let mut digest = digest.lock().unwrap_or_else(PoisonError::into_inner);
-                digest.update(piece);
-            }
-        });
-        let (manager, in_use) = (self.manager, self.in_use);
-        let written = manager.write_file(in_use, path, Some(mode), content.boxed());
-        written.await.map_err(|error| error.at_vm(self.vm))
-    }
-
-    /// Passes the file on as it comes, and no faster than the guest takes it. Returns its size.
-    async fn pass_on(
-        &self,
-        path: String,
-        mode: u32,
-        field: &mut Field<'_>,
-    ) -> Result<u64, ApiError> {
-        let (sender, mut pieces) = mpsc::channel(PIECES_IN_FLIGHT);
-        let content = stream::poll_fn(move |context| pieces.poll_recv(context));
-        let content = ends_with_none(content.boxed());
-        let pump = async move {
-            let mut total = 0;
-            loop {
-                let piece = field.chunk().await.map_err(|error| bad_form(&error))?;
-                let is_last = piece.is_none();
-                total += piece.as_ref().map_or(0, |bytes| bytes.len() as u64);
-                if total > self.limit {
-                    return Err(over_limit(self.limit));
-                }
-                // Nobody takes pieces any more once the write has failed.
-                if sender.send(piece).await.is_err() || is_last {
-                    return Ok(total);
-                }
-            }
-        };
-        let (pumped, written) = tokio::join!(pump, self.write(path, mode, content));
-        let size = pumped?;
-        written?;
-        Ok(size)
-    }
-
-    async fn spool(&self, field: &mut Field<'_>) -> Result<Spooled, ApiError> {
-        let failed = |error: std::io::Error| ApiError::internal(&error);
-        let mut spool = Spool::new(&self.manager.limits().exec.spool_dir, SPOOL_MEMORY);
-        while let Some(piece) = field.chunk().await.map_err(|error| bad_form(&error))? {
-            if spool.len() + piece.len() as u64 > self.limit {
-                return Err(over_limit(self.limit));
-            }
-            spool.push(&piece).await.map_err(failed)?;
-        }
-        spool.finish().await.map_err(failed)
-    }
-}
-
-fn bad_form(error: &axum::extract::multipart::MultipartError) -> ApiError {
-    ApiError::bad_request(format!("the form cannot be read: {}", crate::chain(error)))
-}
-
-async fn read_text(field: &mut Field<'_>) -> Result<String, ApiError> {
-    let name = field.name().unwrap_or_default().to_owned();
-    let mut text = Vec::new();
-    while let Some(piece) = field.chunk().await.map_err(|error| bad_form(&error))? {
-        if text.len() + piece.len() > MAX_TEXT {
-            return Err(wrong(&name, format!("is longer than {MAX_TEXT} bytes")));
-        }
-        text.extend_from_slice(&piece);
-    }
-    String::from_utf8(text).map_err(|_| wrong(&name, "is not UTF-8"))
-}
-
-fn permissions(text: &str) -> Result<u32, ApiError> {
-    let is_octal = (3..=4).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_digit());
-    let mode = u32::from_str_radix(text, 8).ok().filter(|_| is_octal);
-    mode.ok_or_else(|| wrong("permissions", "must be 3 or 4 octal digits, as 644"))
 }
 
 /// Download a file
@@ -454,9 +290,7 @@ pub async fn download(
 
 /// A file of a machine that runs.
 pub async fn open(manager: &Manager, name: &str, path: &str) -> Result<FileContent, ApiError> {
-    find(manager, name).await?;
-    let in_use = manager.running(name).await;
-    let in_use = in_use.map_err(|error| error.at_vm(name))?;
+    let in_use = running(manager, name).await?;
     let file = manager.read_file(in_use, path.to_owned()).await;
     file.map_err(|error| error.at_vm(name))
 }
@@ -483,71 +317,6 @@ fn disposition(path: &str) -> String {
         }
     }
     format!("attachment; filename=\"{plain}\"; filename*=UTF-8''{encoded}")
-}
-
-/// One range of a request, RFC 9110, section 14.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Range {
-    From(u64, Option<u64>),
-    Last(u64),
-}
-
-impl Range {
-    /// `None` for what may be ignored: another unit, several ranges, or nonsense.
-    fn parse(text: &str) -> Option<Self> {
-        let (first, last) = text.strip_prefix("bytes=")?.split_once('-')?;
-        let number = |digits: &str| {
-            let is_number = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
-            digits.parse().ok().filter(|_| is_number)
-        };
-        match (first, last) {
-            ("", last) => Some(Self::Last(number(last)?)),
-            (first, "") => Some(Self::From(number(first)?, None)),
-            (first, last) => {
-                let (first, last) = (number(first)?, number(last)?);
-                (first <= last).then_some(Self::From(first, Some(last)))
-            }
-        }
-    }
-
-    /// The first and last byte of it that a file of `size` bytes has, if it has any.
-    fn within(self, size: u64) -> Option<(u64, u64)> {
-        let end = size.checked_sub(1)?;
-        match self {
-            Self::From(first, last) if first <= end => {
-                Some((first, last.map_or(end, |last| last.min(end))))
-            }
-            Self::Last(count) if count > 0 => Some((size.saturating_sub(count), end)),
-            Self::From(..) | Self::Last(_) => None,
-        }
-    }
-}
-
-/// The bytes from `start` on, `length` of them.
-fn part_of(
-    content: BoxStream<'static, std::io::Result<Bytes>>,
-    start: u64,
-    length: u64,
-) -> BoxStream<'static, std::io::Result<Bytes>> {
-    let state = (content, start, length);
-    stream::try_unfold(state, |(mut content, mut skip, mut left)| async move {
-        while left > 0 {
-            let Some(piece) = content.next().await else {
-                return Err(std::io::ErrorKind::UnexpectedEof.into());
-            };
-            let mut piece = piece?;
-            let before = usize::try_from(skip).unwrap_or(usize::MAX).min(piece.len());
-            skip -= before as u64;
-            let _ = piece.split_to(before);
-            piece.truncate(usize::try_from(left).unwrap_or(usize::MAX));
-            left -= piece.len() as u64;
-            if !piece.is_empty() {
-                return Ok(Some((piece, (content, skip, left))));
-            }
-        }
-        Ok(None)
-    })
-    .boxed()
 }
 
 /// List files
@@ -582,9 +351,7 @@ pub async fn list(
             ));
         }
     };
-    find(&caller.manager, &name).await?;
-    let in_use = caller.manager.running(&name).await;
-    let in_use = in_use.map_err(|error| error.at_vm(&name))?;
+    let in_use = running(&caller.manager, &name).await?;
     let files = caller.manager.list_dir(&in_use, path, depth).await;
     let files = files.map_err(|error| error.at_vm(&name))?;
     Ok(Json(FileListBody {
@@ -598,60 +365,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ranges_are_read_as_rfc_9110_says() {
-        for (text, size, expected) in [
-            ("bytes=0-0", 10, Some((0, 0))),
-            ("bytes=2-", 10, Some((2, 9))),
-            ("bytes=2-99", 10, Some((2, 9))),
-            ("bytes=-3", 10, Some((7, 9))),
-            ("bytes=-99", 10, Some((0, 9))),
-            ("bytes=10-", 10, None),
-            ("bytes=-0", 10, None),
-            ("bytes=0-", 0, None),
-        ] {
-            assert_eq!(Range::parse(text).unwrap().within(size), expected, "{text}");
-        }
-        for ignored in [
-            "",
-            "bytes",
-            "bytes=",
-            "bytes=-",
-            "bytes=3-2",
-            "items=0-1",
-            "bytes=0-1,3-4",
-            "bytes=+1-2",
-            "bytes=99999999999999999999-",
-        ] {
-            assert_eq!(Range::parse(ignored), None, "{ignored}");
-        }
-    }
-
-    #[test]
     fn names_of_downloads_are_safe_in_a_header() {
         assert_eq!(disposition("/a/b.txt"), "attachment; filename=\"b.txt\"");
         assert_eq!(
             disposition("/a/x\"\r\n ä"),
             "attachment; filename=\"x_____\"; filename*=UTF-8''x%22%0D%0A%20%C3%A4"
         );
-    }
-
-    #[test]
-    fn permissions_are_octal_digits() {
-        assert_eq!(permissions("644").unwrap(), 0o644);
-        assert_eq!(permissions("4755").unwrap(), 0o4755);
-        for bad in ["", "64", "888", "+64", "0o644", "77777"] {
-            assert!(permissions(bad).is_err(), "{bad}");
-        }
-    }
-
-    #[tokio::test]
-    async fn a_part_is_cut_out_of_pieces() {
-        for (start, length, expected) in [(0, 6, "abcdef"), (1, 1, "b"), (2, 3, "cde"), (3, 0, "")]
-        {
-            let pieces = ["ab", "", "cd", "ef"].map(|piece| Ok(Bytes::from(piece)));
-            let part = part_of(stream::iter(pieces).boxed(), start, length);
-            let part: Vec<Bytes> = part.map(Result::unwrap).collect().await;
-            assert_eq!(part.concat(), expected.as_bytes());
-        }
     }
 }

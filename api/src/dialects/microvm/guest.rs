@@ -179,7 +179,7 @@ pub async fn upload(
     Path(name): Path<String>,
     request: Request,
 ) -> Result<Json<GuestUploadBody>, ApiError> {
-    let uploaded = files::take_upload(
+    let (_, uploaded) = files::take_upload(
         &caller.manager,
         state.max_upload,
         &name,
@@ -190,8 +190,8 @@ pub async fn upload(
     Ok(Json(GuestUploadBody {
         success: true,
         remote_path: uploaded.path,
-        size_bytes: uploaded.size_bytes,
-        checksum: uploaded.digest,
+        size_bytes: uploaded.size,
+        checksum: uploaded.digest.unwrap_or_default(),
     }))
 }
 

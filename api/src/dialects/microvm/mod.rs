@@ -13,8 +13,11 @@ mod guest;
 mod health;
 mod metrics;
 mod network;
+mod ranges;
+mod scans;
 mod snapshots;
 mod status;
+mod vm_requests;
 mod vms;
 
 use axum::Router;
@@ -65,6 +68,8 @@ pub const BASE: &str = "/api/v1";
         network::get,
         network::open_forward,
         network::close_forward,
+        scans::start,
+        scans::get,
         events::of_vm,
         events::of_system,
     ),
@@ -101,6 +106,8 @@ pub fn router() -> Router<AppState> {
         .route("/networks", get(network::networks))
         .route("/system/events", get(events::of_system))
         .route("/security/audit-logs", get(audit::logs))
+        .route("/security/scan", post(scans::start))
+        .route("/security/scans/{scan_id}", get(scans::get))
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(middleware::from_fn(error::name_failures));

@@ -16,7 +16,9 @@ use super::at_vm::AtVm;
 use super::error::{ApiError, ErrorBody};
 use super::fields::Fields;
 use super::vms::{find, name_of};
-use crate::domain::{Forward, ForwardSpec, MacAddress, Sandbox, Status, Transport};
+use crate::domain::{
+    ForwardSpec, KeptForward, MAX_DESCRIPTION, MacAddress, Sandbox, Status, Transport,
+};
 use crate::http::Caller;
 
 /// The networks of the host.
@@ -82,11 +84,20 @@ pub struct PortForwardBody {
     /// Address of the host.
     #[schema(value_type = String)]
     pub host_address: IpAddr,
+    /// What was said of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    pub description: Option<String>,
 }
 
-impl From<Forward> for PortForwardBody {
-    fn from(forward: Forward) -> Self {
+impl From<KeptForward> for PortForwardBody {
+    fn from(kept: KeptForward) -> Self {
+        let KeptForward {
+            forward,
+            description,
+        } = kept;
         Self {
+            description,
             host_port: forward.host.port(),
             guest_port: forward.guest_port,
             protocol: forward.transport,
@@ -112,7 +123,7 @@ pub struct PortForwardRequest {
     /// `tcp` or `udp`.
     #[schema(default = "tcp", nullable = false)]
     pub protocol: Option<String>,
-    /// What it is for. It is for the reader of the request: nothing keeps it.
+    /// What it is for: 256 characters at most, on one line.
     #[schema(nullable = false)]
     pub description: Option<String>,
     /// Address of the host; loopback if not given.
@@ -182,7 +193,7 @@ pub async fn get(
     let network = caller.manager.network(&name).await;
     let network = network.map_err(|error| error.at_vm(&name))?;
     let (vm, address) = (&network.sandbox, network.sandbox.address);
-    let forwards = vm.forwards.iter().copied();
+    let forwards = vm.forwards.iter().cloned();
     Ok(Json(VmNetworkBody {
         vm_name: name_of(vm),
         ip_address: address.map(|address| address.to_string()),
@@ -221,9 +232,9 @@ pub async fn open_forward(
     Path(name): Path<String>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<(StatusCode, Json<ForwardedBody>), ApiError> {
-    let spec = forward_spec(body)?;
+    let (spec, description) = forward_spec(body)?;
     let vm = find(&caller.manager, &name).await?;
-    let opened = caller.manager.open_forward(&name, spec).await;
+    let opened = caller.manager.open_forward(&name, spec, description).await;
     let forward = opened.map_err(|error| error.at_vm(&name))?;
     let body = ForwardedBody {
         message: "Port forward configured",
@@ -234,7 +245,9 @@ pub async fn open_forward(
 }
 
 /// What is asked for, or all that is wrong with it.
-fn forward_spec(body: Result<Bytes, BytesRejection>) -> Result<ForwardSpec, ApiError> {
+fn forward_spec(
+    body: Result<Bytes, BytesRejection>,
+) -> Result<(ForwardSpec, Option<String>), ApiError> {
     const PORTS: RangeInclusive<i64> = 1..=65_535;
     let mut fields = Fields::parse(body)?;
     let port = |port: Option<i64>| port.and_then(|port| u16::try_from(port).ok());
@@ -248,7 +261,12 @@ fn forward_spec(body: Result<Bytes, BytesRejection>) -> Result<ForwardSpec, ApiE
             Transport::Tcp
         }
     };
-    fields.string("description");
+    let description = fields.string("description");
+    let is_too_long = |text: &String| text.chars().count() > MAX_DESCRIPTION;
+    if description.as_ref().is_some_and(is_too_long) {
+        let problem = format!("must be {MAX_DESCRIPTION} characters at most");
+        fields.wrong("description", problem);
+    }
     let host_address = fields.string("host_address");
     let host_address = match host_address.as_deref().map(str::parse::<IpAddr>) {
         Some(Ok(address)) => address,
@@ -264,7 +282,7 @@ fn forward_spec(body: Result<Bytes, BytesRejection>) -> Result<ForwardSpec, ApiE
         host_port,
         guest_port,
     });
-    fields.finish(spec)
+    Ok((fields.finish(spec)?, description))
 }
 
 /// Take a port of the host away from a machine

@@ -15,7 +15,7 @@ use super::body::{FromFields, parse};
 use super::error::{ApiError, ErrorBody};
 use super::fields::Fields;
 use super::rfc3339;
-use super::vms::{find, name_of, power_error, word_of};
+use super::vms::{find, name_of, powered, word_of};
 use crate::domain::{Manager, Sandbox, Snapshot, SnapshotSpec};
 use crate::http::Caller;
 
@@ -226,10 +226,8 @@ pub async fn restore(
     let vm = find(&caller.manager, &name).await?;
     let snapshot = find_snapshot(&caller.manager, &vm, &snapshot).await?;
     let id = snapshot.id.as_str();
-    let sandbox = match caller.manager.roll_back(vm.id.as_str(), id).await {
-        Ok(sandbox) => sandbox,
-        Err(error) => return Err(power_error(&caller.manager, &name, error).await),
-    };
+    let restored = caller.manager.roll_back(vm.id.as_str(), id).await;
+    let sandbox = powered(&caller.manager, &name, restored).await?;
     Ok(Json(RestoredBody {
         message: "VM restored successfully",
         vm_name: name_of(&sandbox),

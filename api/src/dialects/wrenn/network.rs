@@ -293,7 +293,7 @@ impl From<SandboxNetwork> for NetworkBody {
             }
         };
         let (name, subnet) = network.host.map(|host| (host.name, host.subnet)).unzip();
-        let forwards = sandbox.forwards.into_iter();
+        let forwards = sandbox.forwards.into_iter().map(|kept| kept.forward);
         let (traffic, denied) = network
             .activity
             .map(|activity| (activity.traffic, activity.denied))
@@ -540,7 +540,7 @@ pub async fn open_forward(
         host_port: request.host_port,
         guest_port: request.guest_port,
     };
-    let forward = caller.manager.open_forward(&id, spec).await?;
+    let forward = caller.manager.open_forward(&id, spec, None).await?.forward;
     Ok((StatusCode::CREATED, Json(forward.into())))
 }
 

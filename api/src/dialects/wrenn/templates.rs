@@ -16,9 +16,9 @@ use tokio::io::AsyncWriteExt;
 use utoipa::ToSchema;
 
 use super::error::{ApiError, parse};
-use super::files::bad_form;
 use super::sandboxes::rfc3339;
 use crate::dialects::forms::{drain, one_at_a_time};
+use crate::dialects::upload::bad_form;
 use crate::domain::{
     BuildFrom, BuildSpec, DEFAULT_MEMORY_MB, DEFAULT_VCPUS, Manager, Recipe, SettingsSpec, Source,
     Step, TemplateError, TemplateInfo, TemplateStatus,

@@ -13,6 +13,7 @@ mod directories;
 mod events;
 mod from_snapshot;
 mod idle;
+mod inspect;
 mod merge;
 mod meter;
 mod network;
@@ -70,6 +71,7 @@ use crate::chain;
 use builds::Builds;
 pub use directories::MAX_DEPTH;
 pub use idle::{InUse, WhenIdle};
+pub use inspect::Inspected;
 use merge::Merges;
 use meter::Meter;
 pub use network::SandboxNetwork;
@@ -662,7 +664,8 @@ impl Manager {
             }
         }
         if sandbox.forwards.is_empty() && !earlier.forwards.is_empty() {
-            self.inner.host.close_forwards(id, &earlier.forwards).await;
+            let forwards: Vec<_> = earlier.forwards.iter().map(|kept| kept.forward).collect();
+            self.inner.host.close_forwards(id, &forwards).await;
         }
         self.discard(&released).await;
         Ok(Some(sandbox))

@@ -7,7 +7,8 @@ use tracing::{Instrument, info, warn};
 use super::super::error::NetworkChangeError;
 use super::super::host::HostError;
 use super::super::network::{
-    Egress, Forward, ForwardSpec, MAX_FORWARDS, NetworkActivity, NetworkInfo, Transport,
+    Egress, Forward, ForwardSpec, KeptForward, MAX_DESCRIPTION, MAX_FORWARDS, NetworkActivity,
+    NetworkInfo, Transport,
 };
 use super::super::sandbox::{Sandbox, Status, Transition};
 use super::Manager;
@@ -109,8 +110,8 @@ impl Manager {
             .unwrap_or(Err(NetworkChangeError::Interrupted))
     }
 
-    /// Lets a port of the host lead into a sandbox until that ends, over pauses as well. It goes on
-    /// if the caller goes away.
+    /// Lets a port of the host lead into a sandbox until that ends, over pauses as well, and keeps what
+    /// is said of it. It goes on if the caller goes away.
     ///
     /// # Errors
     /// It does not.
@@ -118,7 +119,15 @@ impl Manager {
         &self,
         id: &str,
         spec: ForwardSpec,
-    ) -> Result<Forward, NetworkChangeError> {
+        description: Option<String>,
+    ) -> Result<KeptForward, NetworkChangeError> {
+        if let Some(text) = &description
+            && (text.chars().count() > MAX_DESCRIPTION || text.chars().any(char::is_control))
+        {
+            let problem =
+                format!("description must be {MAX_DESCRIPTION} characters at most, on one line");
+            return Err(NetworkChangeError::Invalid(problem));
+        }
         let id = self.get(id).await?.id;
         let manager = self.clone();
         let task = async move {
@@ -143,11 +152,15 @@ impl Manager {
             }
             let opened = manager.inner.host.open_forward(&id, spec).await;
             let forward = opened.map_err(NetworkChangeError::Host)?;
+            let kept = KeptForward {
+                forward,
+                description,
+            };
             let mut forwards = sandbox.forwards;
-            forwards.push(forward);
+            forwards.push(kept.clone());
             let recorded = manager.record(&id, Transition::Forwards(forwards)).await;
             match recorded {
-                Ok(Some(sandbox)) if sandbox.forwards.contains(&forward) => Ok(forward),
+                Ok(Some(sandbox)) if sandbox.forwards.contains(&kept) => Ok(kept),
                 // What is not recorded must not be there.
                 other => {
                     manager.inner.host.close_forwards(&id, &[forward]).await;
@@ -167,11 +180,8 @@ impl Manager {
     /// again after a restart.
     async fn check_conflicts(&self, wanted: &Forward) -> Result<(), NetworkChangeError> {
         for other in self.inner.store.list_live().await? {
-            let taken = other.forwards.iter();
-            if let Some(forward) = taken
-                .copied()
-                .find(|forward| wanted.conflicts_with(forward))
-            {
+            let mut taken = other.forwards.iter().map(|kept| kept.forward);
+            if let Some(forward) = taken.find(|forward| wanted.conflicts_with(forward)) {
                 if !self.sees(&other) {
                     let reason = format!("port {} is in use", forward.host.port());
                     return Err(NetworkChangeError::Host(HostError::PortInUse { reason }));
@@ -200,12 +210,15 @@ impl Manager {
         let task = async move {
             let _turn = manager.inner.turns.take(&id).await;
             let sandbox = manager.get(id.as_str()).await?;
-            let is_it = |forward: &Forward| forward.transport == transport && forward.host == host;
+            let is_it = |kept: &KeptForward| {
+                kept.forward.transport == transport && kept.forward.host == host
+            };
             let (closed, left): (Vec<_>, Vec<_>) = sandbox.forwards.into_iter().partition(is_it);
             if closed.is_empty() {
                 return Err(NetworkChangeError::NoForward);
             }
             manager.record(&id, Transition::Forwards(left)).await?;
+            let closed: Vec<_> = closed.into_iter().map(|kept| kept.forward).collect();
             manager.inner.host.close_forwards(&id, &closed).await;
             Ok(())
         };
@@ -217,7 +230,7 @@ impl Manager {
     /// Lets the ports lead into a sandbox again that did before the daemon was started. One that
     /// another program has taken meanwhile is tried again when the sandbox is resumed.
     pub(super) async fn open_forwards(&self, sandbox: &Sandbox) {
-        for forward in &sandbox.forwards {
+        for KeptForward { forward, .. } in &sandbox.forwards {
             let spec = ForwardSpec {
                 transport: forward.transport,
                 host_address: forward.host.ip(),

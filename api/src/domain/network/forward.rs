@@ -8,6 +8,8 @@ use super::Transport;
 
 /// The most forwards of one sandbox.
 pub const MAX_FORWARDS: usize = 64;
+/// The longest description of a forward, in characters.
+pub const MAX_DESCRIPTION: usize = 256;
 /// The first port that is taken for a forward that asks for none.
 pub const FIRST_AUTO_PORT: u16 = 10_000;
 /// The last of those.
@@ -22,6 +24,17 @@ pub struct Forward {
     pub host: SocketAddr,
     /// Port in the sandbox.
     pub guest_port: u16,
+}
+
+/// A forward of a sandbox as it is kept.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptForward {
+    /// The forward.
+    #[serde(flatten)]
+    pub forward: Forward,
+    /// What it is for, in the user's words.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub description: Option<String>,
 }
 
 /// A forward as it is asked for.

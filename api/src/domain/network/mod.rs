@@ -14,7 +14,10 @@ pub use egress::{
     AllowRule, Cidr, Destination, DomainPattern, Egress, EgressError, MAX_RULES, PortRange,
     Transport,
 };
-pub use forward::{FIRST_AUTO_PORT, Forward, ForwardSpec, LAST_AUTO_PORT, MAX_FORWARDS};
+pub use forward::{
+    FIRST_AUTO_PORT, Forward, ForwardSpec, KeptForward, LAST_AUTO_PORT, MAX_DESCRIPTION,
+    MAX_FORWARDS,
+};
 pub use subnet::{AddressError, Subnet, SubnetError};
 
 /// What a host offers to sandboxes.

@@ -1,0 +1,220 @@
+//! Accounts of a guest, and their passwords.
+
+use sha_crypt::{PasswordVerifier, ShaCrypt};
+
+use super::evidence::Evidence;
+use super::report::Verdict;
+
+/// The most accounts that are looked at.
+const MAX_ACCOUNTS: usize = 1000;
+/// The most passwords that are tried: each costs the daemon some milliseconds.
+const MAX_TRIES: usize = 400;
+/// The most rounds of a hash that is tried; the guest chooses them.
+const MAX_ROUNDS: u32 = 10_000;
+/// The longest hash, in bytes.
+const MAX_HASH: usize = 256;
+/// Passwords that images are published with, beside the account's name.
+const DEFAULTS: [&str; 10] = [
+    "password",
+    "root",
+    "toor",
+    "admin",
+    "changeme",
+    "123456",
+    "debian",
+    "ubuntu",
+    "vagrant",
+    "raspberry",
+];
+
+/// An account, with its password as it is kept.
+struct Account<'a> {
+    name: &'a str,
+    uid: &'a str,
+    password: &'a str,
+}
+
+fn accounts(evidence: &Evidence) -> Option<Vec<Account<'_>>> {
+    let passwd = evidence.passwd.as_deref()?;
+    let shadow = evidence.shadow.as_deref().unwrap_or_default();
+    let hash_of = |name: &str| {
+        let mut lines = shadow.lines();
+        lines.find_map(|line| {
+            line.strip_prefix(name)?
+                .strip_prefix(':')?
+                .split(':')
+                .next()
+        })
+    };
+    let accounts = passwd.lines().take(MAX_ACCOUNTS).filter_map(|line| {
+        let mut fields = line.split(':');
+        let (name, password, uid) = (fields.next()?, fields.next()?, fields.next()?);
+        let is_named = !name.is_empty() && !name.starts_with('#');
+        is_named.then(|| Account {
+            name,
+            uid,
+            password: match password {
+                // Without a line there, nobody can log in by it.
+                "x" => hash_of(name).unwrap_or("!"),
+                other => other,
+            },
+        })
+    });
+    Some(accounts.collect())
+}
+
+/// Accounts that ask for no password.
+pub fn empty_passwords(evidence: &Evidence) -> Verdict {
+    let Some(accounts) = accounts(evidence) else {
+        return Verdict::NotApplicable;
+    };
+    let empty = accounts
+        .into_iter()
+        .filter(|account| account.password.is_empty());
+    Verdict::unless(empty.map(|account| account.name.to_owned()).collect())
+}
+
+/// Accounts whose password is one of those that everybody tries first.
+pub fn default_passwords(evidence: &Evidence) -> Verdict {
+    let Some(accounts) = accounts(evidence) else {
+        return Verdict::NotApplicable;
+    };
+    let (mut found, mut tries, mut unknown) = (Vec::new(), 0, Vec::new());
+    for account in accounts {
+        if account.password.is_empty() || account.password.starts_with(['!', '*']) {
+            continue;
+        }
+        let candidates = DEFAULTS.into_iter().chain([account.name]);
+        if !is_cheap(account.password) || tries + DEFAULTS.len() >= MAX_TRIES {
+            unknown.push(format!("{}: its hash was not tried", account.name));
+            continue;
+        }
+        tries += DEFAULTS.len() + 1;
+        if candidates
+            .into_iter()
+            .any(|candidate| is_password(account.password, candidate))
+        {
+            found.push(account.name.to_owned());
+        }
+    }
+    match (found.is_empty(), unknown.is_empty()) {
+        (false, _) => Verdict::Failed(found),
+        (true, false) => Verdict::Warning(unknown),
+        (true, true) => Verdict::Passed,
+    }
+}
+
+/// Whether a hash is one that can be tried: SHA-crypt, with not too many rounds.
+fn is_cheap(hash: &str) -> bool {
+    let Some(rest) = hash.strip_prefix("$6$").or(hash.strip_prefix("$5$")) else {
+        return false;
+    };
+    let rounds = rest
+        .strip_prefix("rounds=")
+        .map(|rest| rest.split('$').next());
+    let is_few = match rounds {
+        None => true,
+        Some(rounds) => {
+            let rounds = rounds.and_then(|rounds| rounds.parse().ok());
+            rounds.is_some_and(|rounds: u32| rounds <= MAX_ROUNDS)
+        }
+    };
+    is_few && hash.len() <= MAX_HASH && hash.is_ascii()
+}
+
+fn is_password(hash: &str, candidate: &str) -> bool {
+    let crypt = match hash.starts_with("$6$") {
+        true => ShaCrypt::SHA512,
+        false => ShaCrypt::SHA256,
+    };
+    crypt.verify_password(candidate.as_bytes(), hash).is_ok()
+}
+
+/// Accounts whose password is kept in a way that can be broken.
+pub fn weak_hashes(evidence: &Evidence) -> Verdict {
+    let Some(accounts) = accounts(evidence) else {
+        return Verdict::NotApplicable;
+    };
+    let weak = accounts.into_iter().filter(|account| {
+        let hash = account.password;
+        let is_locked = hash.is_empty() || hash.starts_with(['!', '*']);
+        !is_locked && (hash.starts_with("$1$") || !hash.starts_with('$'))
+    });
+    Verdict::unless(weak.map(|account| account.name.to_owned()).collect())
+}
+
+/// Accounts that are root under another name.
+pub fn other_roots(evidence: &Evidence) -> Verdict {
+    let Some(accounts) = accounts(evidence) else {
+        return Verdict::NotApplicable;
+    };
+    let roots = accounts
+        .into_iter()
+        .filter(|account| account.name != "root" && account.uid.parse::<u32>() == Ok(0));
+    Verdict::unless(roots.map(|account| account.name.to_owned()).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn evidence(passwd: &str, shadow: &str) -> Evidence {
+        Evidence {
+            passwd: Some(passwd.to_owned()),
+            shadow: Some(shadow.to_owned()),
+            ..Evidence::default()
+        }
+    }
+
+    fn failed(names: &[&str]) -> Verdict {
+        Verdict::Failed(names.iter().map(|name| (*name).to_owned()).collect())
+    }
+
+    #[test]
+    fn accounts_are_judged_by_both_files() {
+        let weak = evidence(
+            "root:x:0:0::/root:/bin/sh\nopen::1:1::/:/bin/sh\nshut:x:2:2::/:\ntoor:*:0:0::/:\nold:x:3:3::/:\n# x::0\n",
+            "root::19000:0:::::\nshut:!:1::::::\nold:$1$salt$hash:1::::::\n",
+        );
+        assert_eq!(empty_passwords(&weak), failed(&["root", "open"]));
+        assert_eq!(other_roots(&weak), failed(&["toor"]));
+        assert_eq!(weak_hashes(&weak), failed(&["old"]));
+        let good = evidence(
+            "root:x:0:0::/root:/bin/sh\nlost:x:5:5::/:\n",
+            "root:*:1::::::\n",
+        );
+        for judge in [empty_passwords, default_passwords, weak_hashes, other_roots] {
+            assert_eq!(judge(&good), Verdict::Passed);
+            assert_eq!(judge(&Evidence::default()), Verdict::NotApplicable);
+        }
+    }
+
+    #[test]
+    fn passwords_that_everybody_tries_are_found_and_costly_hashes_are_not_tried() {
+        let hash = |password: &str| {
+            use sha_crypt::PasswordHasher;
+            let hashed = ShaCrypt::SHA512.hash_password_with_salt(password.as_bytes(), b"saltsalt");
+            hashed.unwrap().to_string()
+        };
+        let with =
+            |hash: &str| evidence("bob:x:1:1::/:/bin/sh\n", &format!("bob:{hash}:1::::::\n"));
+        assert_eq!(
+            default_passwords(&with(&hash("changeme"))),
+            failed(&["bob"])
+        );
+        assert_eq!(default_passwords(&with(&hash("bob"))), failed(&["bob"]));
+        assert_eq!(
+            default_passwords(&with(&hash("Correct-horse-7"))),
+            Verdict::Passed
+        );
+        for costly in [
+            "$6$rounds=999999999$saltsalt$x",
+            "$6$rounds=x$saltsalt$x",
+            "$y$j9T$salt$hash",
+            &format!("$6${}", "x".repeat(1000)),
+        ] {
+            let verdict = default_passwords(&with(costly));
+            assert!(matches!(verdict, Verdict::Warning(_)), "{costly}");
+        }
+    }
+}

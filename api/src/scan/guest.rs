@@ -1,0 +1,552 @@
+//! What the evidence of a guest comes to. See [`sysctl`](super::sysctl) and
+//! [`accounts`](super::accounts) for more.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use super::accounts;
+use super::control::Area;
+use super::evidence::Evidence;
+use super::report::{Check, Report, Severity, Verdict};
+use super::sysctl;
+
+/// The state of a TCP socket that listens, and of a UDP socket that has no peer.
+const LISTENS: [&str; 2] = ["0A", "07"];
+/// Ports of services that pass passwords and commands on as they are: FTP, telnet, finger, rexec,
+/// rlogin, rsh, and Docker without TLS.
+const PLAIN_SERVICES: [u16; 7] = [21, 23, 79, 512, 513, 514, 2375];
+/// Programs that run as their owner on any Debian.
+const KNOWN_SET_ID: [&str; 24] = [
+    "chage",
+    "chfn",
+    "chsh",
+    "crontab",
+    "dbus-daemon-launch-helper",
+    "dotlockfile",
+    "expiry",
+    "fusermount",
+    "fusermount3",
+    "gpasswd",
+    "mount",
+    "mount.nfs",
+    "newgidmap",
+    "newgrp",
+    "newuidmap",
+    "passwd",
+    "ping",
+    "ssh-agent",
+    "ssh-keysign",
+    "su",
+    "sudo",
+    "umount",
+    "unix_chkpwd",
+    "wall",
+];
+
+type Judge = fn(&Evidence) -> Verdict;
+
+const fn check(
+    id: &'static str,
+    area: Area,
+    severity: Severity,
+    failure: &'static str,
+    recommendation: &'static str,
+) -> Check {
+    Check {
+        id,
+        failure,
+        recommendation,
+        severity,
+        area,
+    }
+}
+
+/// Checks of guests, but for those of [`sysctl`].
+static CHECKS: [(Check, Judge); 14] = [
+    (
+        check(
+            "ssh.root_login",
+            Area::Authentication,
+            Severity::Medium,
+            "SSH root login enabled",
+            "Disable root SSH access: PermitRootLogin no",
+        ),
+        |evidence| ssh(evidence, "permitrootlogin", "yes"),
+    ),
+    (
+        check(
+            "ssh.empty_passwords",
+            Area::Authentication,
+            Severity::High,
+            "SSH lets accounts in that have no password",
+            "Set PermitEmptyPasswords no",
+        ),
+        |evidence| ssh(evidence, "permitemptypasswords", "yes"),
+    ),
+    (
+        check(
+            "account.empty_password",
+            Area::Authentication,
+            Severity::High,
+            "Accounts have no password",
+            "Give them one, or lock them: passwd -l NAME",
+        ),
+        accounts::empty_passwords,
+    ),
+    (
+        check(
+            "account.default_password",
+            Area::Authentication,
+            Severity::Critical,
+            "Accounts have a password that everybody tries first",
+            "Give them another: passwd NAME",
+        ),
+        accounts::default_passwords,
+    ),
+    (
+        check(
+            "account.weak_hash",
+            Area::Authentication,
+            Severity::Medium,
+            "Passwords are kept as DES or MD5 hashes, which can be broken",
+            "Set them anew with ENCRYPT_METHOD SHA512 or YESCRYPT in /etc/login.defs",
+        ),
+        accounts::weak_hashes,
+    ),
+    (
+        check(
+            "account.other_root",
+            Area::LeastPrivilege,
+            Severity::High,
+            "Accounts beside root have its user id",
+            "Give them another user id, or remove them",
+        ),
+        accounts::other_roots,
+    ),
+    (
+        check(
+            "sudo.no_password",
+            Area::LeastPrivilege,
+            Severity::Medium,
+            "sudo asks for no password",
+            "Remove NOPASSWD and !authenticate from the sudoers files",
+        ),
+        sudo,
+    ),
+    (
+        check(
+            "file.secrets_exposed",
+            Area::Files,
+            Severity::High,
+            "Files with secrets can be read or changed by everybody",
+            "Take the permissions of others away: chmod o-rwx FILE",
+        ),
+        |evidence| of_files(evidence, &evidence.files.exposed),
+    ),
+    (
+        check(
+            "file.world_writable",
+            Area::Files,
+            Severity::Medium,
+            "Files, or directories without the sticky bit, can be changed by everybody",
+            "chmod o-w FILE, or chmod +t DIRECTORY",
+        ),
+        |evidence| of_files(evidence, &evidence.files.world_writable),
+    ),
+    (
+        check(
+            "file.set_id",
+            Area::LeastPrivilege,
+            Severity::Medium,
+            "Programs run as their owner or group that no Debian system has so",
+            "chmod ug-s FILE, if that is not meant",
+        ),
+        set_id,
+    ),
+    (
+        check(
+            "file.unowned",
+            Area::Files,
+            Severity::Low,
+            "Files belong to users or groups that there are not",
+            "chown them, or remove them",
+        ),
+        |evidence| of_files(evidence, &evidence.files.unowned),
+    ),
+    (
+        check(
+            "service.plain",
+            Area::Services,
+            Severity::High,
+            "Services listen that pass passwords or commands on unencrypted",
+            "Stop them, and use SSH or TLS",
+        ),
+        |evidence| services(evidence, |listener| PLAIN_SERVICES.contains(&listener.port)),
+    ),
+    (
+        check(
+            "service.reachable",
+            Area::Services,
+            Severity::Low,
+            "Services listen on addresses that others reach",
+            "Let them listen on 127.0.0.1, if nobody else is to reach them",
+        ),
+        |evidence| match services(evidence, |_| true) {
+            Verdict::Failed(found) => Verdict::Warning(found),
+            other => other,
+        },
+    ),
+    (
+        check(
+            "guest.unreadable",
+            Area::Files,
+            Severity::Low,
+            "Some of the guest was too large to be looked at",
+            "Look at it in the guest",
+        ),
+        |evidence| {
+            let cut = evidence.cut.iter().cloned();
+            let cut: Vec<_> = cut.chain(evidence.files.incomplete.clone()).collect();
+            match cut.is_empty() {
+                true => Verdict::Passed,
+                false => Verdict::Warning(cut),
+            }
+        },
+    ),
+];
+
+/// Adds what all checks of a guest come to.
+pub fn judge(evidence: &Evidence, vm: &str, report: &mut Report) {
+    for (check, judge) in &CHECKS {
+        if report.wants(check.area) {
+            report.add(check, vm, judge(evidence));
+        }
+    }
+    for wanted in &sysctl::WANTED {
+        report.add(&wanted.check, vm, sysctl::judge(wanted, &evidence.sysctls));
+    }
+}
+
+/// What was not found says nothing, if not all was looked at.
+fn of_files(evidence: &Evidence, found: &[String]) -> Verdict {
+    match &evidence.files.incomplete {
+        Some(why) if found.is_empty() => Verdict::Warning(vec![why.clone()]),
+        _ => Verdict::unless(found.to_vec()),
+    }
+}
+
+fn set_id(evidence: &Evidence) -> Verdict {
+    let is_known = |path: &&String| {
+        let system = [
+            "/bin/",
+            "/sbin/",
+            "/usr/bin/",
+            "/usr/sbin/",
+            "/usr/lib/",
+            "/usr/libexec/",
+        ];
+        let name = path.rsplit('/').next().unwrap_or_default();
+        KNOWN_SET_ID.contains(&name) && system.iter().any(|start| path.starts_with(start))
+    };
+    let found = evidence.files.set_id.iter().filter(|path| !is_known(path));
+    of_files(evidence, &found.cloned().collect::<Vec<_>>())
+}
+
+/// Fails if a keyword of sshd_config(5), in lower case, has this value: for all, where the first line
+/// counts, or in a `Match` block.
+fn ssh(evidence: &Evidence, keyword: &str, bad: &str) -> Verdict {
+    let Some(config) = &evidence.sshd else {
+        return Verdict::NotApplicable;
+    };
+    let (mut is_set, mut found) = (false, Vec::new());
+    for (path, line, is_conditional) in ssh_lines(config, &evidence.sshd_parts) {
+        let mut words = line.split(|one: char| one.is_whitespace() || one == '=');
+        let mut words = words.by_ref().filter(|word| !word.is_empty());
+        if !words
+            .next()
+            .is_some_and(|word| word.eq_ignore_ascii_case(keyword))
+        {
+            continue;
+        }
+        let value = words.next().unwrap_or_default().trim_matches('"');
+        if (is_conditional || !is_set) && value.eq_ignore_ascii_case(bad) {
+            found.push(format!("{path}: {line}"));
+        }
+        is_set |= !is_conditional;
+    }
+    Verdict::unless(found)
+}
+
+/// Lines with settings in the order in which sshd reads them, and whether each is in a `Match` block.
+fn ssh_lines<'a>(config: &'a str, parts: &'a [(String, String)]) -> Vec<(&'a str, &'a str, bool)> {
+    const MAIN: &str = "/etc/ssh/sshd_config";
+    let mut lines = Vec::new();
+    let mut is_conditional = false;
+    let first_word = |line: &'a str| line.split_whitespace().next().unwrap_or_default();
+    let settings = |text: &'a str| {
+        let lines = text.lines().map(str::trim);
+        lines.filter(|line| !line.is_empty() && !line.starts_with('#'))
+    };
+    for line in settings(config) {
+        match first_word(line).to_ascii_lowercase().as_str() {
+            "match" => is_conditional = true,
+            "include" if line.contains("sshd_config.d") => {
+                for (path, text) in parts {
+                    let mut is_conditional = is_conditional;
+                    for line in settings(text) {
+                        is_conditional |= first_word(line).eq_ignore_ascii_case("match");
+                        lines.push((path.as_str(), line, is_conditional));
+                    }
+                }
+            }
+            _ => lines.push((MAIN, line, is_conditional)),
+        }
+    }
+    lines
+}
+
+fn sudo(evidence: &Evidence) -> Verdict {
+    if evidence.sudoers.is_empty() {
+        return Verdict::NotApplicable;
+    }
+    let lines = evidence.sudoers.iter().flat_map(|(path, text)| {
+        let lines = text
+            .lines()
+            .map(str::trim)
+            .filter(|line| !line.starts_with('#'));
+        lines.map(move |line| (path, line))
+    });
+    let is_open = |line: &str| line.contains("NOPASSWD") || line.contains("!authenticate");
+    let found = lines.filter(|(_, line)| is_open(line));
+    Verdict::unless(
+        found
+            .map(|(path, line)| format!("{path}: {line}"))
+            .collect(),
+    )
+}
+
+/// A socket that others reach.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Listener {
+    transport: &'static str,
+    port: u16,
+    address: IpAddr,
+}
+
+fn services(evidence: &Evidence, is_meant: impl Fn(&Listener) -> bool) -> Verdict {
+    if evidence.sockets.is_empty() {
+        return Verdict::NotApplicable;
+    }
+    let tables = evidence.sockets.iter();
+    let mut found: Vec<_> = tables
+        .flat_map(|(name, table)| listeners(name, table))
+        .filter(|listener| !listener.address.is_loopback() && is_meant(listener))
+        .collect();
+    found.sort_unstable();
+    found.dedup();
+    let told = found.iter().map(|listener| {
+        let Listener {
+            transport,
+            port,
+            address,
+        } = listener;
+        format!("{transport} port {port} on {address}")
+    });
+    Verdict::unless(told.collect())
+}
+
+/// Sockets of a table of `/proc/net` that wait for others. What makes no sense is left out.
+fn listeners(name: &'static str, table: &str) -> Vec<Listener> {
+    let transport = name.trim_end_matches('6');
+    let listens = if transport == "tcp" {
+        LISTENS[0]
+    } else {
+        LISTENS[1]
+    };
+    let lines = table.lines().skip(1).filter_map(|line| {
+        let mut fields = line.split_whitespace().skip(1);
+        let (local, state) = (fields.next()?, fields.nth(1)?);
+        if state != listens {
+            return None;
+        }
+        let (address, port) = local.split_once(':')?;
+        Some(Listener {
+            transport,
+            port: u16::from_str_radix(port, 16).ok()?,
+            address: address_of(address)?,
+        })
+    });
+    lines.collect()
+}
+
+/// Words of 32 bits, each in the order of the guest's processor, which is x86-64.
+fn address_of(digits: &str) -> Option<IpAddr> {
+    let word = |at: usize| {
+        let word = u32::from_str_radix(digits.get(at * 8..at * 8 + 8)?, 16).ok()?;
+        Some(word.swap_bytes())
+    };
+    match digits.len() {
+        8 => Some(Ipv4Addr::from(word(0)?).into()),
+        32 => {
+            let words = [word(0)?, word(1)?, word(2)?, word(3)?];
+            let bits = words
+                .into_iter()
+                .fold(0, |all, word| all << 32 | u128::from(word));
+            Some(IpAddr::from(Ipv6Addr::from(bits)).to_canonical())
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn sshd(config: &str, parts: &[(&str, &str)]) -> Evidence {
+        let parts = parts
+            .iter()
+            .map(|(path, text)| ((*path).to_owned(), (*text).to_owned()));
+        Evidence {
+            sshd: Some(config.to_owned()),
+            sshd_parts: parts.collect(),
+            ..Evidence::default()
+        }
+    }
+
+    fn failed(found: &[&str]) -> Verdict {
+        Verdict::Failed(found.iter().map(|text| (*text).to_owned()).collect())
+    }
+
+    #[test]
+    fn of_sshs_settings_the_first_counts() {
+        let root = |evidence: &Evidence| ssh(evidence, "permitrootlogin", "yes");
+        let main = "/etc/ssh/sshd_config: ";
+        for (config, parts, expected) in [
+            ("", &[][..], Verdict::Passed),
+            ("#PermitRootLogin yes\n", &[], Verdict::Passed),
+            (
+                "permitrootlogin=YES\n",
+                &[],
+                failed(&[&format!("{main}permitrootlogin=YES")]),
+            ),
+            (
+                "PermitRootLogin no\nPermitRootLogin yes\n",
+                &[],
+                Verdict::Passed,
+            ),
+            (
+                "Include /etc/ssh/sshd_config.d/*.conf\nPermitRootLogin no\n",
+                &[("/p", "PermitRootLogin yes")],
+                failed(&["/p: PermitRootLogin yes"]),
+            ),
+            (
+                "PermitRootLogin no\nMatch User bob\n  PermitRootLogin yes\n",
+                &[],
+                failed(&[&format!("{main}PermitRootLogin yes")]),
+            ),
+            ("PermitRootLogin prohibit-password\n", &[], Verdict::Passed),
+        ] {
+            assert_eq!(root(&sshd(config, parts)), expected, "{config}");
+        }
+        assert_eq!(root(&Evidence::default()), Verdict::NotApplicable);
+    }
+
+    #[test]
+    fn sudo_without_a_password_is_found() {
+        let of = |text: &str| Evidence {
+            sudoers: vec![("/etc/sudoers.d/x".into(), text.to_owned())],
+            ..Evidence::default()
+        };
+        let line = "bob ALL=(ALL) NOPASSWD: ALL";
+        assert_eq!(
+            sudo(&of(line)),
+            failed(&[&format!("/etc/sudoers.d/x: {line}")])
+        );
+        assert_eq!(
+            sudo(&of("# bob ALL=(ALL) NOPASSWD: ALL\nroot ALL=(ALL) ALL")),
+            Verdict::Passed
+        );
+        assert_eq!(sudo(&Evidence::default()), Verdict::NotApplicable);
+    }
+
+    #[test]
+    fn sockets_that_others_reach_are_found() {
+        let head = "  sl  local_address rem_address   st\n";
+        let tcp = format!(
+            "{head}   0: 00000000:0016 00000000:0000 0A 0\n   1: 0100007F:1F90 00000000:0000 0A\n   \
+             2: 05C8A8C0:0017 00000000:0000 0A\n   3: 05C8A8C0:9C40 08080808:0050 01\nnonsense\n"
+        );
+        let tcp6 = format!(
+            "{head}   0: 00000000000000000000000001000000:0050 0:0 0A\n   \
+             1: 00000000000000000000000000000000:0050 0:0 0A\n"
+        );
+        let udp = format!("{head}   0: 00000000:0035 00000000:0000 07\n");
+        let evidence = Evidence {
+            sockets: vec![("tcp", tcp), ("tcp6", tcp6), ("udp", udp)],
+            ..Evidence::default()
+        };
+        assert_eq!(
+            services(&evidence, |_| true),
+            failed(&[
+                "tcp port 22 on 0.0.0.0",
+                "tcp port 23 on 192.168.200.5",
+                "tcp port 80 on ::",
+                "udp port 53 on 0.0.0.0",
+            ])
+        );
+        let mut report = Report::new(&[]);
+        judge(&evidence, "vm", &mut report);
+        let found = |id: &str| {
+            let findings = report_findings(&evidence);
+            findings.into_iter().find(|(check, _)| check == id)
+        };
+        assert_eq!(found("service.plain"), Some(("service.plain".into(), true)));
+        assert_eq!(
+            found("service.reachable"),
+            Some(("service.reachable".into(), false))
+        );
+    }
+
+    fn report_findings(evidence: &Evidence) -> Vec<(String, bool)> {
+        let mut report = Report::new(&[]);
+        judge(evidence, "vm", &mut report);
+        let findings = report.finish().findings.into_iter();
+        findings
+            .map(|finding| (finding.check, finding.is_failure))
+            .collect()
+    }
+
+    #[test]
+    fn programs_that_run_as_their_owner_are_known_by_name_and_place() {
+        let mut evidence = Evidence::default();
+        evidence.files.set_id = ["/usr/bin/su", "/usr/bin/nmap", "/tmp/su"]
+            .map(str::to_owned)
+            .into();
+        assert_eq!(set_id(&evidence), failed(&["/usr/bin/nmap", "/tmp/su"]));
+        evidence.files.set_id.truncate(1);
+        assert_eq!(set_id(&evidence), Verdict::Passed);
+        evidence.files.incomplete = Some("why".into());
+        assert_eq!(set_id(&evidence), Verdict::Warning(vec!["why".into()]));
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_that_a_guest_says_makes_a_judge_panic(
+            one in "\\PC{0,200}", other in "[ :$/#=a-zA-Z0-9\n]{0,400}",
+        ) {
+            let evidence = Evidence {
+                passwd: Some(other.clone()),
+                shadow: Some(one.clone()),
+                sshd: Some(format!("Include sshd_config.d\n{other}")),
+                sshd_parts: vec![("p".into(), one.clone())],
+                sudoers: vec![("s".into(), other.clone())],
+                sockets: vec![("tcp", one), ("udp6", other)],
+                ..Evidence::default()
+            };
+            let mut report = Report::new(&[]);
+            judge(&evidence, "vm", &mut report);
+            report.finish();
+        }
+    }
+}

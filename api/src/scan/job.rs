@@ -1,0 +1,257 @@
+//! One scan.
+
+use std::path::Path;
+
+use tokio::time::timeout;
+use tracing::warn;
+
+use super::control::Area;
+use super::evidence::Reader;
+use super::packages::{self, Packages, Release};
+use super::report::{Check, Report, Results, Severity, Verdict};
+use super::{MAX_TIME, Scan, ScanKind, advisories, guest, host};
+use crate::audit::AuditLog;
+use crate::chain;
+use crate::domain::{HostError, Manager, Sandbox, Status};
+
+/// The largest `dpkg` status file, in bytes.
+const MAX_STATUS: usize = 64 << 20;
+/// What is affected by checks of the daemon itself.
+const DAEMON: &str = "daemon";
+
+static NOT_SEEN: Check = Check {
+    id: "guest.not_inspected",
+    failure: "The guest was not looked into",
+    recommendation: "Start the machine, and scan it again",
+    severity: Severity::Low,
+    area: Area::Files,
+};
+static NOT_HELD: Check = Check {
+    id: "host.not_inspected",
+    failure: "What holds the machine on the host was not looked at",
+    recommendation: "Look into the daemon's log",
+    severity: Severity::Low,
+    area: Area::Isolation,
+};
+static PACKAGES_NOT_SEEN: Check = Check {
+    id: "package.not_compared",
+    failure: "Packages were not compared with known holes",
+    recommendation: "See the details",
+    severity: Severity::Low,
+    area: Area::Vulnerabilities,
+};
+static AUDIT: Check = Check {
+    id: "daemon.audit_log",
+    failure: "The audit log was changed by somebody else than the daemon",
+    recommendation: "Run sandboxd audit verify, and find out who can write the data directory",
+    severity: Severity::Critical,
+    area: Area::Audit,
+};
+
+/// A scan that is under way.
+pub struct Job<'a> {
+    /// Acts for who has asked for it.
+    pub manager: &'a Manager,
+    /// The scan.
+    pub scan: &'a Scan,
+    /// Known holes of packages.
+    pub advisories: Option<&'a Path>,
+    /// The audit log.
+    pub audit: &'a AuditLog,
+}
+
+/// Why a guest was not looked into.
+enum Unseen {
+    /// Its state does not allow it.
+    NotRunning(Status),
+    /// It does not answer as it should.
+    Host(HostError),
+    /// It takes too long.
+    Slow,
+}
+
+impl Unseen {
+    fn sentence(&self) -> String {
+        match self {
+            Self::NotRunning(status) => {
+                format!("it is {status}, and only one that runs is looked into")
+            }
+            Self::Host(source) => chain(source),
+            Self::Slow => format!("it took longer than {} s", MAX_TIME.as_secs()),
+        }
+    }
+}
+
+impl Job<'_> {
+    /// What all of it comes to.
+    pub async fn run(&self, machines: &[Sandbox]) -> Results {
+        let mut report = Report::new(&self.scan.frameworks);
+        if self.scan.kind == ScanKind::Compliance && report.wants(AUDIT.area) {
+            self.look_at_audit(&mut report).await;
+        }
+        for machine in machines {
+            match self.scan.kind {
+                ScanKind::Vulnerability => self.compare_packages(machine, &mut report).await,
+                ScanKind::Compliance | ScanKind::Configuration => {
+                    self.look_at(machine, &mut report).await;
+                }
+            }
+        }
+        report.finish()
+    }
+
+    async fn look_at_audit(&self, report: &mut Report) {
+        let path = self.audit.path().to_owned();
+        let verified = tokio::task::spawn_blocking(move || crate::audit::verify(&path)).await;
+        let verdict = match verified {
+            Ok(Ok(_)) => Verdict::Passed,
+            Ok(Err(source)) => Verdict::Failed(vec![chain(&source)]),
+            Err(_) => Verdict::Warning(vec!["it could not be verified".to_owned()]),
+        };
+        report.add(&AUDIT, DAEMON, verdict);
+    }
+
+    async fn look_at(&self, machine: &Sandbox, report: &mut Report) {
+        let name = machine.shown();
+        match self.manager.posture(machine).await {
+            Ok(posture) => host::judge(machine, &posture, &name, report),
+            Err(source) => {
+                warn!(sandbox = %machine.id, error = chain(&source), "not looked at from outside");
+                let why = "the host cannot tell; the daemon's log says why".to_owned();
+                report.add(&NOT_HELD, &name, Verdict::Warning(vec![why]));
+            }
+        }
+        let seen = self
+            .in_guest(machine, async |reader| reader.collect().await)
+            .await;
+        match seen {
+            Ok(evidence) => {
+                // Passwords are tried, which takes a processor's time.
+                let frameworks = self.scan.frameworks.clone();
+                let judged = {
+                    let name = name.clone();
+                    tokio::task::spawn_blocking(move || {
+                        let mut report = Report::new(&frameworks);
+                        guest::judge(&evidence, &name, &mut report);
+                        report
+                    })
+                };
+                if let Ok(judged) = judged.await {
+                    report.merge(judged);
+                }
+            }
+            Err(why) => report.add(&NOT_SEEN, &name, Verdict::Warning(vec![why.sentence()])),
+        }
+    }
+
+    async fn compare_packages(&self, machine: &Sandbox, report: &mut Report) {
+        let name = machine.shown();
+        let mut warn = |why: String| {
+            report.add(&PACKAGES_NOT_SEEN, &name, Verdict::Warning(vec![why]));
+        };
+        let Some(advisories) = self.advisories else {
+            return warn(
+                "the daemon has no file of known holes: set scan.advisories to one of OSV or of the \
+                 Debian security tracker"
+                    .to_owned(),
+            );
+        };
+        let read = async |reader: Reader<'_>| {
+            let status = reader.text("/var/lib/dpkg/status", MAX_STATUS).await?;
+            let release = match reader.text("/etc/os-release", 1 << 16).await? {
+                None => reader.text("/usr/lib/os-release", 1 << 16).await?,
+                release => release,
+            };
+            Ok((status, release))
+        };
+        let (status, release) = match self.in_guest(machine, read).await {
+            Ok(read) => read,
+            Err(why) => return warn(why.sentence()),
+        };
+        let Some((status, is_whole)) = status else {
+            return warn("it has no packages of dpkg".to_owned());
+        };
+        let release = Release::parse(release.map(|(text, _)| text).as_deref().unwrap_or_default());
+        if release.id.is_empty() {
+            return warn("it does not say which distribution it is".to_owned());
+        }
+        let path = advisories.to_owned();
+        let compared = tokio::task::spawn_blocking(move || {
+            let packages = packages::parse(&status);
+            let holes = advisories::compare(&path, &packages, &release)?;
+            Ok::<_, std::io::Error>((packages, holes))
+        });
+        let (packages, holes) = match compared.await {
+            Ok(Ok(compared)) => compared,
+            Ok(Err(source)) => {
+                let path = advisories.display();
+                return warn(format!("{path} cannot be used: {source}"));
+            }
+            Err(_) => return warn("the comparison was broken off".to_owned()),
+        };
+        if !is_whole || packages.unknown > 0 {
+            let unknown = packages.unknown;
+            warn(format!(
+                "{unknown} entries of its list of packages make no sense, or it is too long"
+            ));
+        }
+        add_holes(&packages, &holes, &name, report);
+    }
+
+    /// What `look` sees in a machine, if that runs and answers in time.
+    async fn in_guest<T>(
+        &self,
+        machine: &Sandbox,
+        look: impl AsyncFnOnce(Reader<'_>) -> Result<T, HostError>,
+    ) -> Result<T, Unseen> {
+        // One that is paused stays so.
+        let status = match self.manager.get(machine.id.as_str()).await {
+            Ok(machine) => machine.status,
+            Err(_) => Status::Stopped,
+        };
+        if status != Status::Running {
+            return Err(Unseen::NotRunning(status));
+        }
+        let in_use = match self.manager.running(machine.id.as_str()).await {
+            Ok(in_use) => in_use,
+            Err(_) => return Err(Unseen::NotRunning(status)),
+        };
+        match timeout(MAX_TIME, look(Reader::new(self.manager, &in_use))).await {
+            Ok(Ok(seen)) => Ok(seen),
+            Ok(Err(source)) => Err(Unseen::Host(source)),
+            Err(_) => Err(Unseen::Slow),
+        }
+    }
+}
+
+/// Each package is a check, which fails with the worst of its holes.
+fn add_holes(packages: &Packages, holes: &[advisories::Hole], vm: &str, report: &mut Report) {
+    for package in packages.by_source.values().flatten() {
+        let own: Vec<_> = holes
+            .iter()
+            .filter(|hole| hole.package == package.name)
+            .collect();
+        let told = own.iter().map(|hole| match &hole.fixed {
+            Some(fixed) => format!(
+                "{} {}: {}, mended in {fixed}",
+                hole.package, hole.version, hole.id
+            ),
+            None => format!(
+                "{} {}: {}, not mended yet",
+                hole.package, hole.version, hole.id
+            ),
+        });
+        let check = Check {
+            id: "package.hole",
+            failure: "A package has known holes",
+            recommendation: "Install the version that mends them, where there is one: apt-get upgrade",
+            severity: own
+                .iter()
+                .map(|hole| hole.severity)
+                .max()
+                .unwrap_or(Severity::Info),
+            area: Area::Vulnerabilities,
+        };
+        report.add(&check, vm, Verdict::unless(told.collect()));
+    }
+}

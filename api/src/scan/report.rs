@@ -1,0 +1,346 @@
+//! What checks found, and what that comes to.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+
+use super::control::{Area, Framework};
+
+/// The most findings of one scan; what comes after them is counted, and not told.
+pub const MAX_FINDINGS: usize = 2000;
+/// The most things that one finding names.
+const MAX_DETAILS: usize = 20;
+/// How much of each is told, in characters.
+const MAX_DETAIL: usize = 200;
+/// The greatest risk.
+const MAX_RISK: u32 = 100;
+
+/// How bad a failed check is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Severity {
+    /// It is to be known.
+    Info,
+    /// It helps an attacker who is in already.
+    Low,
+    /// It makes an attack possible that needs something else as well.
+    Medium,
+    /// It makes an attack possible.
+    High,
+    /// It lets anybody in.
+    Critical,
+}
+
+impl Severity {
+    /// What a failed check of this severity adds to the risk.
+    fn weight(self) -> u32 {
+        match self {
+            Self::Critical => 25,
+            Self::High => 10,
+            Self::Medium => 5,
+            Self::Low | Self::Info => 1,
+        }
+    }
+}
+
+/// Something that is looked at.
+#[derive(Debug, Clone, Copy)]
+pub struct Check {
+    /// Its name.
+    pub id: &'static str,
+    /// What a failure is, as a sentence without a full stop.
+    pub failure: &'static str,
+    /// What to do about it.
+    pub recommendation: &'static str,
+    /// How bad it is.
+    pub severity: Severity,
+    /// What it is about.
+    pub area: Area,
+}
+
+/// What a check came to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// It is as it should be.
+    Passed,
+    /// It is not; what exactly.
+    Failed(Vec<String>),
+    /// It is to be looked at, or could not be looked at; why.
+    Warning(Vec<String>),
+    /// There is nothing to look at.
+    NotApplicable,
+}
+
+impl Verdict {
+    /// Failed if there is anything.
+    pub fn unless(found: Vec<String>) -> Self {
+        match found.is_empty() {
+            true => Self::Passed,
+            false => Self::Failed(found),
+        }
+    }
+}
+
+/// Something to do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Finding {
+    /// Name of the check.
+    pub check: String,
+    /// How bad it is.
+    pub severity: Severity,
+    /// Whether the check has failed, and not only warned.
+    pub is_failure: bool,
+    /// `configuration`, `isolation`, `vulnerability` or `audit`.
+    pub category: String,
+    /// What is wrong.
+    pub description: String,
+    /// What exactly, as far as it is told.
+    pub details: Vec<String>,
+    /// What to do about it.
+    pub recommendation: String,
+    /// Name of the machine, or `daemon`.
+    pub affected_resource: String,
+    /// Numbers of controls by framework.
+    pub controls: BTreeMap<Framework, Vec<String>>,
+}
+
+/// What a scan came to.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Results {
+    /// Checks that came to something: the next three together.
+    pub total_checks: u32,
+    /// Those that found all as it should be.
+    pub passed: u32,
+    /// Those that did not.
+    pub failed: u32,
+    /// Those that found something to look at, or could not look.
+    pub warnings: u32,
+    /// Those that had nothing to look at.
+    pub not_applicable: u32,
+    /// 0, nothing found, to 100.
+    pub risk_score: u32,
+    /// What to do, worst first.
+    pub findings: Vec<Finding>,
+    /// How many more there are.
+    pub findings_left_off: u32,
+}
+
+/// Collects what checks come to.
+#[derive(Debug)]
+pub struct Report {
+    frameworks: BTreeSet<Framework>,
+    results: Results,
+    /// The risk of each thing that was looked at.
+    risks: BTreeMap<String, u32>,
+}
+
+impl Report {
+    /// With the checks that count for one of these frameworks; with all, if there are none.
+    pub fn new(frameworks: &[Framework]) -> Self {
+        Self {
+            frameworks: frameworks.iter().copied().collect(),
+            results: Results::default(),
+            risks: BTreeMap::new(),
+        }
+    }
+
+    /// Whether a check about this is part of it.
+    pub fn wants(&self, area: Area) -> bool {
+        self.frameworks.is_empty()
+            || self
+                .frameworks
+                .iter()
+                .any(|framework| !area.controls(*framework).is_empty())
+    }
+
+    /// Adds what a check came to at this machine.
+    pub fn add(&mut self, check: &Check, resource: &str, verdict: Verdict) {
+        if !self.wants(check.area) {
+            return;
+        }
+        let controls = self.controls(check.area);
+        let results = &mut self.results;
+        let (is_failure, severity, details) = match verdict {
+            Verdict::NotApplicable => {
+                results.not_applicable += 1;
+                return;
+            }
+            Verdict::Passed => {
+                results.passed += 1;
+                results.total_checks += 1;
+                return;
+            }
+            Verdict::Failed(details) => {
+                results.failed += 1;
+                (true, check.severity, details)
+            }
+            Verdict::Warning(details) => {
+                results.warnings += 1;
+                (false, check.severity.min(Severity::Low), details)
+            }
+        };
+        results.total_checks += 1;
+        let weight = match is_failure {
+            true => severity.weight(),
+            false => 1,
+        };
+        let risk = self.risks.entry(resource.to_owned()).or_default();
+        *risk = risk.saturating_add(weight);
+        if results.findings.len() >= MAX_FINDINGS {
+            results.findings_left_off += 1;
+            return;
+        }
+        results.findings.push(Finding {
+            check: check.id.to_owned(),
+            severity,
+            is_failure,
+            category: category(check.area).to_owned(),
+            description: check.failure.to_owned(),
+            details: shorten(details),
+            recommendation: check.recommendation.to_owned(),
+            affected_resource: resource.to_owned(),
+            controls,
+        });
+    }
+
+    /// Adds all of another, of the same frameworks.
+    pub fn merge(&mut self, other: Self) {
+        let (results, more) = (&mut self.results, other.results);
+        results.total_checks += more.total_checks;
+        results.passed += more.passed;
+        results.failed += more.failed;
+        results.warnings += more.warnings;
+        results.not_applicable += more.not_applicable;
+        results.findings_left_off += more.findings_left_off;
+        for finding in more.findings {
+            match results.findings.len() < MAX_FINDINGS {
+                true => results.findings.push(finding),
+                false => results.findings_left_off += 1,
+            }
+        }
+        for (resource, risk) in other.risks {
+            let sum = self.risks.entry(resource).or_default();
+            *sum = sum.saturating_add(risk);
+        }
+    }
+
+    /// Of the frameworks that were asked for, or of all.
+    fn controls(&self, area: Area) -> BTreeMap<Framework, Vec<String>> {
+        let asked = |framework: &Framework| {
+            self.frameworks.is_empty() || self.frameworks.contains(framework)
+        };
+        let numbers = Framework::ALL.into_iter().filter(asked).map(|framework| {
+            let numbers = area.controls(framework);
+            (
+                framework,
+                numbers
+                    .iter()
+                    .map(|number| (*number).to_owned())
+                    .collect::<Vec<_>>(),
+            )
+        });
+        numbers.filter(|(_, numbers)| !numbers.is_empty()).collect()
+    }
+
+    /// What all of it comes to. The risk is that of the thing that has most.
+    pub fn finish(mut self) -> Results {
+        let risk = self.risks.values().copied().max().unwrap_or(0);
+        self.results.risk_score = risk.min(MAX_RISK);
+        let findings = &mut self.results.findings;
+        findings.sort_by(|a, b| {
+            b.severity
+                .cmp(&a.severity)
+                .then_with(|| a.check.cmp(&b.check))
+        });
+        self.results
+    }
+}
+
+fn category(area: Area) -> &'static str {
+    match area {
+        Area::Isolation | Area::Network | Area::StoredData => "isolation",
+        Area::Vulnerabilities => "vulnerability",
+        Area::Audit => "audit",
+        _ => "configuration",
+    }
+}
+
+/// The first of them, without what could be taken for something else than text.
+fn shorten(details: Vec<String>) -> Vec<String> {
+    let more = details.len().saturating_sub(MAX_DETAILS);
+    let shortened = details.into_iter().take(MAX_DETAILS).map(|text| {
+        let plain = text
+            .chars()
+            .map(|one| if one.is_control() { '\u{fffd}' } else { one });
+        plain.take(MAX_DETAIL).collect()
+    });
+    let more = (more > 0).then(|| format!("and {more} more"));
+    shortened.chain(more).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn check(id: &'static str, severity: Severity, area: Area) -> Check {
+        Check {
+            id,
+            failure: "It is bad",
+            recommendation: "Make it good.",
+            severity,
+            area,
+        }
+    }
+
+    const BAD: Check = check("bad", Severity::Critical, Area::Authentication);
+    const HARD: Check = check("hard", Severity::Medium, Area::Hardening);
+
+    #[test]
+    fn all_is_counted_and_the_worst_thing_is_the_risk() {
+        let mut report = Report::new(&[]);
+        report.add(&BAD, "one", Verdict::Passed);
+        report.add(&HARD, "one", Verdict::Failed(vec!["x\u{1b}[2J".into()]));
+        report.add(&HARD, "one", Verdict::NotApplicable);
+        report.add(&HARD, "two", Verdict::Warning(vec!["?".into()]));
+        report.add(
+            &BAD,
+            "two",
+            Verdict::Failed((0..25).map(|n| n.to_string()).collect()),
+        );
+        let results = report.finish();
+        let counts = (
+            results.total_checks,
+            results.passed,
+            results.failed,
+            results.warnings,
+        );
+        assert_eq!(counts, (4, 1, 2, 1));
+        assert_eq!(results.not_applicable, 1);
+        assert_eq!(results.risk_score, 26);
+        let ids: Vec<_> = results
+            .findings
+            .iter()
+            .map(|finding| finding.check.as_str())
+            .collect();
+        assert_eq!(ids, ["bad", "hard", "hard"]);
+        assert_eq!(results.findings[0].details.len(), MAX_DETAILS + 1);
+        assert_eq!(results.findings[1].details, ["x\u{fffd}[2J"]);
+        assert_eq!(results.findings[2].severity, Severity::Low);
+        assert_eq!(results.findings[0].controls[&Framework::Soc2], ["CC6.1"]);
+    }
+
+    #[test]
+    fn frameworks_select_checks_and_the_risk_ends_at_a_hundred() {
+        let mut report = Report::new(&[Framework::Hipaa]);
+        assert!(!report.wants(Area::Hardening));
+        report.add(&HARD, "one", Verdict::Failed(Vec::new()));
+        for _ in 0..5 {
+            report.add(&BAD, "one", Verdict::Failed(Vec::new()));
+        }
+        let results = report.finish();
+        assert_eq!((results.total_checks, results.risk_score), (5, 100));
+        let controls = &results.findings[0].controls;
+        assert_eq!(controls.len(), 1);
+        assert_eq!(controls[&Framework::Hipaa][0], "164.312(a)(2)(i)");
+    }
+}

@@ -1,0 +1,387 @@
+//! Security scans, on a host that runs nothing.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test that cannot go on may panic"
+)]
+
+mod support;
+
+use api::audit;
+use api::domain::{Posture, Principal, VmmPosture};
+use api::scan::{ScanKind, ScanSpec, Scans};
+use axum::http::StatusCode;
+use rusqlite::Connection;
+use serde_json::{Value, json};
+use support::{ADVISORIES, Api};
+
+const PASSWORD: &str = "Correct-horse-7";
+
+/// The API, and a user of it.
+struct Bench {
+    api: Api,
+    bearer: String,
+}
+
+impl Bench {
+    async fn new() -> Self {
+        let api = Api::new(1 << 20, 1 << 20).await;
+        *api.host.posture.lock().unwrap() = Posture {
+            vmm: Some(VmmPosture {
+                is_jailed: true,
+                has_seccomp: true,
+                has_no_new_privs: true,
+                has_capabilities: false,
+                has_own_user: true,
+            }),
+            exposed: Vec::new(),
+        };
+        let bearer = user(&api, "alice", "admin").await;
+        let bench = Self { api, bearer };
+        bench.file("/etc/passwd", "root:x:0:0::/root:/bin/sh\n");
+        bench.file("/etc/group", "root:x:0:\n");
+        bench.file("/etc/shadow", "root:*:19000::::::\n");
+        bench.file("/etc/ssh/sshd_config", "PermitRootLogin no\n");
+        bench.file("/proc/sys/kernel/randomize_va_space", "2\n");
+        bench
+    }
+
+    fn file(&self, path: &str, content: &str) {
+        let mut files = self.api.host.files.lock().unwrap();
+        files.insert(path.to_owned(), content.as_bytes().to_vec());
+    }
+
+    async fn call(&self, method: &str, path: &str, body: Value) -> (u16, Value) {
+        self.call_as(&self.bearer, method, path, body).await
+    }
+
+    async fn call_as(&self, bearer: &str, method: &str, path: &str, body: Value) -> (u16, Value) {
+        let body = match body {
+            Value::Null => String::new(),
+            body => body.to_string(),
+        };
+        let path = format!("/api/v1{path}");
+        let headers = [("authorization", bearer)];
+        let (status, answer) = self.api.call_as(method, &path, &body, &headers).await;
+        (status.as_u16(), answer)
+    }
+
+    async fn vm(&self, name: &str, is_on: bool) {
+        let (status, vm) = self.call("POST", "/vms", json!({"name": name})).await;
+        assert_eq!(status, 201, "{vm}");
+        if is_on {
+            let path = format!("/vms/{name}/start");
+            let (status, answer) = self.call("POST", &path, Value::Null).await;
+            assert_eq!(status, 200, "{answer}");
+        }
+    }
+
+    async fn start(&self, scan: Value) -> Value {
+        let (status, started) = self.call("POST", "/security/scan", scan).await;
+        assert_eq!(status, 202, "{started}");
+        started
+    }
+
+    async fn get(&self, started: &Value) -> Value {
+        let path = format!("/security/scans/{}", started["scan_id"].as_str().unwrap());
+        let (status, scan) = self.call("GET", &path, Value::Null).await;
+        assert_eq!(status, 200, "{scan}");
+        scan
+    }
+
+    /// A scan that has ended.
+    async fn scan(&self, scan: Value) -> Value {
+        let started = self.start(scan).await;
+        loop {
+            let scan = self.get(&started).await;
+            if scan["status"] != "started" {
+                return scan;
+            }
+        }
+    }
+}
+
+async fn user(api: &Api, name: &str, role: &str) -> String {
+    let body = json!({"username": name, "password": PASSWORD, "role": role}).to_string();
+    let (status, answer) = api.call("POST", "/api/v1/auth/register", &body).await;
+    assert_eq!(status, StatusCode::CREATED, "{answer}");
+    api.token(name, PASSWORD).await
+}
+
+fn finding<'a>(scan: &'a Value, check: &str) -> Option<&'a Value> {
+    let findings = scan["results"]["findings"].as_array().unwrap();
+    findings.iter().find(|finding| finding["check"] == check)
+}
+
+#[tokio::test]
+async fn a_weak_setting_is_found_and_a_good_one_is_not() {
+    let bench = Bench::new().await;
+    bench.vm("test-vm", true).await;
+    let configuration = json!({"scan_type": "configuration", "target": "test-vm"});
+    let good = bench.scan(configuration.clone()).await;
+    assert_eq!(good["status"], "completed", "{good}");
+    assert_eq!(finding(&good, "ssh.root_login"), None);
+    let count = |scan: &Value, field: &str| scan["results"][field].as_u64().unwrap();
+    let sum = ["passed", "failed", "warnings"].map(|field| count(&good, field));
+    assert_eq!(count(&good, "total_checks"), sum.iter().sum::<u64>());
+    assert!(sum[0] >= 10, "{good}");
+
+    bench.file("/etc/ssh/sshd_config", "PermitRootLogin yes\n");
+    bench.file("/etc/shadow", "root::19000::::::\n");
+    bench.file("/proc/sys/kernel/randomize_va_space", "0\n");
+    bench.api.host.posture.lock().unwrap().vmm = Some(VmmPosture::default());
+    let started = bench.start(configuration.clone()).await;
+    let time = |value: &Value| value.as_str().unwrap().parse::<jiff::Timestamp>().unwrap();
+    assert!(time(&started["estimated_completion"]) >= time(&started["started_at"]));
+    assert_eq!(started["status"], "started");
+    let weak = bench.scan(configuration).await;
+    let found = finding(&weak, "ssh.root_login").unwrap();
+    for (field, expected) in [
+        ("severity", "medium"),
+        ("category", "configuration"),
+        ("description", "SSH root login enabled"),
+        ("affected_resource", "test-vm"),
+        ("outcome", "failed"),
+    ] {
+        assert_eq!(found[field], expected);
+    }
+    let line = "/etc/ssh/sshd_config: PermitRootLogin yes";
+    assert_eq!(found["details"], json!([line]));
+    for check in [
+        "account.empty_password",
+        "kernel.randomize_va_space",
+        "host.jail",
+    ] {
+        assert_eq!(finding(&good, check), None, "{check}");
+        assert!(finding(&weak, check).is_some(), "{check} {weak}");
+    }
+    assert_eq!(
+        finding(&weak, "account.empty_password").unwrap()["details"],
+        json!(["root"])
+    );
+    let added = count(&weak, "failed") - count(&good, "failed");
+    assert_eq!(
+        added, 7,
+        "jail, seccomp, privileges, user, SSH, password, randomization"
+    );
+    let risk = count(&weak, "risk_score") - count(&good, "risk_score");
+    assert_eq!(risk, 25 + 10 + 10 + 5 + 5 + 10 + 5);
+    assert!(time(&weak["completed_at"]) >= time(&weak["started_at"]));
+}
+
+#[tokio::test]
+async fn of_a_machine_that_is_off_only_the_host_is_looked_at() {
+    let bench = Bench::new().await;
+    bench.vm("off", false).await;
+    bench.vm("on", true).await;
+    bench.file("/etc/ssh/sshd_config", "PermitRootLogin yes\n");
+    let scan = bench
+        .scan(json!({"scan_type": "configuration", "target": "all"}))
+        .await;
+    assert_eq!(scan["target"], "all");
+    assert_eq!(
+        finding(&scan, "ssh.root_login").unwrap()["affected_resource"],
+        "on"
+    );
+    let unseen = finding(&scan, "guest.not_inspected").unwrap();
+    assert_eq!(unseen["affected_resource"], "off");
+    assert_eq!(unseen["outcome"], "warning");
+    bench.api.host.posture.lock().unwrap().exposed = vec!["/d/disk.qcow2".into()];
+    let scan = bench
+        .scan(json!({"scan_type": "configuration", "target": "off"}))
+        .await;
+    let exposed = finding(&scan, "host.saved_files").unwrap();
+    assert_eq!(exposed["details"], json!(["/d/disk.qcow2"]));
+    assert_eq!(finding(&scan, "ssh.root_login"), None);
+}
+
+#[tokio::test]
+async fn frameworks_select_checks_and_name_their_controls() {
+    let bench = Bench::new().await;
+    bench.vm("test-vm", true).await;
+    bench.file("/etc/ssh/sshd_config", "PermitRootLogin yes\n");
+    bench.file("/proc/sys/kernel/randomize_va_space", "0\n");
+    let of = |frameworks: Value| json!({"scan_type": "compliance", "target": "test-vm", "frameworks": frameworks});
+    let all = bench.scan(of(json!(["SOC2", "HIPAA", "PCI_DSS"]))).await;
+    let controls = &finding(&all, "ssh.root_login").unwrap()["controls"];
+    assert_eq!(controls["PCI_DSS"], json!(["2.2.2", "8.3.1", "8.3.6"]));
+    assert_eq!(controls["GDPR"], Value::Null);
+    assert!(finding(&all, "kernel.randomize_va_space").is_some());
+    assert_eq!(finding(&all, "daemon.audit_log"), None);
+    let hipaa = bench.scan(of(json!(["HIPAA"]))).await;
+    assert_eq!(finding(&hipaa, "kernel.randomize_va_space"), None);
+    let total = |scan: &Value| scan["results"]["total_checks"].as_u64().unwrap();
+    assert!(total(&hipaa) < total(&all));
+
+    let path = bench.api.dir.path().join(audit::FILE);
+    let sql = "DROP TRIGGER no_update; UPDATE records SET user_id = 'x' WHERE seq = 1;";
+    Connection::open(path).unwrap().execute_batch(sql).unwrap();
+    let tampered = bench.scan(of(json!(["HIPAA"]))).await;
+    let found = finding(&tampered, "daemon.audit_log").unwrap();
+    assert_eq!(
+        (&found["severity"], &found["affected_resource"]),
+        (&json!("critical"), &json!("daemon"))
+    );
+    assert_eq!(found["controls"], json!({"HIPAA": ["164.312(b)"]}));
+}
+
+#[tokio::test]
+async fn packages_are_compared_with_known_holes_and_without_any_it_says_so() {
+    let bench = Bench::new().await;
+    bench.vm("test-vm", true).await;
+    bench.file(
+        "/etc/os-release",
+        "ID=debian\nVERSION_ID=\"12\"\nVERSION_CODENAME=bookworm\n",
+    );
+    let scan = json!({"scan_type": "vulnerability", "target": "test-vm"});
+    let missing = bench.scan(scan.clone()).await;
+    assert!(
+        finding(&missing, "package.not_compared").is_some(),
+        "no file: {missing}"
+    );
+    let holes = json!({
+        "bash": {"CVE-2024-1": {"releases": {"bookworm": {
+            "status": "resolved", "fixed_version": "5.2.15-3", "urgency": "high"}}}},
+        "tar": {"CVE-2024-2": {"releases": {"bookworm": {
+            "status": "resolved", "fixed_version": "1.34+dfsg-1", "urgency": "high"}}}},
+    });
+    let path = bench.api.dir.path().join(ADVISORIES);
+    std::fs::write(path, holes.to_string()).unwrap();
+    let without = bench.scan(scan.clone()).await;
+    let why = &finding(&without, "package.not_compared").unwrap()["details"][0];
+    assert!(
+        why.as_str().unwrap().contains("no packages of dpkg"),
+        "{why}"
+    );
+    bench.file(
+        "/var/lib/dpkg/status",
+        "Package: bash\nStatus: install ok installed\nVersion: 5.2.15-2+b7\n\n\
+         Package: tar\nStatus: install ok installed\nVersion: 1.34+dfsg-1.2\n",
+    );
+    let compared = bench.scan(scan).await;
+    let results = &compared["results"];
+    assert_eq!(
+        (&results["total_checks"], &results["failed"]),
+        (&json!(2), &json!(1))
+    );
+    let hole = finding(&compared, "package.hole").unwrap();
+    assert_eq!(
+        hole["details"],
+        json!(["bash 5.2.15-2+b7: CVE-2024-1, mended in 5.2.15-3"])
+    );
+    assert_eq!(
+        (&hole["severity"], &hole["category"]),
+        (&json!("high"), &json!("vulnerability"))
+    );
+    assert_eq!(results["risk_score"], 10);
+
+    // Without a file in the settings.
+    let log = audit::AuditLog::open(&bench.api.dir.path().join(audit::FILE)).unwrap();
+    let scans = Scans::open(bench.api.store.clone(), log, None)
+        .await
+        .unwrap();
+    let spec = ScanSpec {
+        kind: ScanKind::Vulnerability,
+        target: None,
+        frameworks: Vec::new(),
+    };
+    let local = Principal::Local;
+    let scan = scans.start(&bench.api.manager, &local, spec).await.unwrap();
+    let results = loop {
+        let scan = scans.get(&local, scan.id.as_str()).await.unwrap();
+        if let Some(results) = scan.results {
+            break results;
+        }
+    };
+    assert!(results.findings[0].details[0].contains("set scan.advisories"));
+}
+
+#[tokio::test]
+async fn what_is_asked_for_wrongly_is_told_at_once_and_scans_are_their_owners() {
+    let bench = Bench::new().await;
+    let bob = user(&bench.api, "bob", "user").await;
+    bench.vm("hers", true).await;
+    let wrong = json!({"scan_type": "x", "frameworks": ["SOC2", "SOX"]});
+    let (status, error) = bench.call("POST", "/security/scan", wrong).await;
+    assert_eq!(status, 422);
+    let fields: Vec<_> = error["details"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|it| &it["field"])
+        .collect();
+    assert_eq!(fields, ["scan_type", "target", "frameworks"]);
+    let of = |target: &str| json!({"scan_type": "configuration", "target": target});
+    for target in ["hers", "nobodys"] {
+        let (status, error) = bench
+            .call_as(&bob, "POST", "/security/scan", of(target))
+            .await;
+        assert_eq!(status, 404);
+        assert_eq!(error["message"], format!("VM '{target}' not found"));
+    }
+    let started = bench.start(of("all")).await;
+    let path = format!("/security/scans/{}", started["scan_id"].as_str().unwrap());
+    for (path, who) in [
+        (path.as_str(), &bob),
+        ("/security/scans/sc-00000000", &bench.bearer),
+    ] {
+        let (status, error) = bench.call_as(who, "GET", path, Value::Null).await;
+        assert_eq!(status, 404, "{error}");
+    }
+    let (_, his) = bench
+        .call_as(&bob, "POST", "/security/scan", of("all"))
+        .await;
+    let path = format!("/security/scans/{}", his["scan_id"].as_str().unwrap());
+    loop {
+        let (_, scan) = bench.call_as(&bob, "GET", &path, Value::Null).await;
+        if scan["status"] == "completed" {
+            assert_eq!(
+                scan["results"]["total_checks"], 0,
+                "he has no machines: {scan}"
+            );
+            break;
+        }
+    }
+    let logs = bench
+        .call(
+            "GET",
+            "/security/audit-logs?action_type=security_scan",
+            Value::Null,
+        )
+        .await
+        .1;
+    assert_eq!(logs["logs"][0]["resource_id"], his["scan_id"]);
+}
+
+#[tokio::test]
+async fn an_end_of_the_daemon_cancels_scans_and_a_crash_fails_them() {
+    let bench = Bench::new().await;
+    bench.vm("test-vm", true).await;
+    // The guest does not answer.
+    bench.file("/etc/passwd", "hang");
+    let of = json!({"scan_type": "configuration", "target": "test-vm"});
+    let first = bench.start(of.clone()).await;
+    for _ in 1..8 {
+        bench.start(of.clone()).await;
+    }
+    let (status, error) = bench.call("POST", "/security/scan", of.clone()).await;
+    assert_eq!(status, 429, "{error}");
+    assert_eq!(bench.get(&first).await["status"], "started");
+    let Bench { api, bearer } = bench;
+    let bench = Bench {
+        api: api.restart().await,
+        bearer,
+    };
+    let failed = bench.get(&first).await;
+    assert_eq!(failed["status"], "failed");
+    assert_eq!(failed["status_reason"], "the daemon has ended while it ran");
+    assert_eq!(failed["results"], Value::Null);
+    let second = bench.start(of.clone()).await;
+    bench.api.scans.shutdown().await;
+    let cancelled = bench.get(&second).await;
+    assert_eq!(cancelled["status"], "cancelled");
+    assert!(cancelled["completed_at"].is_string());
+    let (status, _) = bench.call("POST", "/security/scan", of).await;
+    assert_eq!(status, 503);
+}
