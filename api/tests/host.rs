@@ -20,7 +20,7 @@ use std::time::Duration;
 use agent_protocol::Ready;
 use api::domain::{
     CreateRequest, Created, End, ExecEvent, ExecRequest, ExitInfo, Host, HostError, HostEvent,
-    Identity, Layers, ReadFileRequest, SandboxId, Shape, Start, WriteFileRequest,
+    Identity, Layers, ReadFileRequest, Resources, SandboxId, Shape, Start, WriteFileRequest,
 };
 use api::hypervisor::{HostConfig, LocalHost, Paths};
 use api::images::Images;
@@ -56,6 +56,7 @@ fn request(id: &SandboxId) -> CreateRequest {
         nic: None,
         scratch_mb: None,
         disk_mb: None,
+        resources: Resources::default(),
     }
 }
 

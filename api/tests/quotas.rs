@@ -82,6 +82,7 @@ fn body_for(path: &str) -> &'static str {
         Some("egress") => r#"{"policy": "none"}"#,
         Some("forwards") => r#"{"guest_port": 80}"#,
         Some("fork") => r#"{"count": 1}"#,
+        Some("resources") => r#"{"vcpus": 1}"#,
         Some("download") => r#"{"remote_path": "/f"}"#,
         Some("execute" | "command") => r#"{"command": "true"}"#,
         Some("port-forward") => r#"{"host_port": 10000, "guest_port": 80, "protocol": "tcp"}"#,

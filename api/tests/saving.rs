@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use api::domain::{
     ClaimRequest, CreateRequest, Created, End, ExecEvent, ExecRequest, Host, HostError, HostEvent,
-    Identity, LayerId, Layers, MergeRequest, PowerOffRequest, PrepareRequest, SandboxId,
+    Identity, LayerId, Layers, MergeRequest, PowerOffRequest, PrepareRequest, Resources, SandboxId,
     SaveRequest, Saved, Shape, Start,
 };
 use api::hypervisor::{HostConfig, LocalHost, Paths};
@@ -100,6 +100,7 @@ impl Bench {
             nic: None,
             scratch_mb: None,
             disk_mb: None,
+            resources: Resources::default(),
         };
         self.host.create(request).await.map(drop)
     }
@@ -112,6 +113,7 @@ impl Bench {
             id: id.clone(),
             shape: shape(),
             layers: layers.clone(),
+            resources: Resources::default(),
         };
         self.host.prepare(request).await
     }

@@ -1,10 +1,12 @@
-//! What guests take, by `/api/v1` and `/v1`, and how the daemon is.
+//! What guests take, and how what they have grows and shrinks: `/api/v1`, its health, and what Prometheus is
+//! told.
 
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use e2e_tests::daemon::{Daemon, Sandbox};
 use e2e_tests::http::Request;
+use e2e_tests::report;
 use serde_json::{Value, json};
 
 /// A caller of `/api/v1`.
@@ -47,6 +49,16 @@ impl Admin {
     }
 }
 
+/// A field of the guest's /proc/meminfo, in MiB.
+fn mem_total(sandbox: &Sandbox<'_>) -> u64 {
+    let kib = sandbox.must("sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo");
+    kib.parse::<u64>().unwrap() / 1024
+}
+
+fn cpus(sandbox: &Sandbox<'_>) -> u64 {
+    sandbox.must("nproc").parse().unwrap()
+}
+
 const BURN: &str = "i=0; while :; do i=$((i+1)); done";
 
 /// Share of its one vCPU that a guest has had after it has worked for some seconds, by the daemon's measure of
@@ -62,8 +74,8 @@ fn busy(daemon: &Daemon, admin: &Admin, sandbox: &Sandbox<'_>) -> f64 {
 }
 
 #[test]
-fn what_a_machine_takes_is_measured_and_its_file_system_fills_its_disk() {
-    let daemon = Daemon::start();
+fn what_a_machine_takes_is_measured_and_what_it_has_changes_while_it_runs() {
+    let mut daemon = Daemon::start();
     let admin = Admin::register(&daemon);
     let vm = json!({"name": "vm", "vcpus": 1, "memory_mb": 256,
         "storage_config": {"disk_size_gb": 3}});
@@ -73,7 +85,7 @@ fn what_a_machine_takes_is_measured_and_its_file_system_fills_its_disk() {
         .to_owned();
     admin.must(&daemon, "POST", "/vms/vm/start", &Value::Null);
 
-    // The file system fills the disk, which is larger than the template's of 2 GiB.
+    // The file system fills the disk.
     let sandbox = daemon.sandbox(&id);
     let size: u64 = sandbox
         .must("df -m --output=size / | tail -n 1")
@@ -122,6 +134,59 @@ fn what_a_machine_takes_is_measured_and_its_file_system_fills_its_disk() {
         "{points:?}"
     );
 
+    // It grows while it runs, and shrinks again.
+    let small = mem_total(&sandbox);
+    let set = |body: &Value| {
+        let start = Instant::now();
+        admin.must(&daemon, "PUT", "/vms/vm/resources", body);
+        report(&format!("{body}: {} ms", start.elapsed().as_millis()));
+    };
+    set(&json!({"vcpus": 2, "memory_mb": 512}));
+    assert_eq!(cpus(&sandbox), 2);
+    let large = mem_total(&sandbox);
+    assert!(large > small + 150, "{small} MiB, then {large}");
+    let (status, refused) = admin.call(&daemon, "PUT", "/vms/vm/resources", &json!({"vcpus": 3}));
+    assert_eq!(status, 409, "{refused}");
+
+    // So it is after a pause, and under another daemon.
+    sandbox.must("echo kept >/run/kept");
+    sandbox.pause();
+    sandbox.resume();
+    assert_eq!(
+        (cpus(&sandbox), sandbox.must("cat /run/kept")),
+        (2, "kept".to_owned())
+    );
+    assert!(mem_total(&sandbox) > small + 150);
+    daemon = daemon.crash();
+    let sandbox = daemon.sandbox(&id);
+    assert_eq!(
+        (cpus(&sandbox), sandbox.must("cat /run/kept")),
+        (2, "kept".to_owned())
+    );
+    let set = |body: &Value| admin.must(&daemon, "PUT", "/vms/vm/resources", body);
+    set(&json!({"vcpus": 1, "memory_mb": 256, "memory_limit_percent": 75}));
+    assert_eq!(cpus(&sandbox), 1);
+    let limited = mem_total(&sandbox);
+    assert!(limited + 30 < small, "{small} MiB, then {limited}");
+
+    // A limit of its processor time is kept by the host.
+    set(&json!({"cpu_limit_percent": 30}));
+    let share = busy(&daemon, &admin, &sandbox);
+    assert!(
+        (10.0..45.0).contains(&share),
+        "{share} % with a limit of 30"
+    );
+
+    // What does not fit while it runs holds from the next start on.
+    admin.must(&daemon, "POST", "/vms/vm/stop", &json!({"force": true}));
+    set(
+        &json!({"vcpus": 3, "memory_mb": 320, "memory_limit_percent": 100,
+        "cpu_limit_percent": 100}),
+    );
+    admin.must(&daemon, "POST", "/vms/vm/start", &Value::Null);
+    assert_eq!(cpus(&sandbox), 3);
+    assert!(mem_total(&sandbox) > small + 50);
+
     let (status, health) = daemon.call("GET", "/api/v1/health", "");
     assert_eq!(
         (status, &health["status"]),
@@ -137,6 +202,6 @@ fn what_a_machine_takes_is_measured_and_its_file_system_fills_its_disk() {
     let (major, _) = version.split_once('.').unwrap();
     assert!(major.parse::<u32>().unwrap() > 50, "{system}");
     let host = admin.must(&daemon, "GET", "/system/metrics", &Value::Null);
-    assert_eq!(host["vms"]["total_vcpus_allocated"], 1, "{host}");
+    assert_eq!(host["vms"]["total_vcpus_allocated"], 3, "{host}");
     sandbox.delete();
 }

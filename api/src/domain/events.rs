@@ -390,6 +390,7 @@ mod tests {
     use super::super::layer::Layers;
     use super::super::network::{Connection, Egress, KeptForward, RateLimits, Transport};
     use super::super::principal::{Role, User};
+    use super::super::resources::Resources;
     use super::super::sandbox::{Spec, Transition};
     use super::super::timings::Timings;
     use super::*;
@@ -406,6 +407,7 @@ mod tests {
                 rate_limits: RateLimits::default(),
             }),
             disk_mb: None,
+            resources: Resources::default(),
         };
         let now = Timestamp::now();
         let mut sandbox = Sandbox::new(SandboxId::random(), spec, Layers::default(), now);

@@ -20,6 +20,7 @@ use super::network::{
 };
 use super::posture::Posture;
 use super::process::GuestHost;
+use super::resources::{ResizeRequest, Resources};
 use super::snapshot::LayersInfo;
 use super::timings::{SaveTimings, Start, Timings};
 use super::usage::MeterHost;
@@ -251,6 +252,12 @@ pub trait Host: GuestHost + MeterHost {
     /// # Errors
     /// There is none, or something is left.
     async fn remove_file(&self, id: &SandboxId, path: &str) -> Result<(), HostError>;
+    /// Changes what a running sandbox has, and waits until its guest has complied.
+    ///
+    /// # Errors
+    /// It has what it had: [`HostError::Conflict`] if its machine or this host cannot do that.
+    async fn resize(&self, request: ResizeRequest) -> Result<(), HostError>;
+
     /// Changes what a running sandbox may reach, for its connections as well.
     ///
     /// # Errors
@@ -294,6 +301,8 @@ pub struct HostInfo {
     pub templates: Vec<String>,
     /// RAM of the machine in MiB.
     pub memory_mb: u64,
+    /// Whether the processor time of sandboxes can be limited.
+    pub limits_cpu: bool,
     /// The networks of its sandboxes, of which the first is for those that ask for none in
     /// particular. Without any, they have no network card.
     pub networks: Vec<NetworkInfo>,
@@ -357,6 +366,8 @@ pub struct CreateRequest {
     pub scratch_mb: Option<u32>,
     /// Size of its disk in MiB; `None` for that of the layers or the template.
     pub disk_mb: Option<u32>,
+    /// How much of its machine it may use, and what that can become.
+    pub resources: Resources,
 }
 
 /// Take this sandbox over, which an earlier daemon has started.
@@ -417,6 +428,8 @@ pub struct PrepareRequest {
     pub scratch_mb: Option<u32>,
     /// Size of its disk in MiB; `None` for that of the layers or the template.
     pub disk_mb: Option<u32>,
+    /// How much of its machine it may use, and what that can become.
+    pub resources: Resources,
 }
 
 /// Start the sandbox that was prepared under this name.

@@ -17,6 +17,7 @@ mod principal;
 mod process;
 mod quota;
 mod request;
+mod resources;
 mod sandbox;
 mod snapshot;
 mod spool;
@@ -61,6 +62,9 @@ pub use process::{
 };
 pub use quota::{Quota, QuotaExceeded, QuotaOf, Quotas, Usage};
 pub use request::{Command, CreateSpec, MAX_EXEC_TIMEOUT_SEC, Problem, SettingsSpec, SnapshotSpec};
+pub use resources::{
+    Booted, MEMORY_STEP_MB, ResizeError, ResizeRequest, ResourceChange, Resources, withheld_mb,
+};
 pub use sandbox::{Desired, IllegalTransition, Sandbox, Spec, Standing, Status, Transition};
 pub use snapshot::{LayersInfo, Snapshot, WarmSnapshot};
 pub use spool::{Spool, Spooled};

@@ -154,6 +154,7 @@ mod tests {
 
     use super::super::id::SandboxId;
     use super::super::layer::Layers;
+    use super::super::resources::Resources;
     use super::*;
 
     fn sandbox(status: Status) -> Sandbox {
@@ -164,6 +165,7 @@ mod tests {
             timeout_sec: 0,
             network: None,
             disk_mb: None,
+            resources: Resources::default(),
         };
         let mut sandbox = Sandbox::new(
             SandboxId::random(),

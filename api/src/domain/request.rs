@@ -6,6 +6,7 @@ use super::build::{BuildFrom, BuildSpec, Recipe};
 use super::host::{ExecRequest, HostInfo};
 use super::id::SandboxId;
 use super::network::{AddressError, Connection, Egress, NetworkSpec, RateLimits};
+use super::resources::Resources;
 use super::sandbox::Spec;
 use super::template::{DEFAULT_MEMORY_MB, DEFAULT_VCPUS, Readiness, Settings};
 
@@ -221,6 +222,7 @@ pub fn check_spec(spec: CreateSpec, settings: &Settings, host: &HostInfo) -> Res
         )?,
         network: check_network(spec.network, host)?,
         disk_mb: spec.disk_mb.map(check_disk).transpose()?,
+        resources: Resources::default(),
     })
 }
 
@@ -250,11 +252,13 @@ fn asks_for_none(spec: &NetworkSpec) -> bool {
         && spec.rate_limits == RateLimits::default()
 }
 
-fn check_vcpus(vcpus: i64) -> Result<u8, String> {
+/// Checks how many vCPUs a sandbox is to have.
+pub fn check_vcpus(vcpus: i64) -> Result<u8, String> {
     in_range("vcpus", vcpus, 1, MAX_VCPUS, "")
 }
 
-fn check_memory(memory_mb: i64, host: &HostInfo) -> Result<u32, String> {
+/// Checks how much memory a sandbox on `host` is to have.
+pub fn check_memory(memory_mb: i64, host: &HostInfo) -> Result<u32, String> {
     let host_mb = i64::try_from(host.memory_mb)
         .unwrap_or(i64::MAX)
         .min(MAX_MEMORY_MB);

@@ -50,6 +50,7 @@ use serde::{Deserialize, Serialize};
 use super::id::{KeyId, LayerId, SandboxId, UserId};
 use super::layer::Layers;
 use super::network::{Connection, Egress, KeptForward};
+use super::resources::Resources;
 use super::timings::Timings;
 
 /// Where a sandbox stands.
@@ -176,6 +177,8 @@ pub struct Spec {
     pub network: Option<Connection>,
     /// Size of its disk in MiB; `None` for that of its template.
     pub disk_mb: Option<u32>,
+    /// How much of its machine it may use, and what that can become.
+    pub resources: Resources,
 }
 
 /// A sandbox.
@@ -254,6 +257,15 @@ pub enum Transition {
     Egress(Egress),
     /// Other ports of the host lead into it than before.
     Forwards(Vec<KeptForward>),
+    /// It has other resources than before.
+    Resized {
+        /// Virtual CPUs.
+        vcpus: u8,
+        /// RAM in MiB.
+        memory_mb: u32,
+        /// What else there is to them.
+        resources: Resources,
+    },
     /// It is to be resumed.
     Resuming,
     /// It was not resumed.
@@ -296,7 +308,11 @@ pub struct IllegalTransition {
 impl Sandbox {
     /// A sandbox that was asked for at `now`, to be started from `layers`, or booted if there are
     /// none.
-    pub fn new(id: SandboxId, spec: Spec, layers: Layers, now: Timestamp) -> Self {
+    pub fn new(id: SandboxId, mut spec: Spec, layers: Layers, now: Timestamp) -> Self {
+        if layers.memory.is_empty() {
+            // The machine that it was copied from is not the one that will be booted.
+            spec.resources.booted = None;
+        }
         Self {
             id,
             name: None,
@@ -435,6 +451,18 @@ impl Sandbox {
                 self.saving = None;
                 self.layers = layers;
             }
+            (
+                Off | Running,
+                Transition::Resized {
+                    vcpus,
+                    memory_mb,
+                    resources,
+                },
+            ) => {
+                self.spec.vcpus = vcpus;
+                self.spec.memory_mb = memory_mb;
+                self.spec.resources = resources;
+            }
             (Paused, Transition::Resuming) => {
                 self.status = Resuming;
                 self.want(Desired::Running);
@@ -523,6 +551,7 @@ mod tests {
             timeout_sec: 300,
             network: None,
             disk_mb: None,
+            resources: Resources::default(),
         }
     }
 

@@ -31,7 +31,7 @@ use super::nic::Nic;
 use super::note::{self, Note};
 use super::process::Process;
 use super::{HostError, LeftoverError, leftovers};
-use crate::domain::{AdoptRequest, Adopted, PrepareRequest, SandboxId};
+use crate::domain::{AdoptRequest, Adopted, PrepareRequest, Resources, SandboxId};
 use crate::images::Chain;
 
 /// A machine that an earlier daemon has started.
@@ -141,6 +141,8 @@ impl Inner {
             nic,
             scratch_mb: None,
             disk_mb,
+            // Its machine is there, and its cgroup.
+            resources: Resources::default(),
         };
         Ok((request, Found { note, process }, chain))
     }

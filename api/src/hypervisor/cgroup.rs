@@ -13,7 +13,7 @@ use tracing::{info, warn};
 
 use super::disk_limits::{BlockDevice, DiskLimits};
 use super::jail::{CgroupParent, JailConfig};
-use crate::domain::SandboxId;
+use crate::domain::{PrepareRequest, SandboxId, Shape};
 
 /// The directory below a cgroup of the daemon's that holds those of sandboxes.
 const NAME: &str = "microvm-sandbox";
@@ -21,6 +21,9 @@ const NAME: &str = "microvm-sandbox";
 /// What a VMM may take beyond its guest's memory, in bytes: its own, what connections buffer, and
 /// page tables of the kernel.
 const MEMORY_OVERHEAD: u64 = 128 << 20;
+
+/// The file with the limit of processor time.
+const CPU_MAX: &str = "cpu.max";
 
 /// The file with the limit of memory.
 const MEMORY_MAX: &str = "memory.max";
@@ -99,12 +102,58 @@ impl Cgroups {
         }))
     }
 
-    /// Makes a sandbox's cgroup with its limits, those that the host can keep.
+    /// Whether the processor time of sandboxes can be limited.
+    pub(super) fn limit_cpu(&self) -> bool {
+        let controllers = fs::read_to_string(self.parent.join("cgroup.subtree_control"));
+        controllers.is_ok_and(|names| names.split_whitespace().any(|name| name == "cpu"))
+    }
+
+    /// Makes the cgroup of a sandbox with its limits, those that the host can keep.
+    pub(super) fn create_for(&self, request: &PrepareRequest) -> io::Result<Cgroup> {
+        let Shape {
+            vcpus, memory_mb, ..
+        } = request.shape;
+        let limit = request.resources.cpu_limit_percent;
+        self.create_with(&request.id, limits(vcpus, memory_mb, limit))
+    }
+
+    /// Makes a cgroup with limits for so much, those that the host can keep.
     pub(super) fn create(&self, id: &SandboxId, vcpus: u8, memory_mb: u32) -> io::Result<Cgroup> {
+        self.create_with(id, limits(vcpus, memory_mb, None))
+    }
+
+    /// Changes the limits of a sandbox that runs. Returns whether its processor time is limited.
+    pub(super) fn limit(
+        &self,
+        id: &SandboxId,
+        vcpus: u8,
+        memory_mb: u32,
+        cpu_limit_percent: Option<u8>,
+    ) -> io::Result<bool> {
+        let path = self.of(id).path;
+        let mut has_cpu_limit = false;
+        for (file, limit) in limits(vcpus, memory_mb, cpu_limit_percent) {
+            if file == MEMORY_MAX && self.disks_in_memory {
+                continue;
+            }
+            match write(&path.join(file), &limit) {
+                Ok(()) => has_cpu_limit |= file == CPU_MAX,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(has_cpu_limit)
+    }
+
+    fn create_with(
+        &self,
+        id: &SandboxId,
+        limits: [(&'static str, String); 5],
+    ) -> io::Result<Cgroup> {
         let cgroup = self.of(id);
         fs::create_dir(&cgroup.path)?;
         let io_max = self.io_max.iter().map(|line| ("io.max", line.clone()));
-        for (file, limit) in limits(vcpus, memory_mb).into_iter().chain(io_max) {
+        for (file, limit) in limits.into_iter().chain(io_max) {
             if file == MEMORY_MAX && self.disks_in_memory {
                 continue;
             }
@@ -152,15 +201,18 @@ fn io_max(limits: DiskLimits, parent: &Path, disks: &Path) -> io::Result<Option<
 }
 
 /// The files of a sandbox's cgroup that all have, and what is written to them.
-fn limits(vcpus: u8, memory_mb: u32) -> [(&'static str, String); 5] {
+fn limits(vcpus: u8, memory_mb: u32, cpu_limit_percent: Option<u8>) -> [(&'static str, String); 5] {
     let memory = (u64::from(memory_mb) << 20) + MEMORY_OVERHEAD;
-    // One more than vCPUs, for the devices.
-    let quota = (u32::from(vcpus) + 1) * PERIOD_US;
+    let quota = match cpu_limit_percent {
+        Some(percent) => u32::from(vcpus) * PERIOD_US / 100 * u32::from(percent.clamp(1, 100)),
+        // One more than vCPUs, for the devices.
+        None => (u32::from(vcpus) + 1) * PERIOD_US,
+    };
     [
         (MEMORY_MAX, memory.to_string()),
         // A VMM without its waiter, or the reverse, is of no use.
         ("memory.oom.group", "1".to_owned()),
-        ("cpu.max", format!("{quota} {PERIOD_US}")),
+        (CPU_MAX, format!("{quota} {PERIOD_US}")),
         ("pids.max", MAX_TASKS.to_string()),
         ("io.weight", "default 100".to_owned()),
     ]
@@ -315,9 +367,11 @@ mod tests {
 
     #[test]
     fn a_sandbox_may_take_its_share_and_what_its_vmm_needs() {
-        let limits = std::collections::BTreeMap::from(limits(2, 256));
-        assert_eq!(limits["cpu.max"], "300000 100000");
-        assert_eq!(limits["memory.max"], (384_u64 << 20).to_string());
+        let cpu = |percent| std::collections::BTreeMap::from(limits(2, 256, percent));
+        assert_eq!(cpu(None)["cpu.max"], "300000 100000");
+        assert_eq!(cpu(Some(50))["cpu.max"], "100000 100000");
+        assert_eq!(cpu(Some(1))["cpu.max"], "2000 100000");
+        assert_eq!(cpu(None)["memory.max"], (384_u64 << 20).to_string());
     }
 
     #[test]

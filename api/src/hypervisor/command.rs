@@ -9,7 +9,7 @@ use tokio::process::Command;
 
 use super::HostConfig;
 use super::layers::LayerFiles;
-use crate::domain::{Layers, PrepareRequest};
+use crate::domain::{Layers, PrepareRequest, Resources, Shape, withheld_mb};
 use crate::images::Chain;
 
 /// What every guest's kernel is told: console on the serial port and nearly silent, a reset one
@@ -20,6 +20,9 @@ const CMDLINE: &str = "console=ttyS0 quiet loglevel=4 panic=1 random.trust_cpu=o
 
 /// How much less than this daemon a merge is preferred: as little as there is (nice(2)).
 const LOWEST: i32 = 19;
+
+/// The steps of the size of a region that memory is plugged into, in MiB: those of the VMM.
+const REGION_STEP_MB: u32 = 128;
 
 /// Where a VMM is jailed.
 #[derive(Debug, Clone, Copy)]
@@ -85,8 +88,7 @@ pub fn command(
         }
     }
     command
-        .args(["--cpus", &format!("boot={}", shape.vcpus)])
-        .args(["--memory", &format!("size={}M", shape.memory_mb)])
+        .args(size_options(shape, request.resources))
         .arg("--disk")
         .arg(disk_options(&paths.disk(id), chain))
         .args(chain.scratch.iter().flat_map(|scratch| {
@@ -189,6 +191,34 @@ fn isolate(command: &mut Command, inherited: impl IntoIterator<Item = i32>) {
     }
 }
 
+/// The flags that say how many vCPUs and how much memory a machine has. One that can change while it runs is
+/// told what it was booted with: a snapshot of it has what it has become.
+fn size_options(shape: &Shape, resources: Resources) -> Vec<String> {
+    let Some(booted) = resources.booted else {
+        return vec![
+            "--cpus".to_owned(),
+            format!("boot={}", shape.vcpus),
+            "--memory".to_owned(),
+            format!("size={}M", shape.memory_mb),
+        ];
+    };
+    let mut memory = format!("size={}M", booted.memory_mb);
+    let room = booted.max_memory_mb.saturating_sub(booted.memory_mb);
+    if room > 0 {
+        let room = room.next_multiple_of(REGION_STEP_MB);
+        memory.push_str(&format!(",hotplug_method=virtio-mem,hotplug_size={room}M"));
+    }
+    let withheld = withheld_mb(booted.memory_mb, resources.memory_limit_percent);
+    vec![
+        "--cpus".to_owned(),
+        format!("boot={},max={}", booted.vcpus, booted.max_vcpus),
+        "--memory".to_owned(),
+        memory,
+        "--balloon".to_owned(),
+        format!("size={withheld}M"),
+    ]
+}
+
 /// The value of the flag that restores a machine; `None` if it is to be booted.
 fn restore_options(
     files: LayerFiles<'_>,
@@ -242,8 +272,49 @@ fn jail_options(jail: Jail<'_>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::LayerId;
+    use crate::domain::{Booted, LayerId};
     use crate::images::Base;
+
+    #[test]
+    fn a_machine_with_room_is_told_what_it_was_booted_with() {
+        let shape = Shape {
+            template: "minimal".to_owned(),
+            vcpus: 4,
+            memory_mb: 1024,
+        };
+        let options = |resources| size_options(&shape, resources).join(" ");
+        assert_eq!(
+            options(Resources::default()),
+            "--cpus boot=4 --memory size=1024M"
+        );
+        let resources = Resources {
+            memory_limit_percent: Some(75),
+            booted: Some(Booted::with_room(2, 512, 1 << 20)),
+            ..Resources::default()
+        };
+        assert_eq!(
+            options(resources),
+            "--cpus boot=2,max=4 --memory size=512M,hotplug_method=virtio-mem,hotplug_size=512M \
+             --balloon size=128M"
+        );
+        let small = Resources {
+            booted: Some(Booted::with_room(1, 192, 4096)),
+            ..Resources::default()
+        };
+        assert_eq!(
+            options(small),
+            "--cpus boot=1,max=2 --memory size=192M,hotplug_method=virtio-mem,hotplug_size=256M \
+             --balloon size=0M"
+        );
+        let full = Resources {
+            booted: Some(Booted::with_room(32, 512, 512)),
+            ..Resources::default()
+        };
+        assert_eq!(
+            options(full),
+            "--cpus boot=32,max=32 --memory size=512M --balloon size=0M"
+        );
+    }
 
     #[test]
     fn disk_layers_are_named_from_the_top() {

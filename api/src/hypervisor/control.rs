@@ -59,6 +59,27 @@ pub enum ControlError {
     },
 }
 
+/// What a running machine is to have; what is `None` stays.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+pub struct Desired {
+    /// vCPUs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub desired_vcpus: Option<u8>,
+    /// Memory, in bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub desired_ram: Option<u64>,
+    /// Of that, what its balloon keeps from it, in bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub desired_balloon: Option<u64>,
+}
+
+impl Desired {
+    /// Whether all of it stays.
+    pub fn is_nothing(&self) -> bool {
+        self.desired_vcpus.is_none() && self.desired_ram.is_none() && self.desired_balloon.is_none()
+    }
+}
+
 /// Which VMM it is, in its own words.
 #[derive(Debug, serde::Deserialize)]
 pub struct Ping {
@@ -106,6 +127,15 @@ impl Control {
     /// What its devices have counted, by their ids.
     pub async fn counters(&self) -> Result<BTreeMap<String, BTreeMap<String, u64>>, ControlError> {
         self.get("vm.counters", COUNTERS_TIMEOUT).await
+    }
+
+    /// Asks the guest to have this from now on, which it takes its time for.
+    pub async fn resize(&self, desired: &Desired) -> Result<(), ControlError> {
+        let body = serde_json::to_string(desired).map_err(|error| ControlError::Io {
+            what: "vm.resize",
+            source: error.into(),
+        })?;
+        self.put("vm.resize", &body, &[], PAUSE_TIMEOUT).await
     }
 
     /// Stops the guest.

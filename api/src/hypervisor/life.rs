@@ -183,7 +183,7 @@ impl Inner {
         let cgroup = match &self.cgroups {
             Some(cgroups) => Some(
                 cgroups
-                    .create(&request.id, request.shape.vcpus, request.shape.memory_mb)
+                    .create_for(request)
                     .map_err(|error| format!("the sandbox's cgroup cannot be made: {error}"))?,
             ),
             None => None,

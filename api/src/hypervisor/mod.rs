@@ -26,6 +26,7 @@ mod note;
 mod paths;
 mod posture;
 mod process;
+mod resize;
 mod save;
 mod sweep;
 mod usage;
@@ -51,7 +52,7 @@ use crate::domain::{
     ExecRequest, FileContent, FileInfo, Forward, ForwardSpec, Host, HostError, HostEvent, HostInfo,
     ImageInfo, KeepDiskRequest, KeptDisk, LayerId, Layers, LayersInfo, MergeRequest,
     NetworkActivity, Posture, PowerOffRequest, PrepareRequest, Presence, ReadFileRequest,
-    SandboxId, SaveRequest, Saved, Shape, WriteFileRequest,
+    ResizeRequest, SandboxId, SaveRequest, Saved, Shape, WriteFileRequest,
 };
 use crate::images::{Base, Chain, Images};
 use crate::network::{ForwardError, NetworkError};
@@ -329,6 +330,7 @@ impl Host for LocalHost {
         Ok(HostInfo {
             templates: self.inner.config.images.templates.keys().cloned().collect(),
             memory_mb: bytes >> 20,
+            limits_cpu: (self.inner.cgroups.as_ref()).is_some_and(Cgroups::limit_cpu),
             networks: (self.inner.config.networks.as_ref())
                 .map(|networks| networks.describe())
                 .unwrap_or_default(),
@@ -364,6 +366,7 @@ impl Host for LocalHost {
             nic,
             scratch_mb,
             disk_mb,
+            resources,
         } = request;
         if let Some(size_mb) = scratch_mb {
             self.inner.make_empty(size_mb).await?;
@@ -377,6 +380,7 @@ impl Host for LocalHost {
             nic,
             scratch_mb,
             disk_mb,
+            resources,
         };
         self.begin(request, Begin::Now(greeting, started))?;
         outcome.await.unwrap_or_else(|_| Err(ended_early()))
@@ -624,6 +628,14 @@ impl Host for LocalHost {
             size: file.size,
             content: entry.until_paused(file.content, paused),
         })
+    }
+
+    async fn resize(&self, request: ResizeRequest) -> Result<(), HostError> {
+        let host = self.clone();
+        let task = async move { host.change(&request).await };
+        tokio::spawn(task.in_current_span())
+            .await
+            .unwrap_or_else(|_| Err(ended_early()))
     }
 
     async fn set_egress(&self, id: &SandboxId, egress: Egress) -> Result<(), HostError> {

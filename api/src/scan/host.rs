@@ -92,7 +92,7 @@ mod tests {
     use super::super::report::Results;
     use super::*;
     use crate::domain::{
-        Connection, Forward, KeptForward, Layers, RateLimits, SandboxId, Spec, Transport,
+        Connection, Forward, KeptForward, Layers, RateLimits, Resources, SandboxId, Spec, Transport,
     };
 
     fn results(egress: Egress, host: [u8; 4], posture: &Posture) -> Results {
@@ -107,6 +107,7 @@ mod tests {
                 rate_limits: RateLimits::default(),
             }),
             disk_mb: None,
+            resources: Resources::default(),
         };
         let id = SandboxId::random();
         let mut sandbox = Sandbox::new(id, spec, Layers::default(), Timestamp::now());

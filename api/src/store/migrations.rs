@@ -221,6 +221,10 @@ const STEPS: &[&str] = &[
     ) STRICT;
     CREATE INDEX scans_under_way ON scans (is_under_way);
 ",
+    "
+    ALTER TABLE sandboxes ADD COLUMN resources TEXT NOT NULL DEFAULT '{}'; -- JSON: limits, and the machine
+    ALTER TABLE snapshots ADD COLUMN resources TEXT NOT NULL DEFAULT '{}';
+",
 ];
 
 /// Why the tables are not what this version needs.

@@ -32,7 +32,7 @@ pub use migrations::MigrateError;
 const COLUMNS: &str = "id, template, vcpus, memory_mb, timeout_sec, desired, status, \
                        status_reason, created_at, started_at, last_active_at, updated_at, timings, \
                        layers, saving, network, address, forwards, name, stopped_at, is_kept, kept, \
-                       disk_mb, owner, api_key, snapshot";
+                       disk_mb, owner, api_key, snapshot, resources";
 
 /// Sandboxes in a file.
 #[derive(Clone)]
@@ -109,8 +109,8 @@ impl Store for SqliteStore {
         self.with(move |connection| {
             let sql = format!(
                 "INSERT INTO sandboxes ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, \
-                 ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21, ?22, ?23, ?24, ?25, ?26) \
-                 ON CONFLICT (id) DO NOTHING"
+                 ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21, ?22, ?23, ?24, ?25, ?26, \
+                 ?27) ON CONFLICT (id) DO NOTHING"
             );
             let holder = sandbox.id.as_str();
             layers::change(connection, holder, held(&sandbox), |transaction| {
@@ -161,7 +161,7 @@ impl Store for SqliteStore {
                        timings = ?13, layers = ?14, saving = ?15, network = ?16, \
                        address = ?17, forwards = ?18, name = ?19, stopped_at = ?20, is_kept = ?21, \
                        kept = ?22, disk_mb = ?23, owner = ?24, api_key = ?25, \
-                       snapshot = ?26 WHERE id = ?1";
+                       snapshot = ?26, resources = ?27 WHERE id = ?1";
             let holder = sandbox.id.as_str();
             layers::change(
                 connection,
@@ -411,6 +411,7 @@ fn write(connection: &Connection, sql: &str, sandbox: &Sandbox) -> rusqlite::Res
         sandbox.owner.as_ref().map(Id::as_str),
         sandbox.key.as_ref().map(Id::as_str),
         sandbox.snapshot,
+        to_json(&sandbox.spec.resources)?,
     ])
 }
 
@@ -438,6 +439,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Sandbox> {
             timeout_sec: row.get(4)?,
             network: network.map(|_| from_json(row, 15)).transpose()?,
             disk_mb: row.get(22)?,
+            resources: from_json(row, 26)?,
         },
         desired: Desired::from_word(&desired)
             .ok_or_else(|| bad(5, format!("unknown wish {desired:?}").into()))?,
@@ -468,7 +470,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Sandbox> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::{Timings, Transition};
+    use crate::domain::{Booted, Resources, Timings, Transition};
 
     fn sandbox(second: i64) -> Sandbox {
         let spec = Spec {
@@ -478,6 +480,11 @@ mod tests {
             timeout_sec: 300,
             network: None,
             disk_mb: None,
+            resources: Resources {
+                cpu_limit_percent: Some(80),
+                memory_limit_percent: Some(90),
+                booted: Some(Booted::with_room(2, 512, 4096)),
+            },
         };
         Sandbox::new(
             SandboxId::random(),

@@ -9,7 +9,7 @@ use crate::domain::{Id, LayerId, Snapshot, SnapshotId, Spec, Status, WarmSnapsho
 
 const COLUMNS: &str = "id, name, description, sandbox, template, vcpus, memory_mb, timeout_sec, \
                        layers, content, created_at, network, disk_mb, \
-                       status, owner";
+                       status, owner, resources";
 const WARM_COLUMNS: &str = "key, template, vcpus, memory_mb, layers, size_bytes, used_at";
 
 pub fn insert(connection: &mut Connection, snapshot: &Snapshot) -> rusqlite::Result<bool> {
@@ -20,7 +20,7 @@ pub fn insert(connection: &mut Connection, snapshot: &Snapshot) -> rusqlite::Res
     layers::change(connection, snapshot.id.as_str(), held, |transaction| {
         let sql = format!(
             "INSERT INTO snapshots ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, \
-             ?11, ?12, ?13, ?14, ?15) ON CONFLICT DO NOTHING"
+             ?11, ?12, ?13, ?14, ?15, ?16) ON CONFLICT DO NOTHING"
         );
         let inserted = transaction.execute(
             &sql,
@@ -40,6 +40,7 @@ pub fn insert(connection: &mut Connection, snapshot: &Snapshot) -> rusqlite::Res
                 snapshot.spec.disk_mb,
                 snapshot.status.as_str(),
                 snapshot.owner.as_ref().map(Id::as_str),
+                to_json(&snapshot.spec.resources)?,
             ],
         )?;
         Ok(inserted == 1)
@@ -148,6 +149,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Snapshot> {
             timeout_sec: row.get(7)?,
             network: network.map(|_| from_json(row, 11)).transpose()?,
             disk_mb: row.get(12)?,
+            resources: from_json(row, 15)?,
         },
         status: Status::from_word(&status)
             .ok_or_else(|| bad(13, format!("unknown status {status:?}").into()))?,
@@ -235,7 +237,9 @@ mod tests {
 
     use super::super::SqliteStore;
     use super::*;
-    use crate::domain::{Layers, LayersInfo, Sandbox, SandboxId, Store, Transition, UserId};
+    use crate::domain::{
+        Booted, Layers, LayersInfo, Resources, Sandbox, SandboxId, Store, Transition, UserId,
+    };
 
     fn spec() -> Spec {
         Spec {
@@ -245,6 +249,11 @@ mod tests {
             timeout_sec: 300,
             network: None,
             disk_mb: None,
+            resources: Resources {
+                cpu_limit_percent: None,
+                memory_limit_percent: Some(90),
+                booted: Some(Booted::with_room(2, 512, 4096)),
+            },
         }
     }
 

@@ -1,10 +1,11 @@
 //! What a host that runs nothing tells of what is taken.
 
 use std::sync::Mutex;
+use std::sync::atomic::AtomicBool;
 
 use api::domain::{
-    CardUsage, GuestUsage, HostError, HostHealth, HostUsage, MeterHost, SandboxId, SandboxUsage,
-    VmmUsage, VmmVersion,
+    CardUsage, GuestUsage, HostError, HostHealth, HostUsage, MeterHost, ResizeRequest, SandboxId,
+    SandboxUsage, VmmUsage, VmmVersion,
 };
 use async_trait::async_trait;
 
@@ -23,6 +24,12 @@ pub struct FakeMeter {
     pub health: Mutex<HostHealth>,
     /// The agent does not answer.
     pub is_silent: Mutex<bool>,
+    /// What running sandboxes were to have, in order.
+    pub resizes: Mutex<Vec<ResizeRequest>>,
+    /// What the next one of these fails with.
+    pub resize_fault: Mutex<Option<HostError>>,
+    /// Whether processor time can be limited.
+    pub limits_cpu: AtomicBool,
 }
 
 impl Default for FakeMeter {
@@ -68,7 +75,20 @@ impl Default for FakeMeter {
                 images: Ok(()),
             }),
             is_silent: Mutex::new(false),
+            resizes: Mutex::default(),
+            resize_fault: Mutex::default(),
+            limits_cpu: AtomicBool::new(true),
         }
+    }
+}
+
+impl FakeMeter {
+    pub fn resize(&self, request: ResizeRequest) -> Result<(), HostError> {
+        if let Some(fault) = self.resize_fault.lock().unwrap().take() {
+            return Err(fault);
+        }
+        self.resizes.lock().unwrap().push(request);
+        Ok(())
     }
 }
 

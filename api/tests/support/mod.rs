@@ -16,9 +16,9 @@ use api::domain::{
     Forward, ForwardSpec, GuestHost, Host, HostError, HostEvent, HostInfo, ImageInfo,
     KeepDiskRequest, KeptDisk, LayerId, Layers, LayersInfo, Limits, Manager, MergeRequest,
     NetworkActivity, NetworkInfo, PoolLimits, PortStream, Posture, PowerOffRequest, PrepareRequest,
-    Presence, Process, ProcessEvents, ProcessRef, Quotas, ReadFileRequest, SandboxId, SaveRequest,
-    SaveTimings, Saved, Shape, Start, StartProcess, TerminalInputs, Timings, Traffic, WhenIdle,
-    WriteFileRequest,
+    Presence, Process, ProcessEvents, ProcessRef, Quotas, ReadFileRequest, ResizeRequest,
+    SandboxId, SaveRequest, SaveTimings, Saved, Shape, Start, StartProcess, TerminalInputs,
+    Timings, Traffic, WhenIdle, WriteFileRequest,
 };
 use api::http::{Access, AppState, RateLimiter, Rates, Sockets, router};
 use api::identity::{Identity, Registration, Tokens};
@@ -292,6 +292,7 @@ impl Host for FakeHost {
         Ok(HostInfo {
             templates,
             memory_mb: 4096,
+            limits_cpu: self.meter.limits_cpu.load(Ordering::Relaxed),
             networks: self.networks.lock().unwrap().clone(),
         })
     }
@@ -751,6 +752,10 @@ impl Host for FakeHost {
         removed.map(drop).ok_or(HostError::FileNotFound {
             path: path.to_owned(),
         })
+    }
+
+    async fn resize(&self, request: ResizeRequest) -> Result<(), HostError> {
+        self.meter.resize(request)
     }
 
     async fn set_egress(&self, id: &SandboxId, egress: Egress) -> Result<(), HostError> {

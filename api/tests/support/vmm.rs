@@ -217,7 +217,8 @@ impl Vmm {
             let card =
                 r#","_net2":{"rx_bytes":1000,"rx_frames":10,"tx_bytes":2000,"tx_frames":20}"#;
             let card = if self.has("card") { card } else { "" };
-            answer_with(&mut stream, &format!("{{{disk}{card}}}"));
+            let memory = r#","__mem":{"requested_bytes":2,"plugged_bytes":2}"#;
+            answer_with(&mut stream, &format!("{{{disk}{card}{memory}}}"));
             return;
         }
         self.log(&format!("{what} {body} {}", files.len()));
@@ -232,6 +233,10 @@ impl Vmm {
                 Err("the machine was not restored".to_owned())
             }
             "vm.working-set" => self.working_set(files),
+            "vm.resize" if self.has("no-resize") => {
+                Err("the machine has no memory to plug".to_owned())
+            }
+            "vm.resize" => Ok(()),
             "vm.replace-disk" => self.replace_disk(body, files),
             other => Err(format!("no {other}")),
         };

@@ -14,6 +14,7 @@ mod health;
 mod metrics;
 mod network;
 mod ranges;
+mod resources;
 mod scans;
 mod snapshots;
 mod status;
@@ -24,7 +25,7 @@ use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::http::StatusCode;
 use axum::middleware;
-use axum::routing::{delete, get, post};
+use axum::routing::{delete, get, post, put};
 use jiff::Timestamp;
 use utoipa::OpenApi;
 
@@ -64,6 +65,7 @@ pub const BASE: &str = "/api/v1";
         snapshots::delete,
         metrics::get,
         metrics::system,
+        resources::set,
         network::networks,
         network::get,
         network::open_forward,
@@ -123,6 +125,7 @@ fn of_one() -> Router<AppState> {
         .route("/stop", post(vms::stop))
         .route("/restart", post(vms::restart))
         .route("/metrics", get(metrics::get))
+        .route("/resources", put(resources::set))
         .route("/execute", post(exec::execute))
         .route("/files", get(files::list))
         .route("/files/upload", upload)

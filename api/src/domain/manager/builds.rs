@@ -29,6 +29,7 @@ use super::super::host::{
 use super::super::id::{LayerId, SandboxId, TemplateId};
 use super::super::layer::{Layers, MAX_DISK};
 use super::super::request::{self, SnapshotSpec};
+use super::super::resources::Resources;
 use super::super::sandbox::Status;
 use super::super::snapshot::Snapshot;
 use super::super::store::StoreError;
@@ -412,6 +413,7 @@ impl Manager {
             nic: None,
             scratch_mb,
             disk_mb: None,
+            resources: Resources::default(),
         };
         self.inner.host.create(created.clone()).await?;
         let digest = match scratch_mb {
@@ -484,6 +486,7 @@ impl Manager {
             nic,
             scratch_mb: None,
             disk_mb: None,
+            resources: Resources::default(),
         };
         self.inner.host.create(created.clone()).await?;
         Ok(Machine {

@@ -26,6 +26,7 @@ mod processes;
 mod quota;
 mod reconcile;
 mod recover;
+mod resize;
 mod scope;
 mod shutdown;
 mod snapshots;
@@ -731,6 +732,7 @@ fn request_for(sandbox: &Sandbox, start: Start) -> CreateRequest {
         }),
         scratch_mb: None,
         disk_mb: sandbox.spec.disk_mb,
+        resources: sandbox.spec.resources,
     }
 }
 

@@ -29,6 +29,7 @@ use super::super::host::{PrepareRequest, Shape};
 use super::super::id::SandboxId;
 use super::super::layer::Layers;
 use super::super::network::RateLimits;
+use super::super::resources::Resources;
 use super::super::sandbox::Spec;
 use super::super::snapshot::WarmSnapshot;
 use super::Manager;
@@ -351,6 +352,7 @@ impl Manager {
                 nic: self.unconnected_nic().await?,
                 scratch_mb: None,
                 disk_mb: None,
+                resources: Resources::default(),
             };
             self.inner.host.prepare(request).await
         };

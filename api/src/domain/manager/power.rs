@@ -20,6 +20,7 @@ use super::super::request::CreateSpec;
 use super::super::sandbox::{Sandbox, Status, Transition};
 use super::super::timings::Start;
 use super::super::turns::Turn;
+use super::resize::take_back;
 use super::{Manager, Wishes};
 use crate::chain;
 
@@ -147,6 +148,9 @@ impl Manager {
             self.merge_in_background(&sandbox.layers);
             return Err(PowerError::TooManyLayers(sandbox.layers.disk.len()));
         }
+        if sandbox.layers.memory.is_empty() {
+            self.equip(&sandbox).await?;
+        }
         let transition = Transition::PoweringOn(sandbox.layers);
         let sandbox = match self
             .record_start(id, transition)
@@ -250,6 +254,7 @@ impl Manager {
             let mut sandbox = self.get(id.as_str()).await?;
             let earlier = sandbox.clone();
             let name = snapshot.own_name().map(str::to_owned);
+            let has_memory = !snapshot.layers.memory.is_empty();
             let rolled = Transition::RolledBack(snapshot.layers);
             if let Err(late) = sandbox.apply(rolled, Timestamp::now()) {
                 return Err(PowerError::WrongState {
@@ -257,6 +262,9 @@ impl Manager {
                     status: late.from,
                     needed: "running, paused or off",
                 });
+            }
+            if has_memory {
+                take_back(&mut sandbox, &snapshot.spec);
             }
             let released = self.inner.store.update(&sandbox).await?;
             self.tell_changes(&earlier, &sandbox);

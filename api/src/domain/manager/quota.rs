@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use super::Manager;
 use crate::domain::error::StartRefused;
 use crate::domain::host::HostError;
-use crate::domain::id::{KeyId, UserId};
+use crate::domain::id::{KeyId, SandboxId, UserId};
 use crate::domain::quota::{Quota, QuotaOf, Usage};
 use crate::domain::sandbox::{Sandbox, Spec};
 
@@ -40,16 +40,33 @@ impl Manager {
             owner: self.principal.owner(),
             key: self.principal.key(),
         };
-        self.check_quota(by, spec, true).await
+        self.check_quota(by, spec, true, None).await
     }
 
     /// Checks that a sandbox may start that is there. The caller holds the lock of the records.
     pub(super) async fn check_quota_of(&self, sandbox: &Sandbox) -> Result<(), StartRefused> {
-        self.check_quota(By::of(sandbox), &sandbox.spec, false)
+        self.check_quota(By::of(sandbox), &sandbox.spec, false, None)
             .await
     }
 
-    async fn check_quota(&self, by: By<'_>, spec: &Spec, is_new: bool) -> Result<(), StartRefused> {
+    /// Checks that a running sandbox may have what `spec` says instead. The caller holds the lock of the
+    /// records.
+    pub(super) async fn check_quota_of_resized(
+        &self,
+        sandbox: &Sandbox,
+        spec: &Spec,
+    ) -> Result<(), StartRefused> {
+        self.check_quota(By::of(sandbox), spec, false, Some(&sandbox.id))
+            .await
+    }
+
+    async fn check_quota(
+        &self,
+        by: By<'_>,
+        spec: &Spec,
+        is_new: bool,
+        instead_of: Option<&SandboxId>,
+    ) -> Result<(), StartRefused> {
         let of_key = match by.key {
             Some(key) => self.inner.store.quota_of_key(key).await?,
             None => None,
@@ -66,7 +83,7 @@ impl Manager {
         let mut sizes = HashMap::new();
         let mut used = [Usage::default(); 2];
         for other in self.inner.store.list_live().await? {
-            if other.owner.as_ref() != by.owner {
+            if other.owner.as_ref() != by.owner || Some(&other.id) == instead_of {
                 continue;
             }
             let disk_mb = match counts_disks {

@@ -303,6 +303,7 @@ mod tests {
     use jiff::Timestamp;
 
     use super::super::super::layer::Layers;
+    use super::super::super::resources::Resources;
     use super::super::super::sandbox::Spec;
     use super::*;
 
@@ -317,6 +318,7 @@ mod tests {
             timeout_sec: 300,
             network: None,
             disk_mb: None,
+            resources: Resources::default(),
         };
         let id = SandboxId::random();
         let mut sandbox = Sandbox::new(id, spec, Layers::default(), Timestamp::UNIX_EPOCH);

@@ -31,6 +31,7 @@ use super::super::host::{
 use super::super::id::{LayerId, SandboxId};
 use super::super::layer::Layers;
 use super::super::network::{Connection, Egress, RateLimits};
+use super::super::resources::Resources;
 use super::super::sandbox::{Sandbox, Spec, Transition};
 use super::super::snapshot::WarmSnapshot;
 use super::super::store::StoreError;
@@ -295,6 +296,7 @@ impl Manager {
             nic: self.unconnected_nic().await?,
             scratch_mb: None,
             disk_mb: None,
+            resources: Resources::default(),
         };
         host.create(request).await?;
         let layers = ground.layers.saved(LayerId::random(), LayerId::random());
@@ -370,6 +372,7 @@ impl Manager {
                 nic: self.unconnected_nic().await?,
                 scratch_mb: None,
                 disk_mb: None,
+                resources: Resources::default(),
             };
             host.create(request).await?;
             self.run_first_command(&id).await;
