@@ -48,6 +48,7 @@ fn every_example_of_the_reference_is_answered_as_it_says() {
     let place = microvm::Place {
         directory: directory.to_str().unwrap(),
         has_network: false,
+        has_guests: false,
     };
     let problems = microvm::every_example(&daemon, &place);
     assert!(problems.is_empty(), "{}", problems.join("\n"));

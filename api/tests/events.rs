@@ -11,7 +11,7 @@ mod support;
 use std::net::SocketAddr;
 
 use api::domain::{Egress, End, NetworkInfo};
-use api::http::MAX_SOCKETS;
+
 use axum::http::StatusCode;
 use futures_util::{SinkExt, StreamExt};
 use serde_json::{Value, json};
@@ -447,7 +447,7 @@ async fn sockets_of_one_user_are_counted_and_what_is_no_handshake_is_an_ordinary
         assert!(error["message"].is_string(), "{error}");
     }
     let mut open = Vec::new();
-    for _ in 0..MAX_SOCKETS {
+    for _ in 0..support::MAX_SOCKETS {
         open.push(served.follow("/system/events", &alice).await);
     }
     assert_eq!(served.refused("/system/events", &headers).await, 429);

@@ -385,8 +385,7 @@ async fn a_vmm_is_told_what_its_machine_can_become_and_is_to_be() {
     let asked = json!({"desired_ram": 1_u64 << 30, "desired_balloon": 256_u64 << 20});
     let resize = log()
         .lines()
-        .filter(|line| line.starts_with("vm.resize"))
-        .last()
+        .rfind(|line| line.starts_with("vm.resize"))
         .map(str::to_owned);
     let resize = resize.unwrap();
     let body: Value = serde_json::from_str(resize.split(' ').nth(1).unwrap()).unwrap();

@@ -23,6 +23,7 @@ pub mod running;
 pub mod sandboxes;
 pub mod stage;
 pub mod stats;
+pub mod stream;
 pub mod trace;
 
 /// An error with its causes, as one sentence.

@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use ureq::Agent;
 
+use crate::stream::{self, Latencies, StreamError};
+
 /// How long one request may take.
 const PATIENCE: Duration = Duration::from_secs(300);
 
@@ -71,6 +73,9 @@ pub enum SandboxError {
     /// No warm snapshot came about.
     #[error("no sandbox started warm within {} s", PATIENCE.as_secs())]
     NotWarm,
+    /// A stream was not measured.
+    #[error("the output of a command")]
+    Stream(#[from] StreamError),
     /// A directory or `/proc` failed.
     #[error("the system")]
     System(#[from] io::Error),
@@ -295,6 +300,14 @@ impl Daemon {
             status: 200,
             body: result,
         })
+    }
+
+    /// How long output of a command is on its way. The clock of a sandbox is its own.
+    ///
+    /// # Errors
+    /// It was not measured.
+    pub fn stream(&self, id: &str) -> Result<Latencies, SandboxError> {
+        Ok(stream::measure(&self.address, id)?)
     }
 
     /// Removes a sandbox.

@@ -64,6 +64,7 @@ fn every_example_of_api_v1_is_answered_as_it_says() {
     let place = microvm::Place {
         directory: "/srv",
         has_network: true,
+        has_guests: true,
     };
     let problems = microvm::every_example(&daemon, &place);
     assert!(problems.is_empty(), "{}", problems.join("\n"));

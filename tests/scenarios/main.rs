@@ -10,6 +10,7 @@
 mod alone;
 mod api;
 mod boot;
+mod cli;
 mod conformance;
 mod console;
 mod debugging;
@@ -27,6 +28,7 @@ mod processes;
 mod refusals;
 mod resize;
 mod restore;
+mod scan;
 mod snapshots;
 mod templates;
 mod vmm_api;

@@ -164,7 +164,8 @@ fn what_a_machine_takes_is_measured_and_what_it_has_changes_while_it_runs() {
         (2, "kept".to_owned())
     );
     let set = |body: &Value| admin.must(&daemon, "PUT", "/vms/vm/resources", body);
-    set(&json!({"vcpus": 1, "memory_mb": 256, "memory_limit_percent": 75}));
+    set(&json!({"vcpus": 1, "memory_mb": 256}));
+    set(&json!({"memory_limit_percent": 75}));
     assert_eq!(cpus(&sandbox), 1);
     let limited = mem_total(&sandbox);
     assert!(limited + 30 < small, "{small} MiB, then {limited}");

@@ -1,60 +1,13 @@
 //! Processes in the background, terminals and servers in sandboxes, with real guests.
 
-use std::net::TcpStream;
 use std::time::Instant;
 
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
 use e2e_tests::PATIENCE;
 use e2e_tests::daemon::{Daemon, Sandbox};
 use e2e_tests::http::Request;
 use e2e_tests::report;
+use e2e_tests::socket::Socket;
 use serde_json::{Value, json};
-use tungstenite::{Message, WebSocket};
-
-/// A WebSocket of JSON messages.
-struct Socket(WebSocket<TcpStream>);
-
-impl Socket {
-    fn open(daemon: &Daemon, path: &str) -> Self {
-        let stream = TcpStream::connect(daemon.address()).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        let (socket, _) = tungstenite::client(format!("ws://localhost{path}"), stream).unwrap();
-        Self(socket)
-    }
-
-    fn say(&mut self, message: &Value) {
-        self.0.send(Message::text(message.to_string())).unwrap();
-    }
-
-    fn type_in(&mut self, bytes: &[u8]) {
-        self.say(&json!({"type": "input", "data": STANDARD.encode(bytes)}));
-    }
-
-    /// The next message; `None` at the close.
-    fn next(&mut self) -> Option<Value> {
-        match self.0.read().unwrap() {
-            Message::Text(text) => Some(serde_json::from_str(&text).unwrap()),
-            Message::Close(_) => None,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    /// Reads on until the output holds `text`.
-    fn wait_for(&mut self, text: &[u8]) -> Vec<u8> {
-        let mut out = Vec::new();
-        while !out.windows(text.len()).any(|window| window == text) {
-            let told = self.next().unwrap();
-            match told["type"].as_str().unwrap() {
-                "output" => out.extend(STANDARD.decode(told["data"].as_str().unwrap()).unwrap()),
-                "stdout" => out.extend(told["data"].as_str().unwrap().bytes()),
-                "start" | "started" | "ping" => {}
-                _ => panic!("{told}"),
-            }
-        }
-        out
-    }
-}
 
 fn background(daemon: &Daemon, sandbox: &Sandbox<'_>, tag: &str, script: &str) -> Value {
     let body = json!({"cmd": "sh", "args": ["-c", script], "background": true, "tag": tag});
@@ -98,7 +51,7 @@ fn what_runs_in_the_background_goes_on_after_a_pause_and_ends_when_told() {
     let (status, _) = daemon.call("DELETE", &sandbox.path("/processes/counter"), "");
     assert_eq!(status, 204);
     assert_eq!(
-        follower.next().unwrap(),
+        follower.receive().unwrap(),
         json!({"type": "exit", "exit_code": 137})
     );
     assert_eq!(list(), json!([]));
@@ -124,7 +77,7 @@ fn programs_on_a_terminal_behave() {
     let start = json!({"type": "start", "cmd": "/bin/bash", "args": ["--norc"], "cols": 90,
                        "rows": 20, "envs": {"PS1": "", "LC_ALL": "C.UTF-8"}});
     terminal.say(&start);
-    let started = terminal.next().unwrap();
+    let started = terminal.receive().unwrap();
     assert_eq!(started["type"], "started");
     terminal.type_in(b"stty -echo; stty size; tty; echo do''ne\n");
     let out = String::from_utf8(terminal.wait_for(b"done\r\n")).unwrap();
@@ -154,11 +107,11 @@ fn programs_on_a_terminal_behave() {
     drop(terminal);
     let mut terminal = Socket::open(&daemon, &sandbox.path("/pty"));
     terminal.say(&json!({"type": "connect", "tag": started["tag"]}));
-    assert_eq!(terminal.next().unwrap(), started);
+    assert_eq!(terminal.receive().unwrap(), started);
     terminal.wait_for(b"=5\r\n");
     terminal.type_in(b"exit 9\n");
     let mut last = Value::Null;
-    while let Some(told) = terminal.next() {
+    while let Some(told) = terminal.receive() {
         last = told;
     }
     assert_eq!(last, json!({"type": "exit", "exit_code": 9}));

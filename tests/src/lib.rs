@@ -32,6 +32,7 @@ pub mod outside;
 pub mod pattern;
 pub mod process;
 pub mod setup;
+pub mod socket;
 pub mod terminal;
 pub mod vmm;
 pub mod vmm_api;

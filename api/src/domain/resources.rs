@@ -82,7 +82,7 @@ impl Booted {
             Err(format!(
                 "it can have {least} to {most} MiB of memory while it runs, and not {memory_mb}"
             ))
-        } else if (memory_mb - least) % MEMORY_STEP_MB != 0 {
+        } else if !(memory_mb - least).is_multiple_of(MEMORY_STEP_MB) {
             Err(format!(
                 "its memory changes in steps of {MEMORY_STEP_MB} MiB while it runs"
             ))

@@ -18,14 +18,16 @@ use super::{AppState, refuse};
 use crate::dialects::microvm;
 use crate::domain::UserId;
 
-/// How many one user has at most, and the local principal.
-pub const MAX_SOCKETS: usize = 128;
+/// How many one user has at most, and the local principal: twice as many as a busy client was seen to need.
+pub const MAX_SOCKETS: usize = 2048;
 /// The subprotocol that carries a token, as its second value, for clients that cannot set headers.
 pub const BEARER: &str = "bearer";
 
 /// The WebSockets that are open; clones share the count.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Sockets {
+    /// How many one user has at most.
+    max: usize,
     shared: Arc<Shared>,
 }
 
@@ -41,12 +43,26 @@ impl Shared {
     }
 }
 
+impl Default for Sockets {
+    fn default() -> Self {
+        Self::new(MAX_SOCKETS)
+    }
+}
+
 impl Sockets {
+    /// So many at most for each user.
+    pub fn new(max: usize) -> Self {
+        Self {
+            max,
+            shared: Arc::default(),
+        }
+    }
+
     /// One more for this user; `None` if that has as many as it may have.
     fn admit(&self, user: Option<UserId>) -> Option<SocketPermit> {
         let mut open = self.shared.lock();
         let count = open.entry(user.clone()).or_default();
-        if *count >= MAX_SOCKETS {
+        if *count >= self.max {
             return None;
         }
         *count += 1;
@@ -106,8 +122,10 @@ impl FromRequestParts<AppState> for SocketPermit {
         let user = principal.and_then(|principal| principal.owner().cloned());
         state.sockets.admit(user).ok_or_else(|| {
             let path = path_of(parts);
-            let message =
-                format!("there are {MAX_SOCKETS} WebSockets open already; close some of them");
+            let message = format!(
+                "there are {} WebSockets open already; close some of them",
+                state.sockets.max
+            );
             match is_microvm(path) {
                 true => microvm::ApiError::too_many(message, None).into_response(),
                 false => refuse(

@@ -14,7 +14,7 @@ use super::entry::Entry;
 use crate::domain::{Booted, HostError, ResizeRequest, Resources, withheld_mb};
 
 /// How long a guest may take.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 /// How long to wait between questions.
 const PAUSE: Duration = Duration::from_millis(50);
 

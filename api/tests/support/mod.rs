@@ -37,6 +37,9 @@ use tokio::sync::{Notify, mpsc};
 use tower::ServiceExt;
 
 pub mod meter;
+/// How many WebSockets one user has at most.
+pub const MAX_SOCKETS: usize = 128;
+
 /// Name of the file of known holes in the directory of an [`Api`].
 pub const ADVISORIES: &str = "advisories.json";
 
@@ -1019,7 +1022,7 @@ impl Api {
             rates: RateLimiter::new(rates),
             scans: scans.clone(),
             audit: audit.clone(),
-            sockets: Sockets::default(),
+            sockets: Sockets::new(MAX_SOCKETS),
             max_upload,
             max_archive: 1 << 20,
         };

@@ -19,8 +19,8 @@ const TOUCHED: [u32; 3] = [0, 16, 64];
 /// Of rounds, how many fork.
 const FORK_EVERY: usize = 4;
 
-/// Measures creation (cold and warm), pause, resume and forks of sandboxes through the daemon, and the
-/// memory of a clone. A time ends when a first command has answered.
+/// Measures creation (cold and warm), pause, resume and forks of sandboxes through the daemon, the
+/// memory of a clone, and how long a command's output is on its way. A time ends when a first command has answered.
 ///
 /// Nothing else should use the machine meanwhile. Prints a table, and writes every sample to a file.
 #[derive(Debug, Parser)]
@@ -33,7 +33,7 @@ struct Cli {
     #[arg(long, conflicts_with = "samples")]
     quick: bool,
     /// What to measure.
-    #[arg(long, value_delimiter = ',', default_values = ["create", "pause", "fork"])]
+    #[arg(long, value_delimiter = ',', default_values = ["create", "pause", "fork", "stream"])]
     parts: Vec<Part>,
     /// Memory of a sandbox, in MiB.
     #[arg(long, value_name = "MIB", default_value_t = 256)]
@@ -65,6 +65,8 @@ enum Part {
     Pause,
     /// Forks.
     Fork,
+    /// The way of a byte from a command to the client that follows it.
+    Stream,
 }
 
 /// Samples by what they are of, in the order in which they are to be shown.
@@ -168,6 +170,9 @@ fn measure(cli: &Cli, daemons: [(&str, &Daemon); 4]) -> Result<Samples, Box<dyn 
         if is_asked(Part::Pause) {
             pause(warm, cli.memory, &mut samples)?;
         }
+        if is_asked(Part::Stream) {
+            stream(warm, cli.memory, &mut samples)?;
+        }
         if is_asked(Part::Fork) && round % FORK_EVERY == 0 {
             let counts = if cli.quick { &FORKS[..1] } else { &FORKS[..] };
             fork(warm, cli.memory, counts, &mut samples)?;
@@ -226,6 +231,22 @@ fn pause(daemon: &Daemon, memory: u32, samples: &mut Samples) -> Result<(), Sand
         daemon.exec(&id, "true")?;
         samples.add("resume: first command, ms", millis(begun));
     }
+    daemon.delete(&id)
+}
+
+/// What a command writes, on its way to the client.
+fn stream(daemon: &Daemon, memory: u32, samples: &mut Samples) -> Result<(), SandboxError> {
+    let id = daemon.create(memory)?.id;
+    // The first one finds nothing in memory.
+    daemon.stream(&id)?;
+    let latencies = daemon.stream(&id)?;
+    for took in latencies.one_way {
+        samples.add("stream: a byte, from the guest to the client, ms", took);
+    }
+    for took in latencies.round_trip {
+        samples.add("stream: a line there and back, ms", took);
+    }
+    samples.add("stream: the clocks are known to, ms", latencies.uncertainty);
     daemon.delete(&id)
 }
 
