@@ -15,6 +15,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use place::Daemon;
 use rustix::process::{Pid, Signal, kill_process};
@@ -159,8 +160,13 @@ fn whoever_is_interrupted_takes_the_sandbox_along() {
         kill_process(Pid::from_child(&child), signal).unwrap();
         assert_eq!(child.wait().unwrap().code(), Some(expected));
         assert!(live(&daemon).is_empty());
-        // The agent is on this machine, and the command with it.
-        assert!(fs::metadata(format!("/proc/{}", pid.trim())).is_err());
+        // The agent is on this machine, and the command with it: that ends a moment after its agent.
+        let process = format!("/proc/{}", pid.trim());
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while fs::metadata(&process).is_ok() {
+            assert!(Instant::now() < deadline, "{process} is there");
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 
     // While it starts: the stand-in waits for a word before it serves.

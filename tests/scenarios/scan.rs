@@ -1,6 +1,8 @@
 //! Security scans of real guests, and of what holds them.
 
 use std::collections::BTreeSet;
+use std::thread;
+use std::time::Duration;
 
 use e2e_tests::daemon::Daemon;
 use e2e_tests::http::Request;
@@ -31,6 +33,8 @@ impl Client<'_> {
         let path = format!("/security/scans/{}", started["scan_id"].as_str().unwrap());
         let mut scan = Value::Null;
         until("the scan ends", || {
+            // So often may a client ask, and no event tells of the end.
+            thread::sleep(Duration::from_secs(2));
             scan = self.call("GET", &path, &json!({})).1;
             scan["status"] != "started"
         });

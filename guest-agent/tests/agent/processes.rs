@@ -392,8 +392,7 @@ async fn a_terminal_has_a_size_a_session_and_ctrl_c() {
         .await;
     terminal.type_in(b"\xc3").await;
     terminal.type_in(b"\xbc\n\x04").await;
-    terminal.wait_for("c3 bc 0a").await;
-    let mut out = Vec::new();
+    let mut out = terminal.wait_for("c3 bc 0a").await;
     while !contains(&out, b"\xff\xc3\r\n") {
         match terminal.next().await {
             Some(AttachedFrame::Stdout(bytes)) => out.extend(bytes),
