@@ -52,10 +52,11 @@ pub struct Inherited {
     pub tap: Option<i32>,
 }
 
-/// The command that starts a sandbox's VMM. `nic` is the value of the flag for its network card.
+/// The command that starts a sandbox's VMM. `prefetches` is whether it is to have the memory that it
+/// touches first beforehand, if the configuration has that at all. `nic` is the value of the flag for its network card.
 pub fn command(
     config: &HostConfig,
-    (request, goes): (&PrepareRequest, Goes),
+    (request, goes, prefetches): (&PrepareRequest, Goes, bool),
     chain: &Chain,
     jail: Option<Jail<'_>>,
     nic: Option<String>,
@@ -68,7 +69,7 @@ pub fn command(
         LayerFiles(paths.layers()),
         &request.layers,
         goes,
-        config.prefetch,
+        config.prefetch && prefetches,
     ) {
         Some(options) => {
             command.args(["--restore", &options]);

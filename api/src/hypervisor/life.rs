@@ -231,6 +231,10 @@ impl Inner {
         orders: mpsc::Receiver<Order>,
         begin: &mut Option<Begin>,
     ) -> Outcome {
+        // Many clones of one parent cost memory first of all: each has pages of its own only where it
+        // has come to write.
+        let is_clone =
+            matches!(begin, Some(Begin::Now(greeting, _)) if greeting.start == Start::Fork);
         let launch = Launch {
             config: &self.config,
             request: &request,
@@ -238,6 +242,7 @@ impl Inner {
                 Some(Begin::Held(_)) => Goes::WhenTold,
                 _ => Goes::On,
             },
+            prefetches: !is_clone,
             chain: &chain,
             jail: jail.map(|held| Jail {
                 user: held.user.as_ref().map(User::id),

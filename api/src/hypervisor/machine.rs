@@ -45,6 +45,8 @@ pub struct Launch<'a> {
     pub config: &'a HostConfig,
     pub request: &'a PrepareRequest,
     pub goes: Goes,
+    /// Whether it is to have the memory that it touches first beforehand.
+    pub prefetches: bool,
     pub chain: &'a Chain,
     pub jail: Option<Jail<'a>>,
 }
@@ -147,6 +149,7 @@ impl Machine {
             config,
             request,
             goes,
+            prefetches,
             chain,
             jail,
         } = launch;
@@ -184,7 +187,14 @@ impl Machine {
             tap: nic.as_deref().and_then(Nic::descriptor),
         };
         let card = nic.as_deref().and_then(Nic::options);
-        let mut command = command::command(config, (request, goes), chain, jail, card, inherited);
+        let mut command = command::command(
+            config,
+            (request, goes, prefetches),
+            chain,
+            jail,
+            card,
+            inherited,
+        );
         command.stderr(stderr_writer);
         let spawned = Instant::now();
         let child = command.spawn().map_err(|source| SpawnError::Execute {
