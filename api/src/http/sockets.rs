@@ -18,7 +18,7 @@ use super::{AppState, refuse};
 use crate::dialects::microvm;
 use crate::domain::UserId;
 
-/// How many one user has at most, and the local principal: twice as many as a busy client was seen to need.
+/// How many one user has at most, and the local principal. A thousand idle ones are promised.
 pub const MAX_SOCKETS: usize = 2048;
 /// The subprotocol that carries a token, as its second value, for clients that cannot set headers.
 pub const BEARER: &str = "bearer";
