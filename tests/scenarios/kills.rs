@@ -53,7 +53,7 @@ fn under_kills_each_sandbox_is_as_before_or_as_after() {
     let mut daemon = Daemon::start_with(&["--warm-disk-bytes", "1073741824"]);
     let mut all: Vec<(String, Work)> = Vec::new();
     let mut outcomes = BTreeMap::<String, u32>::new();
-    for _ in 0..cycles {
+    for cycle in 1..=cycles {
         while (all.len() as u64) < sandboxes {
             let sandbox = daemon.create(&small());
             let mut work = Work::begin(&sandbox);
@@ -128,6 +128,7 @@ fn under_kills_each_sandbox_is_as_before_or_as_after() {
             }
         }
         all.retain(|(id, _)| daemon.sandbox(id).get()["status"] != "error");
+        report(&format!("after cycle {cycle} of {cycles}: {outcomes:?}"));
     }
     for (id, work) in &mut all {
         let sandbox = daemon.sandbox(id);
@@ -135,7 +136,6 @@ fn under_kills_each_sandbox_is_as_before_or_as_after() {
         work.assert_goes_on(&sandbox);
         sandbox.delete();
     }
-    report(&format!("{outcomes:?}"));
 }
 
 /// Resumes a sandbox that something was killed of, unless it runs or is lost. Returns what it was, and
