@@ -211,6 +211,95 @@ fn what_a_killed_daemon_leaves_is_found_by_the_next_and_by_no_other() {
 }
 
 #[test]
+fn what_others_take_away_is_made_again() {
+    inside("what_others_take_away_is_made_again", async || {
+        let network = Network::start(config("/data")).await.unwrap();
+        let mut all = Vec::new();
+        for (last, policy) in (2..).zip(policies(3)) {
+            let (id, tap) = (SandboxId::random(), network.tap().await.unwrap());
+            let address = Ipv4Addr::new(192, 168, 200, last);
+            let port = (tap.name.as_str(), tap.index);
+            let attached = network.attach(&id, port, address, policy, Counters::default());
+            attached.await.unwrap();
+            all.push((id, tap));
+        }
+        // In no order.
+        let rules = || {
+            let text = output("nft", "list ruleset");
+            let mut lines: Vec<_> = text.lines().map(str::to_owned).collect();
+            lines.sort();
+            lines
+        };
+        let port = |tap: &str| output("bridge", &format!("-d link show dev {tap}"));
+        let ports = || {
+            all.iter()
+                .map(|(_, tap)| port(&tap.name))
+                .collect::<String>()
+        };
+        let (rules_before, ports_before) = (rules(), ports());
+        assert!(rules_before.len() > 100, "{rules_before:?}");
+        assert!(network.repair().await.unwrap().is_empty());
+
+        // What most firewalls do when they load their rules.
+        output("nft", "flush ruleset");
+        let words = network.check().await.unwrap_err();
+        assert!(
+            words.contains("rules of the packet filter are gone"),
+            "{words}"
+        );
+        let mut repaired = network.repair().await.unwrap();
+        repaired.sort();
+        let mut ids: Vec<_> = all.iter().map(|(id, _)| id.clone()).collect();
+        ids.sort();
+        assert_eq!(repaired, ids);
+        assert_eq!(rules(), rules_before);
+        output("nft", "delete table bridge sandboxd_chbr0");
+        assert_eq!(network.repair().await.unwrap().len(), 3);
+        assert_eq!(rules(), rules_before);
+        network.check().await.unwrap();
+        network.set_egress(&ids[0], Egress::All).await.unwrap();
+
+        // What managers of networks do.
+        output("ip", &format!("link set {} nomaster", all[0].1.name));
+        output("ip", &format!("link set {} down", all[1].1.name));
+        let repaired = network.repair().await.unwrap();
+        assert_eq!(repaired.len(), 2);
+        assert!(repaired.contains(&all[0].0) && repaired.contains(&all[1].0));
+        assert_eq!(ports(), ports_before);
+        assert!(network.repair().await.unwrap().is_empty());
+        // Also with taps that nobody has yet.
+        let taken: Vec<_> = all.iter().map(|(_, tap)| tap.name.as_str()).collect();
+        let every_port = output("bridge", "link show");
+        for line in every_port.lines().filter(|line| line.contains("chbr0-")) {
+            let name = line
+                .split([' ', ':', '@'])
+                .find(|word| word.starts_with("chbr0-"));
+            let name = name.unwrap();
+            if !taken.contains(&name) {
+                output("ip", &format!("link set {name} nomaster"));
+            }
+        }
+        assert!(network.repair().await.unwrap().is_empty());
+        let tap = network.tap().await.unwrap();
+        let link = output("ip", &format!("link show {}", tap.name));
+        assert!(link.contains("master chbr0"), "{link}");
+
+        // A sandbox that has ended is no longer looked for.
+        network.detach(&all[2].0).await.unwrap();
+        output("nft", "flush ruleset");
+        assert_eq!(network.repair().await.unwrap().len(), 2);
+
+        output("ip", "link delete chbr0");
+        for words in [
+            network.check().await.unwrap_err(),
+            network.repair().await.unwrap_err().to_string(),
+        ] {
+            assert!(words.contains("restart sandboxd"), "{words}");
+        }
+    });
+}
+
+#[test]
 fn another_namespace_has_all_of_it() {
     inside("another_namespace_has_all_of_it", async || {
         let mut other = Command::new("unshare")

@@ -4,6 +4,8 @@
 
 mod support;
 
+use std::sync::atomic::Ordering;
+
 use api::domain::{Desired, Divergence, Layers, SandboxId, Status, Store};
 use axum::http::StatusCode;
 use support::Api;
@@ -169,6 +171,23 @@ async fn one_whose_layers_are_gone_is_in_error() {
     assert_eq!(status(&api, &other).await, Status::Paused);
     let layers = api.store.get(&id).await.unwrap().unwrap().layers;
     assert_eq!(layers, Layers::default());
+}
+
+#[tokio::test]
+async fn one_that_is_cut_off_is_connected_as_soon_as_it_is_seen() {
+    let api = api().await;
+    let (id, gone) = (create(&api).await, create(&api).await);
+    api.host.cut_off.lock().unwrap().push(id.clone());
+    api.manager.reconcile().await;
+    assert_eq!(healed(&api), [(Divergence::CutOff, 1)]);
+    assert_eq!(status(&api, &id).await, Status::Running);
+    // What cannot be mended keeps nothing else from being healed.
+    api.host.has_no_bridge.store(true, Ordering::Relaxed);
+    api.host.sandboxes.lock().unwrap().retain(|it| *it != gone);
+    api.manager.reconcile().await;
+    api.manager.reconcile().await;
+    let expected = [(Divergence::NoProcess, 1), (Divergence::CutOff, 1)];
+    assert_eq!(healed(&api), expected);
 }
 
 #[tokio::test]

@@ -264,6 +264,11 @@ pub trait Host: GuestHost + MeterHost {
     /// It is as before.
     async fn set_egress(&self, id: &SandboxId, egress: Egress) -> Result<(), HostError>;
 
+    /// Connects the sandboxes again that were cut off from their networks, or that no rule held back any
+    /// more, since somebody else on the host has changed something. Returns those, and whether all is as
+    /// it should be now.
+    async fn repair_networks(&self) -> (Vec<SandboxId>, Result<(), HostError>);
+
     /// What a running sandbox does in the network.
     ///
     /// # Errors

@@ -644,6 +644,17 @@ impl Host for LocalHost {
         changed.map_err(network_failed)
     }
 
+    async fn repair_networks(&self) -> (Vec<SandboxId>, Result<(), HostError>) {
+        let Some(networks) = &self.inner.config.networks else {
+            return (Vec::new(), Ok(()));
+        };
+        let (repaired, outcome) = networks.repair().await;
+        (
+            repaired,
+            outcome.map_err(|reason| HostError::Internal { reason }),
+        )
+    }
+
     async fn network_activity(&self, id: &SandboxId) -> Result<NetworkActivity, HostError> {
         self.running(id)?;
         let activity = self.inner.networks()?.of(id).activity(id).await;

@@ -94,6 +94,19 @@ impl HostNetworks {
         Ok(())
     }
 
+    /// Makes all of them as they were set up again. Returns the sandboxes that were cut off. The error is
+    /// a sentence, and of one of them; what could be done in the others was done.
+    pub async fn repair(&self) -> (Vec<SandboxId>, Result<(), String>) {
+        let (mut repaired, mut outcome) = (Vec::new(), Ok(()));
+        for one in self.all() {
+            match one.network.repair().await {
+                Ok(ids) => repaired.extend(ids),
+                Err(error) => outcome = Err(format!("{}: {}", one.network.name(), chain(&error))),
+            }
+        }
+        (repaired, outcome)
+    }
+
     /// Removes all of them.
     pub async fn stop(&self) {
         // The first has found the host as it was before.

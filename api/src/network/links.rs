@@ -1,12 +1,13 @@
 //! Bridge, taps and neighbours, by rtnetlink.
 
+use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 
 use futures_util::{StreamExt, TryStreamExt};
 use rtnetlink::packet_route::address::AddressAttribute;
-use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
+use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use rtnetlink::packet_route::neighbour::{NeighbourFlags, NeighbourState};
 use rtnetlink::{Error, Handle, LinkBridge, LinkBridgePort, LinkUnspec};
 use tokio::task::JoinHandle;
@@ -33,6 +34,17 @@ pub struct Bridge {
     pub index: u32,
     /// Whether the host forwarded no packets before an earlier daemon, or this one, made it do so.
     pub was_not_forwarding: bool,
+}
+
+/// What could be a port of a bridge.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Port {
+    /// Its number.
+    pub index: u32,
+    /// The number of the bridge, or of what else it is a part of.
+    pub controller: Option<u32>,
+    /// Whether it is set up.
+    pub is_up: bool,
 }
 
 /// Why links are not as they should be.
@@ -195,6 +207,38 @@ impl Links {
     pub async fn index_of(&self, name: &str) -> Result<Option<u32>, LinkError> {
         let found = self.find(name).await?;
         Ok(found.map(|link| link.header.index))
+    }
+
+    /// All interfaces, by name.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub async fn ports(&self) -> Result<HashMap<String, Port>, LinkError> {
+        let links: Vec<_> = self
+            .handle
+            .link()
+            .get()
+            .execute()
+            .try_collect()
+            .await
+            .map_err(kernel("list the interfaces"))?;
+        let port = |link: LinkMessage| {
+            let mut name = None;
+            let mut port = Port {
+                index: link.header.index,
+                controller: None,
+                is_up: link.header.flags.contains(LinkFlags::Up),
+            };
+            for attribute in link.attributes {
+                match attribute {
+                    LinkAttribute::IfName(found) => name = Some(found),
+                    LinkAttribute::Controller(found) => port.controller = Some(found),
+                    _ => {}
+                }
+            }
+            Some((name?, port))
+        };
+        Ok(links.into_iter().filter_map(port).collect())
     }
 
     /// Whether a link has the gateway's address and no other one of version 4.

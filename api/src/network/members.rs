@@ -64,13 +64,30 @@ impl Members {
     }
 
     /// One that the packet filter has.
-    fn applied(&self, id: &SandboxId) -> Option<&Connected> {
+    pub(super) fn applied(&self, id: &SandboxId) -> Option<&Connected> {
         let connected = self.by_id.get(id);
         connected.filter(|connected| connected.is_applied)
+    }
+
+    /// Those that the packet filter has.
+    pub(super) fn all_applied(&self) -> impl Iterator<Item = (&SandboxId, &Connected)> {
+        let all = self.by_id.iter();
+        all.filter(|(_, connected)| connected.is_applied)
     }
 }
 
 impl Connected {
+    /// The addresses that the packet filter has in the sets of rules, and for how many seconds from now.
+    pub(super) fn resolved_at(&self, now: Instant) -> impl Iterator<Item = (usize, Ipv4Addr, u32)> {
+        self.resolved
+            .iter()
+            .filter_map(move |((rule, address), until)| {
+                let left = until.checked_duration_since(now)?.as_secs();
+                let seconds = u32::try_from(left).ok().filter(|left| *left > 0)?;
+                Some((*rule, *address, seconds))
+            })
+    }
+
     /// Remembers it, in place of the oldest if there are many.
     pub(super) fn note(&mut self, denied: Denied) {
         if self.denied.len() >= DENIED_KEPT {
@@ -81,7 +98,7 @@ impl Connected {
 }
 
 /// The right to change what the packet filter has of one sandbox.
-struct Turn<'a> {
+pub(super) struct Turn<'a> {
     _own: OwnedMutexGuard<()>,
     _shared: RwLockReadGuard<'a, ()>,
 }
@@ -89,7 +106,7 @@ struct Turn<'a> {
 impl Inner {
     /// Waits until nobody else changes what the packet filter has of a sandbox. There is none of one that
     /// is not connected.
-    async fn turn(&self, id: &SandboxId) -> Option<Turn<'_>> {
+    pub(super) async fn turn(&self, id: &SandboxId) -> Option<Turn<'_>> {
         let shared = self.changes.read().await;
         loop {
             let turn = Arc::clone(&self.members().by_id.get(id)?.turn);

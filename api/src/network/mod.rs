@@ -106,6 +106,20 @@ pub enum NetworkError {
     /// There is no such sandbox.
     #[error("the sandbox is not connected")]
     NotConnected,
+    /// The bridge is gone, or another has its name.
+    #[error(
+        "the bridge {name} is gone, which sandboxd has made; restart sandboxd, which makes it anew and \
+         connects the sandboxes that run"
+    )]
+    NoBridge {
+        /// Its name.
+        name: String,
+    },
+    /// Tables of the packet filter are gone.
+    #[error(
+        "rules of the packet filter are gone, which sandboxd has made; it makes them anew soon"
+    )]
+    NoTables,
     /// A tap is gone.
     #[error("the tap of the sandbox is gone")]
     NoTap,

@@ -71,6 +71,13 @@ struct Listing {
 #[derive(Deserialize)]
 struct Item {
     counter: Option<NamedCounter>,
+    table: Option<NamedTable>,
+}
+
+#[derive(Deserialize)]
+struct NamedTable {
+    family: String,
+    name: String,
 }
 
 #[derive(Deserialize)]
@@ -126,16 +133,8 @@ impl Nft {
     /// # Errors
     /// They cannot be read.
     pub async fn counters(&self, table: &str) -> Result<HashMap<String, Counter>, NftError> {
-        let arguments = ["-j", "list", "counters", "table", "inet", table];
-        let arguments = arguments.map(str::to_owned);
-        let program = self.program.clone();
-        let listed = self.namespace.run(move || {
-            let arguments = arguments.each_ref().map(String::as_str);
-            Ok(program.run(&arguments, ""))
-        });
-        let text = listed.await.map_err(NftError::Run)??;
-        let listing: Listing = serde_json::from_slice(&text).map_err(NftError::List)?;
-        let counters = listing.nftables.into_iter().filter_map(|item| item.counter);
+        let listed = self.list(["counters", "table", "inet", table]).await?;
+        let counters = listed.into_iter().filter_map(|item| item.counter);
         Ok(counters
             .map(
                 |NamedCounter {
@@ -145,6 +144,32 @@ impl Nft {
                  }| (name, Counter { packets, bytes }),
             )
             .collect())
+    }
+
+    /// Whether there are both tables of this name, that of bridges and that of packets.
+    ///
+    /// # Errors
+    /// They cannot be listed.
+    pub async fn has_tables(&self, name: &str) -> Result<bool, NftError> {
+        let tables = self.list(["tables"]).await?;
+        let has = |family: &str| {
+            let mut tables = tables.iter().filter_map(|item| item.table.as_ref());
+            tables.any(|table| table.family == family && table.name == name)
+        };
+        Ok(has("bridge") && has("inet"))
+    }
+
+    async fn list<const N: usize>(&self, what: [&str; N]) -> Result<Vec<Item>, NftError> {
+        let what = what.map(str::to_owned);
+        let program = self.program.clone();
+        let listed = self.namespace.run(move || {
+            let what = what.iter().map(String::as_str);
+            let arguments: Vec<_> = ["-j", "list"].into_iter().chain(what).collect();
+            Ok(program.run(&arguments, ""))
+        });
+        let text = listed.await.map_err(NftError::Run)??;
+        let listing: Listing = serde_json::from_slice(&text).map_err(NftError::List)?;
+        Ok(listing.nftables)
     }
 }
 

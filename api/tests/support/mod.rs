@@ -124,6 +124,10 @@ pub struct FakeHost {
     pub networks: Mutex<Vec<NetworkInfo>>,
     /// What sandboxes were to reach, in order.
     pub egress: Mutex<Vec<(SandboxId, Egress)>>,
+    /// Sandboxes that somebody else has cut off from their networks.
+    pub cut_off: Mutex<Vec<SandboxId>>,
+    /// Whether somebody else has removed a bridge.
+    pub has_no_bridge: AtomicBool,
     /// Ports that lead into sandboxes.
     pub forwards: Mutex<Vec<(SandboxId, Forward)>>,
     /// Ports that somebody else has.
@@ -767,6 +771,16 @@ impl Host for FakeHost {
         }
         self.egress.lock().unwrap().push((id.clone(), egress));
         Ok(())
+    }
+
+    async fn repair_networks(&self) -> (Vec<SandboxId>, Result<(), HostError>) {
+        let cut_off = std::mem::take(&mut *self.cut_off.lock().unwrap());
+        let reason = "the bridge is gone".to_owned();
+        let outcome = match self.has_no_bridge.load(Ordering::Relaxed) {
+            true => Err(HostError::Internal { reason }),
+            false => Ok(()),
+        };
+        (cut_off, outcome)
     }
 
     async fn network_activity(&self, id: &SandboxId) -> Result<NetworkActivity, HostError> {

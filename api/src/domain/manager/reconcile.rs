@@ -9,6 +9,7 @@
 //! | `unwatched` | nobody waits for the idle timeout of one that runs | somebody does; if it has passed, it is set aside |
 //! | `no_record` | a machine, or what is left of one, is in no record and nobody's | it goes |
 //! | `no_layers` | layers that one is based on which is paused or off are gone | error |
+//! | `cut_off` | others on the host have changed what connects one that runs, or holds it back | it is connected as before |
 //!
 //! All of these are found at the start of the daemon too, by [`Manager::recover`], and counted here: at
 //! that time an idle timeout may have passed while there was no daemon. That an agent does not answer is
@@ -17,7 +18,9 @@
 //!
 //! What is found once is marked only, for it may be that somebody is at it and has not yet written it
 //! down. What is found the next time again is acted on, by whoever has the sandbox's turn, and if it is
-//! so then. So nothing that is done here comes between what requests and the idle timeout do.
+//! so then. So nothing that is done here comes between what requests and the idle timeout do. Networks
+//! alone are repaired as soon as they are seen, and by the host, which knows who else is at them: until
+//! then nothing may hold a guest's packets back.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -51,11 +54,13 @@ pub enum Divergence {
     NoRecord,
     /// Layers that one is based on which is paused or off are gone.
     NoLayers,
+    /// Others on the host have changed what connects one that runs, or holds it back.
+    CutOff,
 }
 
 impl Divergence {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::NoProcess,
         Self::StillThere,
         Self::HalfDone,
@@ -63,6 +68,7 @@ impl Divergence {
         Self::Unwatched,
         Self::NoRecord,
         Self::NoLayers,
+        Self::CutOff,
     ];
 
     /// The word for it, in logs and metrics.
@@ -75,6 +81,7 @@ impl Divergence {
             Self::Unwatched => "unwatched",
             Self::NoRecord => "no_record",
             Self::NoLayers => "no_layers",
+            Self::CutOff => "cut_off",
         }
     }
 
@@ -185,6 +192,13 @@ impl Manager {
 
     /// Compares records and host once, and heals what was found the last time and is found again.
     pub async fn reconcile(&self) {
+        let (repaired, outcome) = self.inner.host.repair_networks().await;
+        for id in repaired {
+            self.inner.reconciler.healed(&id, Divergence::CutOff);
+        }
+        if let Err(source) = outcome {
+            error!(error = %chain(&source), "a network is not as it was set up");
+        }
         let found = match self.find_divergences().await {
             Ok(found) => found,
             Err(source) => {
@@ -265,7 +279,7 @@ impl Manager {
             reason: reason.to_owned(),
         };
         let transition = match divergence {
-            Divergence::NoRecord => return Ok(()),
+            Divergence::NoRecord | Divergence::CutOff => return Ok(()),
             Divergence::StillThere => None,
             Divergence::Unwatched => {
                 self.watch_since(&sandbox, idle_for(&sandbox));
