@@ -31,4 +31,5 @@ mod restore;
 mod scan;
 mod snapshots;
 mod templates;
+mod terminals;
 mod vmm_api;

@@ -6,6 +6,7 @@
 //!   vmm_api ─────────────────────────────────────────► vmm_api the REST API of `vmm`
 //!   guest ───────────────────────────────────────────► agent   the guest's agent over vsock
 //!   api ─────────────────────────────────────────────► daemon  `sandboxd`, sandboxes over REST
+//!   terminals ───────────────────────────────────────► screen  what a program shows on a terminal
 //! ```
 //!
 //! Everything blocks, and waits for events: a line, a connection, the end of a process. What
@@ -31,6 +32,7 @@ pub mod network;
 pub mod outside;
 pub mod pattern;
 pub mod process;
+pub mod screen;
 pub mod setup;
 pub mod socket;
 pub mod terminal;

@@ -6,6 +6,7 @@
 //! | daemon | `MVS_SANDBOXD` | `release/sandboxd` |
 //! | guest kernel, initramfs and template | `MVS_IMAGES` | `images/` |
 //! | stock kernel and its initramfs | `MVS_STOCK_IMAGES` | `images/stock/` |
+//! | template `linux-default` | `MVS_PYTHON_TEMPLATE` | `images/linux-default.ext4` |
 //! | hostile guest | `MVS_HOSTILE_GUEST` | as `tests/hostile-guest/build` makes it |
 
 use std::path::{Path, PathBuf};
@@ -22,6 +23,8 @@ pub struct Setup {
     pub images: PathBuf,
     /// Directory with `vmlinuz` of a distribution and an `initramfs.cpio` with its modules.
     pub stock_images: PathBuf,
+    /// The root disk of a template with Python, which no guest may write.
+    pub python_template: PathBuf,
     /// The guest that attacks its machine's devices.
     pub hostile_guest: PathBuf,
 }
@@ -70,6 +73,7 @@ pub fn setup() -> &'static Setup {
             sandboxd: find("MVS_SANDBOXD", "release/sandboxd"),
             images: find("MVS_IMAGES", "images"),
             stock_images: find("MVS_STOCK_IMAGES", "images/stock"),
+            python_template: find("MVS_PYTHON_TEMPLATE", "images/linux-default.ext4"),
             hostile_guest: find(
                 "MVS_HOSTILE_GUEST",
                 "hostile-guest/x86_64-unknown-linux-gnu/release/hostile-guest",
