@@ -1,14 +1,14 @@
 //! The audit log.
 
 use axum::Json;
-use axum::extract::rejection::QueryRejection;
-use axum::extract::{Query, State};
+use axum::extract::State;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 
 use super::error::{ApiError, ErrorBody};
+use super::extract::Query;
 use super::rfc3339;
 use crate::audit::{Entry, Filter, MAX_LIMIT};
 use crate::http::{AppState, Caller};
@@ -103,12 +103,11 @@ impl From<Entry> for AuditLogBody {
 pub async fn logs(
     State(state): State<AppState>,
     caller: Caller,
-    query: Result<Query<AuditQuery>, QueryRejection>,
+    Query(query): Query<AuditQuery>,
 ) -> Result<Json<AuditLogsBody>, ApiError> {
     if !caller.principal.is_admin() {
         return Err(ApiError::forbidden("Insufficient permissions"));
     }
-    let Query(query) = query.map_err(|error| ApiError::bad_request(error.body_text()))?;
     let limit = match query.limit.as_deref().map(str::parse) {
         None => 100,
         Some(Ok(limit)) if (1..=MAX_LIMIT).contains(&limit) => limit,

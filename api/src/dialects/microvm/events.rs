@@ -21,7 +21,7 @@ use std::time::Duration;
 use axum::body::Bytes;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade, close_code};
-use axum::extract::{OriginalUri, Path, State};
+use axum::extract::{OriginalUri, State};
 use axum::http::HeaderMap;
 use axum::response::Response;
 use jiff::Timestamp;
@@ -30,6 +30,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval_at, timeout};
 
 use super::at_vm::AtVm;
 use super::error::{ApiError, ErrorBody};
+use super::extract::Path;
 use super::rfc3339;
 use super::vms::word_at;
 use crate::domain::{

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 
 use axum::body::Bytes;
-use axum::extract::Path;
 use axum::extract::rejection::BytesRejection;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -15,6 +14,7 @@ use utoipa::ToSchema;
 use super::at_vm::{AtVm, wrong};
 use super::body::{FromFields, parse};
 use super::error::{ApiError, ErrorBody};
+use super::extract::Path;
 use super::fields::Fields;
 use super::rfc3339;
 use super::vms::running;

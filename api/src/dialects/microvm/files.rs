@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use axum::Json;
 use axum::body::{Body, Bytes};
-use axum::extract::{Path, Query, Request, State};
+use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use futures_util::stream::{self, StreamExt};
@@ -14,6 +14,7 @@ use utoipa::ToSchema;
 
 use super::at_vm::{AtVm, too_large, wrong};
 use super::error::{ApiError, ErrorBody};
+use super::extract::{Path, Query};
 use super::ranges::{Range, part_of};
 use super::rfc3339;
 use super::vms::{name_of, running};

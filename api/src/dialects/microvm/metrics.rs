@@ -1,12 +1,12 @@
 //! What machines and the host take.
 
 use axum::Json;
-use axum::extract::Path;
 use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::at_vm::AtVm;
 use super::error::{ApiError, ErrorBody};
+use super::extract::Path;
 use super::rfc3339;
 use super::vms::{find, name_of};
 use crate::domain::{HostMeasured, Manager, MeasureError, Measured, Sandbox, Status};

@@ -7,6 +7,7 @@ mod body;
 mod error;
 mod events;
 mod exec;
+mod extract;
 mod fields;
 mod files;
 mod guest;

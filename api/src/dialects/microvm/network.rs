@@ -7,13 +7,13 @@ use std::ops::RangeInclusive;
 use axum::Json;
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
-use axum::extract::{Path, Query};
 use axum::http::StatusCode;
 use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::at_vm::AtVm;
 use super::error::{ApiError, ErrorBody};
+use super::extract::{Path, Query};
 use super::fields::Fields;
 use super::vms::{find, name_of};
 use crate::domain::{

@@ -2,7 +2,6 @@
 
 use axum::Json;
 use axum::body::Bytes;
-use axum::extract::Path;
 use axum::extract::rejection::BytesRejection;
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -10,6 +9,7 @@ use utoipa::ToSchema;
 use super::at_vm::{AtVm, of_host, wrong};
 use super::body::{FromFields, parse};
 use super::error::{ApiError, ErrorBody};
+use super::extract::Path;
 use super::fields::Fields;
 use super::rfc3339;
 use super::vms::{find, name_of, word_of};

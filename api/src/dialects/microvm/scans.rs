@@ -4,14 +4,15 @@ use std::collections::BTreeMap;
 
 use axum::Json;
 use axum::body::Bytes;
+use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
-use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::at_vm::AtVm;
 use super::error::{ApiError, ErrorBody};
+use super::extract::Path;
 use super::fields::Fields;
 use super::rfc3339;
 use crate::http::{AppState, Caller};

@@ -4,7 +4,6 @@
 
 use axum::Json;
 use axum::body::Bytes;
-use axum::extract::Path;
 use axum::extract::rejection::BytesRejection;
 use axum::http::StatusCode;
 use serde::Serialize;
@@ -13,6 +12,7 @@ use utoipa::ToSchema;
 use super::at_vm::AtVm;
 use super::body::{FromFields, parse};
 use super::error::{ApiError, ErrorBody};
+use super::extract::Path;
 use super::fields::Fields;
 use super::rfc3339;
 use super::vms::{find, name_of, powered, word_of};

@@ -2,13 +2,14 @@
 
 use axum::Json;
 use axum::body::Bytes;
+use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
-use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::error::{ApiError, parse};
+use super::extract::Path;
 use super::sandboxes::rfc3339;
 use crate::domain::{Account, Quota};
 use crate::http::{AppState, Caller, ErrorBody};

@@ -16,7 +16,6 @@ use std::collections::BTreeMap;
 use std::io;
 use std::time::Duration;
 
-use axum::extract::Path;
 use axum::extract::ws::WebSocketUpgrade;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::response::Response;
@@ -29,6 +28,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::{self, Sender};
 
 use super::error::ApiError;
+use super::extract::Path;
 use super::socket::{self, Data, MAX_MESSAGE, Socket};
 use super::text::Text;
 use crate::domain::{Command, ExecError, ExecEvent, InUse, MAX_EXEC_TIMEOUT_SEC, Manager};

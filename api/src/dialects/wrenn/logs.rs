@@ -1,10 +1,10 @@
 //! What sandboxes write to their consoles.
 
-use axum::extract::Path;
 use axum::http::header;
 use axum::response::IntoResponse;
 
 use super::error::ApiError;
+use super::extract::Path;
 use crate::http::{Caller, ErrorBody};
 
 /// Get the console of a sandbox

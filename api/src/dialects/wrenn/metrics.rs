@@ -4,11 +4,11 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use axum::Json;
-use axum::extract::{Path, Query};
 use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::error::ApiError;
+use super::extract::{Path, Query};
 use crate::domain::{MeasureError, Point};
 use crate::http::{Caller, ErrorBody};
 

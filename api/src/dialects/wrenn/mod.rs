@@ -5,6 +5,7 @@ mod directories;
 mod error;
 mod exec;
 mod exec_stream;
+mod extract;
 mod files;
 mod logs;
 mod metrics;

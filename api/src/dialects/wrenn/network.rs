@@ -4,13 +4,13 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use axum::Json;
 use axum::body::Bytes;
-use axum::extract::Path;
 use axum::extract::rejection::BytesRejection;
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::error::{ApiError, parse};
+use super::extract::Path;
 use super::sandboxes::rfc3339;
 use crate::domain::{
     AllowRule, Connection, Counter, Denied, DeniedWhat, Destination, Egress, Forward, ForwardSpec,

@@ -10,10 +10,8 @@
 //! A client that goes away, or does not read, does nothing to the process.
 
 use axum::Json;
-use axum::extract::rejection::QueryRejection;
 use axum::extract::ws::WebSocketUpgrade;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
-use axum::extract::{Path, Query};
 use axum::http::StatusCode;
 use axum::response::Response;
 use futures_util::StreamExt;
@@ -22,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::error::ApiError;
+use super::extract::{Path, Query};
 use super::socket::{self, Data, Socket};
 use super::text::Text;
 use crate::domain::{ExecError, InUse, KILL, Manager, Process, ProcessEvent, ProcessRef};
@@ -134,10 +133,9 @@ pub async fn list(
 pub async fn kill(
     caller: Caller,
     Path((id, process)): Path<(String, String)>,
-    params: Result<Query<SignalParams>, QueryRejection>,
+    Query(params): Query<SignalParams>,
 ) -> Result<StatusCode, ApiError> {
     let in_use = caller.manager.running(&id).await?;
-    let Query(params) = params.map_err(|rejection| ApiError::invalid(rejection.body_text()))?;
     let signal = params.signal.as_deref().map_or(Ok(KILL), signal_of)?;
     let process = ProcessRef::from(process.as_str());
     caller

@@ -21,7 +21,6 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use axum::extract::Path;
 use axum::extract::ws::WebSocketUpgrade;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::response::Response;
@@ -33,6 +32,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
 
 use super::error::ApiError;
+use super::extract::Path;
 use super::socket::{self, MAX_MESSAGE, Received, Socket};
 use crate::domain::{
     Command, ExecError, InUse, KILL, MAX_EXEC_TIMEOUT_SEC, Manager, ProcessEvent, ProcessRef,

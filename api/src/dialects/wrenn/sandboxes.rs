@@ -4,14 +4,14 @@ use std::net::Ipv4Addr;
 
 use axum::Json;
 use axum::body::Bytes;
-use axum::extract::rejection::{BytesRejection, QueryRejection};
-use axum::extract::{Path, Query};
+use axum::extract::rejection::BytesRejection;
 use axum::http::StatusCode;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::error::{ApiError, parse};
+use super::extract::{Path, Query};
 use super::network::NetworkRequest;
 use crate::domain::{CreateSpec, Sandbox, Start, Status, Timings};
 use crate::http::{Caller, ErrorBody};
@@ -278,10 +278,8 @@ pub async fn create(
 )]
 pub async fn list(
     caller: Caller,
-    params: Result<Query<ListParams>, QueryRejection>,
+    Query(params): Query<ListParams>,
 ) -> Result<Json<Vec<SandboxBody>>, ApiError> {
-    let Query(params) =
-        params.map_err(|rejection| ApiError::invalid(format!("invalid query: {rejection}")))?;
     let sandboxes = match params.all {
         true => caller.manager.list_latest().await?,
         false => caller.manager.list().await?,

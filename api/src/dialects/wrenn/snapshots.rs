@@ -2,13 +2,13 @@
 
 use axum::Json;
 use axum::body::Bytes;
-use axum::extract::rejection::{BytesRejection, QueryRejection};
-use axum::extract::{Path, Query};
+use axum::extract::rejection::BytesRejection;
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::error::{ApiError, parse};
+use super::extract::{Path, Query};
 use super::sandboxes::{SandboxBody, rfc3339};
 use crate::domain::{
     DEFAULT_MEMORY_MB, DEFAULT_VCPUS, Forked, Snapshot, SnapshotSpec, Source, TemplateInfo,
@@ -243,10 +243,9 @@ impl From<Forked> for ForkBody {
 )]
 pub async fn create(
     caller: Caller,
-    params: Result<Query<CreateParams>, QueryRejection>,
+    Query(params): Query<CreateParams>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<(StatusCode, Json<SnapshotBody>), ApiError> {
-    let Query(params) = params.map_err(bad_query)?;
     let request: CreateSnapshotRequest = parse(body)?;
     if request.sandbox_id.is_empty() {
         return Err(ApiError::invalid("sandbox_id is required"));
@@ -260,10 +259,6 @@ pub async fn create(
     };
     let snapshot = caller.manager.snapshot(&request.sandbox_id, spec).await?;
     Ok((StatusCode::CREATED, Json(snapshot.into())))
-}
-
-fn bad_query(rejection: QueryRejection) -> ApiError {
-    ApiError::invalid(format!("invalid query: {rejection}"))
 }
 
 /// List all snapshots
@@ -281,9 +276,8 @@ fn bad_query(rejection: QueryRejection) -> ApiError {
 )]
 pub async fn list(
     caller: Caller,
-    params: Result<Query<ListParams>, QueryRejection>,
+    Query(params): Query<ListParams>,
 ) -> Result<Json<Vec<ListedBody>>, ApiError> {
-    let Query(params) = params.map_err(bad_query)?;
     if params.kind == Some(KindBody::Base) {
         let templates = caller.manager.list_templates().await?;
         let ready = templates

@@ -7,7 +7,7 @@ use std::path::Path as FilePath;
 use axum::Json;
 use axum::body::{Body, Bytes, to_bytes};
 use axum::extract::multipart::{Field, Multipart};
-use axum::extract::{FromRequest, Path, Request, State};
+use axum::extract::{FromRequest, Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use futures_util::stream::{self, StreamExt};
@@ -16,6 +16,7 @@ use tokio::io::AsyncWriteExt;
 use utoipa::ToSchema;
 
 use super::error::{ApiError, parse};
+use super::extract::Path;
 use super::sandboxes::rfc3339;
 use crate::dialects::forms::{drain, one_at_a_time};
 use crate::dialects::upload::bad_form;

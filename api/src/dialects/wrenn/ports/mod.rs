@@ -24,11 +24,14 @@
 mod forward;
 mod origin;
 
-use axum::extract::{OriginalUri, RawPathParams, Request, State};
+use std::borrow::Cow;
+
+use axum::extract::{OriginalUri, Request, State};
 use axum::http::header::HOST;
 use axum::http::{HeaderMap, Method, Uri};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Redirect, Response};
+use percent_encoding::percent_decode_str;
 
 use super::error::ApiError;
 use crate::domain::Principal;
@@ -73,16 +76,11 @@ const SANDBOX_PORT: &str = "x-sandbox-port";
 pub async fn by_path(
     caller: Caller,
     OriginalUri(uri): OriginalUri,
-    params: RawPathParams,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let param = |name: &str| {
-        let found = params.iter().find(|(known, _)| *known == name);
-        found.map(|(_, value)| value).unwrap_or_default()
-    };
-    let (id, port) = (param("id"), port_of(param("port"))?);
-    // As it was sent: what is escaped in it is the server's business.
+    // What follows is as it was sent: what is escaped in it is the server's business.
     let (prefix, path) = split_after(uri.path(), 5);
+    let (id, port) = (&segment(prefix, 3)?, port_of(&segment(prefix, 5)?)?);
     let path = if path.is_empty() { "/" } else { path };
     let target = match uri.query() {
         Some(query) => format!("{path}?{query}"),
@@ -205,6 +203,13 @@ fn target_of(uri: &Uri) -> String {
         .map_or_else(|| "/".to_owned(), ToString::to_string)
 }
 
+/// What the segment of this number says; the first follows the first slash.
+fn segment(path: &str, number: usize) -> Result<Cow<'_, str>, ApiError> {
+    let segment = path.split('/').nth(number).unwrap_or_default();
+    let text = percent_decode_str(segment).decode_utf8();
+    text.map_err(|_| ApiError::invalid(format!("invalid path: {segment:?} is not UTF-8")))
+}
+
 /// `path` cut after so many segments.
 fn split_after(path: &str, segments: usize) -> (&str, &str) {
     let cut = path.match_indices('/').nth(segments);
@@ -230,6 +235,17 @@ mod tests {
         ] {
             assert_eq!(split_after(path, 5), (prefix, rest));
         }
+    }
+
+    #[test]
+    fn segments_are_text() {
+        let path = "/v1/sandboxes/a%20%C3%BC/ports/%FF";
+        assert_eq!(segment(path, 3).unwrap(), "a \u{fc}");
+        assert_eq!(
+            segment(path, 5).unwrap_err().status,
+            StatusCode::BAD_REQUEST
+        );
+        assert_eq!(segment(path, 6).unwrap(), "");
     }
 
     #[test]
