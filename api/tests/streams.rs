@@ -200,8 +200,8 @@ fn a_thousand_idle_sockets_and_fifty_commands_at_once() {
                 let path = format!("{}/exec", sandboxes[index % SANDBOXES]);
                 tokio::spawn(async move {
                     let word = format!("word {index}");
-                    let body =
-                        json!({"cmd": "/bin/sh", "args": ["-c", "sleep 0.2; echo $0", word]});
+                    let body = json!({"cmd": "/bin/sh", "timeout_sec": 300,
+                                      "args": ["-c", "sleep 0.2; echo $0", word]});
                     let (status, said) = served.call("POST", &path, &body).await;
                     assert_eq!(status, 200, "{said}");
                     assert_eq!(said["stdout"], json!(format!("{word}\n")));
