@@ -2,7 +2,6 @@
 
 use std::io;
 use std::task::Poll;
-use std::time::Duration;
 
 use axum::body::Bytes;
 use axum::extract::Request;
@@ -15,8 +14,6 @@ use crate::domain::Spooled;
 pub const FORM_OVERHEAD: u64 = 64 * 1024;
 /// Pieces of a file that wait for the guest to take them.
 pub const PIECES_IN_FLIGHT: usize = 2;
-/// How long the rest of a refused upload is read, so that its sender gets to read the answer.
-const DRAIN_TIME: Duration = Duration::from_secs(5);
 /// How much of an upload stays in memory if its `path` comes last, in bytes.
 pub const SPOOL_MEMORY: usize = 256 * 1024;
 
@@ -67,19 +64,4 @@ pub fn content(file: Spooled) -> BoxStream<'static, io::Result<Bytes>> {
             .map(|piece| (piece, file)))
     })
     .boxed()
-}
-
-/// Reads and drops up to `limit` bytes: most clients read no answer before they have sent all.
-pub async fn drain<E>(mut rest: impl StreamExt<Item = Result<Bytes, E>> + Unpin, limit: u64) {
-    let read = async {
-        let mut total = 0;
-        while let Some(Ok(piece)) = rest.next().await {
-            total += piece.len() as u64;
-            if total > limit {
-                break;
-            }
-        }
-    };
-    // Whether it came to the end makes no difference to the answer.
-    let _ = tokio::time::timeout(DRAIN_TIME, read).await;
 }

@@ -9,13 +9,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use axum::body::{Body, Bytes};
 use axum::extract::multipart::{Field, Multipart, MultipartError};
 use axum::extract::{FromRequest, Request};
-use axum::http::header;
 use futures_util::stream::{self, BoxStream, StreamExt};
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 
 use super::forms::{
-    FORM_OVERHEAD, PIECES_IN_FLIGHT, SPOOL_MEMORY, announced, content, drain, ends_with_none,
+    FORM_OVERHEAD, PIECES_IN_FLIGHT, SPOOL_MEMORY, announced, content, ends_with_none,
     one_at_a_time,
 };
 use crate::chain;
@@ -90,10 +89,6 @@ pub async fn take(
 ) -> Result<Uploaded, UploadError> {
     let most = rules.limit.saturating_add(FORM_OVERHEAD);
     if announced(&request).is_some_and(|length| length > most) {
-        // A sender that asked first, and is now told no, sends nothing.
-        if !request.headers().contains_key(header::EXPECT) {
-            drain(request.into_body().into_data_stream(), rules.limit).await;
-        }
         return Err(UploadError::TooLarge(rules.limit));
     }
     let request = request.map(|body| Body::from_stream(one_at_a_time(body.into_data_stream())));
@@ -147,13 +142,9 @@ impl Upload<'_> {
                     only_one(&mut mode, permissions(&text)?, PERMISSIONS)?;
                 }
                 Some(FILE) if waiting.is_none() => {
-                    match self.come_to(&mut field, path.as_ref(), mode).await {
-                        Ok(Come::There(path, size)) => return Ok((path, size)),
-                        Ok(Come::Waits(file)) => waiting = Some(file),
-                        Err(error) => {
-                            drain(field, self.rules.limit).await;
-                            return Err(error);
-                        }
+                    match self.come_to(&mut field, path.as_ref(), mode).await? {
+                        Come::There(path, size) => return Ok((path, size)),
+                        Come::Waits(file) => waiting = Some(file),
                     }
                 }
                 _ => {}

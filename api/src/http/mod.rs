@@ -12,6 +12,7 @@ mod rate;
 mod record;
 mod sockets;
 mod trace;
+mod unread;
 
 use axum::extract::DefaultBodyLimit;
 use axum::http::{StatusCode, Uri};
@@ -154,6 +155,7 @@ pub fn router(state: AppState) -> Result<Router, OpenApiError> {
             wrenn::by_host,
         ))
         .layer(middleware::from_fn(trace::trace))
+        .layer(middleware::from_fn(unread::drain))
         .with_state(state))
 }
 

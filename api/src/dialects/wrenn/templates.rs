@@ -18,7 +18,7 @@ use utoipa::ToSchema;
 use super::error::{ApiError, parse};
 use super::extract::Path;
 use super::sandboxes::rfc3339;
-use crate::dialects::forms::{drain, one_at_a_time};
+use crate::dialects::forms::one_at_a_time;
 use crate::dialects::upload::bad_form;
 use crate::domain::{
     BuildFrom, BuildSpec, DEFAULT_MEMORY_MB, DEFAULT_VCPUS, Manager, Recipe, SettingsSpec, Source,
@@ -408,13 +408,7 @@ async fn read_form(
             }
             Some("archive") if archive.is_none() => {
                 let dir = &caller.manager.limits().exec.spool_dir;
-                match spool(&mut field, dir, state.max_archive).await {
-                    Ok(file) => archive = Some(file),
-                    Err(error) => {
-                        drain(field, state.max_archive).await;
-                        return Err(error);
-                    }
-                }
+                archive = Some(spool(&mut field, dir, state.max_archive).await?);
             }
             name => {
                 let text = format!("the form has a field {name:?} too many");
