@@ -154,6 +154,8 @@ pub fn router(state: AppState) -> Result<Router, OpenApiError> {
             state.clone(),
             wrenn::by_host,
         ))
+        // Outside of the check of who calls, and of the audit log, which may fail too.
+        .layer(middleware::from_fn(microvm::name_failures))
         .layer(middleware::from_fn(trace::trace))
         .layer(middleware::from_fn(unread::drain))
         .with_state(state))

@@ -11,7 +11,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc;
+use std::sync::{Mutex, mpsc};
 use std::thread;
 
 use conformance::{Answer, Client};
@@ -25,6 +25,8 @@ pub struct Daemon {
     dir: tempfile::TempDir,
     process: Child,
     address: String,
+    /// What it has said since it was ready.
+    log: Mutex<mpsc::Receiver<String>>,
 }
 
 impl Daemon {
@@ -89,6 +91,7 @@ impl Daemon {
             dir,
             process,
             address: address.unwrap(),
+            log: Mutex::new(lines),
         }
     }
 
@@ -100,6 +103,24 @@ impl Daemon {
     /// A file beside those of the daemon: `daemon.log` is what it has said. [`vmm`] says which ones make the VMM fail.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
+    }
+
+    /// The next line of its log that has this text.
+    pub fn logged(&self, text: &str) -> Value {
+        let log = self.log.lock().unwrap();
+        let mut lines = log.iter();
+        let line = lines.find(|line| line.contains(text)).unwrap();
+        serde_json::from_str(&line).unwrap()
+    }
+
+    /// Asks it to end.
+    pub fn terminate(&self) {
+        kill_process(Pid::from_child(&self.process), Signal::TERM).unwrap();
+    }
+
+    /// Waits until it has ended.
+    pub fn wait(&mut self) {
+        self.process.wait().unwrap();
     }
 
     /// The answer to a request with a JSON body, or none.
@@ -130,9 +151,7 @@ impl Client for Daemon {
         }
         write!(stream, "Content-Length: {}\r\n\r\n", body.len()).unwrap();
         stream.write_all(body).unwrap();
-        let mut bytes = Vec::new();
-        stream.read_to_end(&mut bytes).unwrap();
-        parse(&bytes)
+        answer(stream)
     }
 }
 
@@ -150,6 +169,13 @@ impl Drop for Daemon {
             assert!(status.unwrap().success());
         }
     }
+}
+
+/// The last answer of a connection.
+pub fn answer(mut stream: TcpStream) -> Answer {
+    let mut bytes = Vec::new();
+    stream.read_to_end(&mut bytes).unwrap();
+    parse(&bytes)
 }
 
 /// What the bytes of an answer say.

@@ -25,12 +25,11 @@ mod vms;
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::http::StatusCode;
-use axum::middleware;
 use axum::routing::{delete, get, post, put};
 use jiff::Timestamp;
 use utoipa::OpenApi;
 
-pub use error::{ApiError, ErrorBody, FieldError};
+pub use error::{ApiError, ErrorBody, FieldError, name_failures};
 pub use fields::Fields;
 
 use crate::http::AppState;
@@ -112,8 +111,7 @@ pub fn router() -> Router<AppState> {
         .route("/security/scan", post(scans::start))
         .route("/security/scans/{scan_id}", get(scans::get))
         .fallback(not_found)
-        .method_not_allowed_fallback(method_not_allowed)
-        .layer(middleware::from_fn(error::name_failures));
+        .method_not_allowed_fallback(method_not_allowed);
     Router::new().nest(BASE, routes)
 }
 
