@@ -1,6 +1,8 @@
 //! What clients of the two published APIs expect, with real guests and a network.
 
 use std::net::TcpStream;
+use std::path::Path;
+use std::process::Command;
 
 use ::conformance::wrenn::{self, UPLOAD_BYTES};
 use ::conformance::{Answer, Client, microvm};
@@ -68,4 +70,27 @@ fn every_example_of_api_v1_is_answered_as_it_says() {
     };
     let problems = microvm::every_example(&daemon, &place);
     assert!(problems.is_empty(), "{}", problems.join("\n"));
+}
+
+#[test]
+fn every_method_of_py_microvm_works() {
+    let daemon = Asks(Daemon::start());
+    let user = json!({"username": "alice", "password": "Correct-horse-7", "role": "user"});
+    let ask = |path: &str| {
+        let (status, answer) = daemon.0.call("POST", path, &user.to_string());
+        assert!(status < 300, "{answer}");
+        answer
+    };
+    ask("/api/v1/auth/register");
+    let token = ask("/api/v1/auth/login")["access_token"].take();
+    let python = std::env::var_os("MVS_PY_MICROVM")
+        .expect("MVS_PY_MICROVM names a python that has py-microvm; `tests/run` sets it");
+    let status = Command::new(python)
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("python/py_microvm.py"))
+        .arg(format!("http://{}", daemon.0.address()))
+        .arg(token.as_str().unwrap())
+        .arg("/srv")
+        .status()
+        .unwrap();
+    assert!(status.success(), "something does not, see above");
 }
