@@ -38,10 +38,12 @@ use super::super::template::{
     TemplateStatus,
 };
 use super::super::timings::Start;
+use super::Manager;
+use super::create::{identity_of, shape_of};
 use super::oci::OciBuild;
 use super::templates::Ground;
-use super::{Manager, chain, identity_of};
 use crate::archive::{ArchiveError, files};
+use crate::chain;
 use crate::oci::OciError;
 
 /// How long the working directory of a template may take to be made, in seconds.
@@ -479,7 +481,7 @@ impl Manager {
         };
         let created = CreateRequest {
             id: builder.clone(),
-            shape: super::shape_of(&held.spec),
+            shape: shape_of(&held.spec),
             identity: identity_of(builder, Timestamp::now()),
             layers: held.layers.clone(),
             start: Start::Fork,

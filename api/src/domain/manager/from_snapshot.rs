@@ -17,7 +17,8 @@ use super::super::snapshot::Snapshot;
 use super::super::store::StoreError;
 use super::super::template::Settings;
 use super::super::timings::Start;
-use super::{Manager, Wishes};
+use super::Manager;
+use super::create::Wishes;
 
 /// A snapshot that a sandbox is to be made from, and the sandbox.
 #[derive(Debug)]

@@ -9,7 +9,8 @@ use super::super::layer::MAX_DISK;
 use super::super::sandbox::{Sandbox, Status, Transition};
 use super::super::store::StoreError;
 use super::super::timings::Start;
-use super::{Manager, reason_of, request_for};
+use super::Manager;
+use super::create::{reason_of, request_for};
 use crate::chain;
 
 impl Manager {

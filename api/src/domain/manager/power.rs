@@ -20,8 +20,9 @@ use super::super::request::CreateSpec;
 use super::super::sandbox::{Sandbox, Status, Transition};
 use super::super::timings::Start;
 use super::super::turns::Turn;
+use super::Manager;
+use super::create::Wishes;
 use super::resize::take_back;
-use super::{Manager, Wishes};
 use crate::chain;
 
 /// The longest time that a guest has to shut down.

@@ -29,9 +29,10 @@ use super::super::layer::Layers;
 use super::super::sandbox::{Desired, Sandbox, Status, Transition};
 use super::super::store::StoreError;
 use super::super::timings::Start;
+use super::Manager;
+use super::create::{reason_of, request_for};
 use super::reconcile::Divergence;
 use super::warm::shape_of_warm;
-use super::{Manager, reason_of, request_for};
 use crate::chain;
 
 /// Why the records were not settled.

@@ -16,7 +16,8 @@ use super::super::snapshot::Snapshot;
 use super::super::store::StoreError;
 use super::super::timings::{SaveTimings, Start};
 use super::super::turns::Turn;
-use super::{Manager, Wishes};
+use super::Manager;
+use super::create::Wishes;
 use crate::chain;
 
 /// How many sandboxes of one fork are started at a time.

@@ -18,8 +18,9 @@ use super::super::template::{
     Readiness, Settings, Source, Template, TemplateContent, TemplateInfo, TemplateStatus,
 };
 use super::super::timings::Start;
+use super::Manager;
 use super::recover::RecoverError;
-use super::{Manager, chain};
+use crate::chain;
 
 /// How long a readiness command that has failed is left alone before it is run again.
 const READINESS_PAUSE: Duration = Duration::from_millis(200);

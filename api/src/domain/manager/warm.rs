@@ -37,8 +37,9 @@ use super::super::snapshot::WarmSnapshot;
 use super::super::store::StoreError;
 use super::super::timings::Start;
 use super::super::turns::Turn;
+use super::Manager;
+use super::create::{Wishes, identity_of, request_for, shape_of};
 use super::templates::Ground;
-use super::{Manager, Wishes, identity_of, request_for, shape_of};
 use crate::chain;
 
 /// How long the first command in a machine that is made warm may take, in seconds.
