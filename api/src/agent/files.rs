@@ -8,12 +8,12 @@ use agent_protocol::{FileQuery, PATH_FILES};
 use bytes::Bytes;
 use futures_util::TryStreamExt;
 use futures_util::stream::{self, BoxStream, StreamExt};
-use http_body_util::{BodyExt, Empty, StreamBody};
+use http_body_util::{BodyExt, StreamBody};
 use hyper::Request;
 use hyper::body::{Body as _, Frame};
 use hyper::header::HOST;
 
-use super::{AgentClient, failure, host_error, unreachable};
+use super::{AgentClient, failure, host_error, request, unreachable};
 use crate::domain::{FileContent, HostError, ReadFileRequest, WriteFileRequest};
 
 /// How long an agent may take for the next piece of a file that is being read.
@@ -70,13 +70,7 @@ impl AgentClient {
     /// It cannot be read from its start.
     pub async fn read_file(&self, request: ReadFileRequest) -> Result<FileContent, HostError> {
         let query = FileQuery::new(request.path.as_bytes());
-        let body = Empty::new().map_err(|never| match never {}).boxed_unsync();
-        let http = Request::get(format!("{PATH_FILES}?{}", query.encode()))
-            .header(HOST, "agent")
-            .body(body)
-            .map_err(|error| HostError::Internal {
-                reason: error.to_string(),
-            })?;
+        let http = request::get(&format!("{PATH_FILES}?{}", query.encode()))?;
         let mut sender = self.connect().await?;
         let response = tokio::time::timeout(IDLE_TIMEOUT, sender.send_request(http))
             .await

@@ -3,15 +3,12 @@
 use std::time::Duration;
 
 use agent_protocol::{FREEZE_UPGRADE, FROZEN, FreezeRequest, PATH_FREEZE};
-use bytes::Bytes;
-use http_body_util::{BodyExt, Full};
-use hyper::header::{CONNECTION, CONTENT_TYPE, HOST, UPGRADE};
+use hyper::StatusCode;
 use hyper::upgrade::Upgraded;
-use hyper::{Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::{AgentClient, failure, host_error, unreachable};
+use super::{AgentClient, failure, host_error, unreachable, upgrade};
 use crate::domain::HostError;
 
 /// How long a guest may take to write what it has in memory to its disk.
@@ -43,22 +40,10 @@ impl AgentClient {
     }
 
     async fn begin_freeze(&self) -> Result<Freeze, HostError> {
-        let internal = |reason: String| HostError::Internal { reason };
-        let request = FreezeRequest {
+        let body = FreezeRequest {
             timeout_ms: HOLD_MS,
         };
-        let body = serde_json::to_vec(&request).map_err(|error| internal(error.to_string()))?;
-        let request = Request::post(PATH_FREEZE)
-            .header(HOST, "agent")
-            .header(CONNECTION, "Upgrade")
-            .header(UPGRADE, FREEZE_UPGRADE)
-            .header(CONTENT_TYPE, "application/json")
-            .body(
-                Full::<Bytes>::from(body)
-                    .map_err(std::io::Error::other)
-                    .boxed_unsync(),
-            )
-            .map_err(|error| internal(error.to_string()))?;
+        let request = upgrade::request(PATH_FREEZE, FREEZE_UPGRADE, &body)?;
         let mut sender = self.connect().await?;
         let response = sender
             .send_request(request)

@@ -3,13 +3,9 @@
 use std::time::Duration;
 
 use agent_protocol::PATH_HEALTH;
-use bytes::Bytes;
-use http_body_util::{BodyExt, Empty};
-use hyper::Request;
-use hyper::header::HOST;
 use tokio::time::Instant;
 
-use super::{AgentClient, failure, host_error, unreachable};
+use super::{AgentClient, failure, host_error, request, unreachable};
 use crate::domain::HostError;
 
 /// How long to wait after an agent could not be reached.
@@ -37,16 +33,7 @@ impl AgentClient {
     }
 
     async fn is_healthy(&self) -> Result<(), HostError> {
-        let request = Request::get(PATH_HEALTH)
-            .header(HOST, "agent")
-            .body(
-                Empty::<Bytes>::new()
-                    .map_err(|never| match never {})
-                    .boxed_unsync(),
-            )
-            .map_err(|error| HostError::Internal {
-                reason: error.to_string(),
-            })?;
+        let request = request::get(PATH_HEALTH)?;
         let mut sender = self.connect().await?;
         let response = sender
             .send_request(request)

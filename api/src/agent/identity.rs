@@ -9,14 +9,11 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use agent_protocol::{GuestNetwork, PATH_RESUMED, Resumed, ResumedRequest};
-use bytes::Bytes;
-use http_body_util::{BodyExt, Full, Limited};
-use hyper::header::{CONTENT_TYPE, HOST};
-use hyper::{Request, StatusCode};
+use hyper::StatusCode;
 use tokio::time::Instant;
 use tracing::{debug, warn};
 
-use super::{AgentClient, MAX_JSON_ANSWER, failure, host_error, unreachable};
+use super::{AgentClient, failure, host_error, request, unreachable};
 use crate::domain::{HostError, Identity, SandboxId};
 
 /// How far a guest's clock may be off, in nanoseconds, all that is uncertain included.
@@ -109,9 +106,6 @@ impl AgentClient {
         network: Option<&GuestNetwork>,
         realtime_ns: i64,
     ) -> Result<Resumed, HostError> {
-        let internal = |error: &dyn std::error::Error| HostError::Internal {
-            reason: error.to_string(),
-        };
         let body = ResumedRequest {
             realtime_ns: realtime_ns.max(0).cast_unsigned(),
             hostname: identity.hostname.clone(),
@@ -119,16 +113,7 @@ impl AgentClient {
             seed: rand::random::<[u8; SEED]>().to_vec(),
             network: network.cloned(),
         };
-        let body = serde_json::to_vec(&body).map_err(|error| internal(&error))?;
-        let request = Request::post(PATH_RESUMED)
-            .header(HOST, "agent")
-            .header(CONTENT_TYPE, "application/json")
-            .body(
-                Full::<Bytes>::from(body)
-                    .map_err(std::io::Error::other)
-                    .boxed_unsync(),
-            )
-            .map_err(|error| internal(&error))?;
+        let request = request::post(PATH_RESUMED, &body)?;
         let mut sender = self.connect().await?;
         let response = sender
             .send_request(request)
@@ -137,12 +122,7 @@ impl AgentClient {
         if response.status() != StatusCode::OK {
             return Err(host_error(failure(response).await, ""));
         }
-        let body = Limited::new(response.into_body(), MAX_JSON_ANSWER)
-            .collect()
-            .await
-            .map_err(|error| unreachable("its answer broke off", &*error))?;
-        serde_json::from_slice(&body.to_bytes())
-            .map_err(|error| unreachable("its answer makes no sense", &error))
+        request::read_json(response).await
     }
 }
 

@@ -13,6 +13,7 @@ mod health;
 mod identity;
 mod ports;
 mod processes;
+mod request;
 mod shutdown;
 mod upgrade;
 mod usage;

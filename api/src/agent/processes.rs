@@ -20,7 +20,8 @@ use serde::de::DeserializeOwned;
 use tokio::io::{AsyncWriteExt, WriteHalf};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::upgrade::{self, Frames, internal, to_json};
+use super::request::internal;
+use super::upgrade::{self, Frames, to_json};
 use super::{AgentClient, failure, host_error, unreachable};
 use crate::domain::{
     ExecRequest, ExitInfo, HostError, Process, ProcessEvent, ProcessEvents, ProcessRef,

@@ -1,15 +1,10 @@
 //! Taking a guest down in order.
 
-use std::io;
 use std::time::Duration;
 
 use agent_protocol::{PATH_SHUTDOWN, ShutdownAction, ShutdownRequest};
-use bytes::Bytes;
-use http_body_util::{BodyExt, Full};
-use hyper::Request;
-use hyper::header::{CONTENT_TYPE, HOST};
 
-use super::{AgentClient, failure, host_error, unreachable};
+use super::{AgentClient, failure, host_error, request, unreachable};
 use crate::domain::HostError;
 
 /// How long an agent may take to say that it will.
@@ -22,23 +17,11 @@ impl AgentClient {
     /// # Errors
     /// It does not say that it will.
     pub async fn power_off(&self, grace: Duration) -> Result<(), HostError> {
-        let internal = |error: &dyn std::error::Error| HostError::Internal {
-            reason: error.to_string(),
-        };
-        let body = serde_json::to_vec(&ShutdownRequest {
+        let body = ShutdownRequest {
             action: ShutdownAction::Poweroff,
             grace_ms: u64::try_from(grace.as_millis()).unwrap_or(u64::MAX),
-        })
-        .map_err(|error| internal(&error))?;
-        let request = Request::post(PATH_SHUTDOWN)
-            .header(HOST, "agent")
-            .header(CONTENT_TYPE, "application/json")
-            .body(
-                Full::<Bytes>::from(body)
-                    .map_err(io::Error::other)
-                    .boxed_unsync(),
-            )
-            .map_err(|error| internal(&error))?;
+        };
+        let request = request::post(PATH_SHUTDOWN, &body)?;
         let answer = async {
             let mut sender = self.connect().await?;
             sender

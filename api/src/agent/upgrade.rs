@@ -13,6 +13,7 @@ use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use tokio::io::{AsyncReadExt, ReadHalf};
 
+use super::request::internal;
 use super::{Body, unreachable};
 use crate::domain::HostError;
 
@@ -54,13 +55,6 @@ pub fn to_json(body: &impl Serialize) -> Result<Vec<u8>, HostError> {
         });
     }
     Ok(body)
-}
-
-/// What should not happen, whatever the agent says.
-pub fn internal(error: impl std::fmt::Display) -> HostError {
-    HostError::Internal {
-        reason: error.to_string(),
-    }
 }
 
 /// Takes a frame from the front of a buffer, if it holds a whole one.

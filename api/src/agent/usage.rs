@@ -3,12 +3,9 @@
 use std::time::Duration;
 
 use agent_protocol::{PATH_USAGE, Usage};
-use bytes::Bytes;
-use http_body_util::{BodyExt, Empty, Limited};
-use hyper::header::HOST;
-use hyper::{Request, StatusCode};
+use hyper::StatusCode;
 
-use super::{AgentClient, MAX_JSON_ANSWER, failure, host_error, unreachable};
+use super::{AgentClient, failure, host_error, request, unreachable};
 use crate::domain::{GuestUsage, HostError};
 
 /// How long an agent may take. A healthy one takes milliseconds; one whose guest stands still to be saved
@@ -29,16 +26,7 @@ impl AgentClient {
     }
 
     async fn ask_usage(&self) -> Result<GuestUsage, HostError> {
-        let request = Request::get(PATH_USAGE)
-            .header(HOST, "agent")
-            .body(
-                Empty::<Bytes>::new()
-                    .map_err(|never| match never {})
-                    .boxed_unsync(),
-            )
-            .map_err(|error| HostError::Internal {
-                reason: error.to_string(),
-            })?;
+        let request = request::get(PATH_USAGE)?;
         let mut sender = self.connect().await?;
         let response = sender
             .send_request(request)
@@ -47,12 +35,7 @@ impl AgentClient {
         if response.status() != StatusCode::OK {
             return Err(host_error(failure(response).await, "/"));
         }
-        let body = Limited::new(response.into_body(), MAX_JSON_ANSWER)
-            .collect()
-            .await
-            .map_err(|error| unreachable("its answer broke off", &*error))?;
-        let usage: Usage = serde_json::from_slice(&body.to_bytes())
-            .map_err(|error| unreachable("its answer makes no sense", &error))?;
+        let usage: Usage = request::read_json(response).await?;
         Ok(GuestUsage {
             cpus: usage.cpus,
             memory_total: usage.memory_total,

@@ -4,9 +4,12 @@
 //! responses and events are plain serializable values, bulk data are streams, and things are
 //! named by id, never by a path on the other side. Today the call is a function call.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod guest;
+mod save;
+mod start;
+
+use std::collections::BTreeSet;
 use std::io;
-use std::net::Ipv4Addr;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -15,15 +18,21 @@ use serde::{Deserialize, Serialize};
 
 use super::id::{LayerId, SandboxId};
 use super::layer::Layers;
-use super::network::{
-    AddressError, Connection, Egress, Forward, ForwardSpec, NetworkActivity, NetworkInfo,
-};
+use super::network::{Egress, Forward, ForwardSpec, NetworkActivity};
 use super::posture::Posture;
 use super::process::GuestHost;
-use super::resources::{ResizeRequest, Resources};
+use super::resources::ResizeRequest;
 use super::snapshot::LayersInfo;
-use super::timings::{SaveTimings, Start, Timings};
 use super::usage::MeterHost;
+pub use guest::{
+    ExecEvent, ExecRequest, ExitInfo, FileContent, FileInfo, FileKind, ReadFileRequest,
+    WriteFileRequest,
+};
+pub use save::{KeepDiskRequest, KeptDisk, MergeRequest, PowerOffRequest, SaveRequest, Saved};
+pub use start::{
+    AdoptRequest, Adopted, ClaimRequest, CreateRequest, Created, HostInfo, Identity, ImageInfo,
+    Nic, PrepareRequest, Presence, Shape,
+};
 
 /// A machine that runs sandboxes.
 #[async_trait]
@@ -252,6 +261,7 @@ pub trait Host: GuestHost + MeterHost {
     /// # Errors
     /// There is none, or something is left.
     async fn remove_file(&self, id: &SandboxId, path: &str) -> Result<(), HostError>;
+
     /// Changes what a running sandbox has, and waits until its guest has complied.
     ///
     /// # Errors
@@ -297,351 +307,6 @@ pub trait Host: GuestHost + MeterHost {
     /// Ends every sandbox but these, and starts no more. These run on when the process ends, for the next
     /// one to [adopt](Self::adopt).
     async fn shutdown(&self, staying: &BTreeSet<SandboxId>);
-}
-
-/// What a host has to offer.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HostInfo {
-    /// Names of the templates, sorted.
-    pub templates: Vec<String>,
-    /// RAM of the machine in MiB.
-    pub memory_mb: u64,
-    /// Whether the processor time of sandboxes can be limited.
-    pub limits_cpu: bool,
-    /// The networks of its sandboxes, of which the first is for those that ask for none in
-    /// particular. Without any, they have no network card.
-    pub networks: Vec<NetworkInfo>,
-}
-
-impl HostInfo {
-    /// The network of this name, or the first.
-    ///
-    /// # Errors
-    /// There is none.
-    pub fn network(&self, name: Option<&str>) -> Result<&NetworkInfo, AddressError> {
-        let first = self.networks.first().ok_or(AddressError::NoNetwork)?;
-        let Some(name) = name else { return Ok(first) };
-        let found = self.networks.iter().find(|network| network.name == name);
-        found.ok_or_else(|| {
-            let known = self.networks.iter().map(|network| network.name.as_str());
-            AddressError::UnknownNetwork {
-                name: name.to_owned(),
-                known: known.collect::<Vec<_>>().join(", "),
-            }
-        })
-    }
-}
-
-/// What a machine is made of.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct Shape {
-    /// Template of its root disk.
-    pub template: String,
-    /// Virtual CPUs.
-    pub vcpus: u8,
-    /// RAM in MiB.
-    pub memory_mb: u32,
-}
-
-/// Who a guest is, and keeps being whenever it is resumed.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Identity {
-    /// Its host name.
-    pub hostname: String,
-    /// Its machine id, as in machine-id(5).
-    pub machine_id: String,
-}
-
-/// Start this sandbox.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CreateRequest {
-    /// Its name.
-    pub id: SandboxId,
-    /// What it is made of.
-    pub shape: Shape,
-    /// Who its guest is.
-    pub identity: Identity,
-    /// What it is started from; booted, if there are none.
-    pub layers: Layers,
-    /// What kind of start this is, for the timings.
-    pub start: Start,
-    /// Its network card; it has none, if there is none.
-    pub nic: Option<Nic>,
-    /// Size of a second disk, an empty ext4 file system, in MiB; `None` for no such disk.
-    pub scratch_mb: Option<u32>,
-    /// Size of its disk in MiB; `None` for that of the layers or the template.
-    pub disk_mb: Option<u32>,
-    /// How much of its machine it may use, and what that can become.
-    pub resources: Resources,
-}
-
-/// Take this sandbox over, which an earlier daemon has started.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct AdoptRequest {
-    /// Its name.
-    pub id: SandboxId,
-    /// What it is made of.
-    pub shape: Shape,
-    /// What it is based on, as far as is known.
-    pub layers: Layers,
-    /// Its network card, if it has one.
-    pub nic: Option<Nic>,
-    /// Size of its disk in MiB; `None` for that of its template.
-    pub disk_mb: Option<u32>,
-}
-
-/// A sandbox was taken over, and runs.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Adopted {
-    /// What it is based on: as in the request, or, if the earlier daemon ended after it had saved it
-    /// and before that was told, after that.
-    pub layers: Layers,
-}
-
-/// What a host has of a sandbox.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Presence {
-    /// It runs, and its agent has answered.
-    Runs,
-    /// It is starting, is ready but nobody's, or is ending.
-    OnTheWay,
-    /// Processes, files or rules are left of it, which nobody looks after.
-    Left,
-}
-
-/// The network card of a sandbox.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Nic {
-    /// Its address; if there is none, nothing passes the card.
-    pub address: Option<Ipv4Addr>,
-    /// What it may reach and how much.
-    pub connection: Connection,
-}
-
-/// Make a machine ready.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PrepareRequest {
-    /// Its name.
-    pub id: SandboxId,
-    /// What it is made of.
-    pub shape: Shape,
-    /// What it is started from: there are memory layers among them.
-    pub layers: Layers,
-    /// Its network card, if it has one; that of nobody until it is claimed.
-    pub nic: Option<Nic>,
-    /// Size of a second disk, an empty ext4 file system, in MiB; `None` for no such disk.
-    pub scratch_mb: Option<u32>,
-    /// Size of its disk in MiB; `None` for that of the layers or the template.
-    pub disk_mb: Option<u32>,
-    /// How much of its machine it may use, and what that can become.
-    pub resources: Resources,
-}
-
-/// Start the sandbox that was prepared under this name.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ClaimRequest {
-    /// Its name.
-    pub id: SandboxId,
-    /// Who its guest is.
-    pub identity: Identity,
-    /// What its network card is, if it has one.
-    pub nic: Option<Nic>,
-}
-
-/// What there is to say of an image on the host.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ImageInfo {
-    /// SHA-256 of the file, as hexadecimal digits.
-    pub digest: Option<String>,
-    /// Space that it takes on the host's disk, in bytes.
-    pub size_bytes: u64,
-    /// Its size, in bytes.
-    pub disk_bytes: u64,
-    /// Its last modification, in microseconds since the Unix epoch.
-    pub modified_us: i64,
-}
-
-/// Shut this sandbox down and keep one of its disks.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct KeepDiskRequest {
-    /// How it was started.
-    pub created: CreateRequest,
-    /// Whether the second disk is kept, and not the first.
-    pub scratch: bool,
-    /// The new layer.
-    pub layer: LayerId,
-    /// Frozen layers of which the digests are wanted too.
-    pub others: Vec<LayerId>,
-}
-
-/// Power this sandbox off.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PowerOffRequest {
-    /// Which.
-    pub id: SandboxId,
-    /// How long it has to shut down, in milliseconds; with 0, its power is cut at once.
-    pub timeout_ms: u64,
-    /// The layer that its disk is kept as, which is on the host's disk when this is done.
-    pub layer: Option<LayerId>,
-}
-
-/// What was kept of a disk.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct KeptDisk {
-    /// SHA-256 of the other layers, in the order in which they were asked for, and of the new one, as
-    /// hexadecimal digits.
-    pub digests: Vec<String>,
-    /// Space that all of these take on the host's disk, in bytes.
-    pub size_bytes: u64,
-    /// Size that the disk has in a sandbox, in bytes.
-    pub disk_bytes: u64,
-}
-
-/// A sandbox was started.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Created {
-    /// How long it took.
-    pub timings: Timings,
-}
-
-/// Save this sandbox.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SaveRequest {
-    /// Its name.
-    pub id: SandboxId,
-    /// How many of the memory layers that it is based on stay its base, from the bottom.
-    pub keep: usize,
-    /// What it is based on afterwards: kept layers, and on top of each kind that is saved a new one.
-    pub layers: Layers,
-    /// Whether its memory is saved. If not, all layers of it are kept, and the guest writes what it
-    /// has in memory for its disk to the disk before that is saved.
-    pub include_memory: bool,
-}
-
-/// Merge these layers.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MergeRequest {
-    /// Disk layers that lie one on top of the other, bottom first.
-    pub layers: Vec<LayerId>,
-    /// What they become.
-    pub into: LayerId,
-}
-
-/// A sandbox was saved.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Saved {
-    /// Size on the disk, in bytes, of the new layers.
-    pub new_bytes: u64,
-    /// Whether the root file system was at rest, as after it was unmounted. It is not known to be if
-    /// memory was saved too, nor needs to be.
-    pub is_at_rest: bool,
-    /// How long it took.
-    pub timings: SaveTimings,
-}
-
-/// Run this command.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ExecRequest {
-    /// Program and arguments; no shell is involved.
-    pub argv: Vec<String>,
-    /// Variables to set beside those that a login has.
-    pub env: BTreeMap<String, String>,
-    /// Working directory, absolute; the home of root if not given.
-    pub cwd: Option<String>,
-    /// Seconds after which the command is killed with all its children.
-    pub timeout_sec: u32,
-}
-
-/// Something that a command did.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ExecEvent {
-    /// It was started. Nothing comes before.
-    Started {
-        /// Its process id in the guest.
-        pid: u32,
-    },
-    /// It wrote to its standard output.
-    Stdout(Bytes),
-    /// It wrote to its standard error.
-    Stderr(Bytes),
-    /// It ended. Nothing follows.
-    Exited(ExitInfo),
-}
-
-/// How a command ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ExitInfo {
-    /// Exit status; 128 and the signal's number if a signal ended it, 127 if there is no such
-    /// program.
-    pub code: i32,
-    /// It was killed because it outran its timeout.
-    pub timed_out: bool,
-}
-
-/// Write this file.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct WriteFileRequest {
-    /// Absolute path in the guest.
-    pub path: String,
-    /// Permission bits; `None` for those of the file that is replaced, or 0644.
-    pub mode: Option<u32>,
-}
-
-/// Read this file.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ReadFileRequest {
-    /// Absolute path in the guest.
-    pub path: String,
-}
-
-/// A file that is being read.
-pub struct FileContent {
-    /// Its size in bytes, where it is known beforehand.
-    pub size: Option<u64>,
-    /// Its bytes.
-    pub content: BoxStream<'static, io::Result<Bytes>>,
-}
-
-/// What a file is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum FileKind {
-    /// A regular file.
-    File,
-    /// A directory.
-    Directory,
-    /// A symbolic link.
-    Symlink,
-    /// A FIFO.
-    Fifo,
-    /// A UNIX socket.
-    Socket,
-    /// A character device.
-    CharDevice,
-    /// A block device.
-    BlockDevice,
-    /// Something else.
-    Other,
-}
-
-/// A file in a guest.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FileInfo {
-    /// Absolute path. What is not UTF-8 is replaced by U+FFFD.
-    pub path: String,
-    /// What it is.
-    pub kind: FileKind,
-    /// Permission bits, 0 to 0o7777.
-    pub mode: u32,
-    /// Numeric user id of its owner.
-    pub uid: u32,
-    /// Numeric group id of its owner.
-    pub gid: u32,
-    /// Size in bytes.
-    pub size: u64,
-    /// Last modification, in microseconds since the Unix epoch.
-    pub mtime_us: i64,
-    /// Where a symbolic link points.
-    pub target: Option<String>,
 }
 
 /// Something happened on the host without being asked for.
