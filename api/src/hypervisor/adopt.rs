@@ -25,7 +25,7 @@ use super::Inner;
 use super::cgroup::Cgroup;
 use super::control::Control;
 use super::entry::{Entry, Order};
-use super::life::{Begin, Held, Outcome, not_started};
+use super::life::{Begin, Held, Outcome, close, not_started};
 use super::machine::{Machine, NotReady};
 use super::nic::Nic;
 use super::note::{self, Note};
@@ -245,11 +245,7 @@ impl Inner {
         let outcome = self
             .take_over(entry, request, chain, found, nic.as_ref(), orders, begin)
             .await;
-        if let Some(nic) = nic
-            && let Err(reason) = nic.close().await
-        {
-            entry.left(reason);
-        }
+        close(nic, entry).await;
         outcome
     }
 

@@ -60,6 +60,15 @@ async fn remove_cgroup(cgroup: Option<Cgroup>) -> Result<(), String> {
         .map_err(|error| format!("{} cannot be removed: {error}", path.display()))
 }
 
+/// Takes the card of a sandbox that has ended away.
+pub(super) async fn close(nic: Option<Nic<'_>>, entry: &Entry) {
+    if let Some(nic) = nic
+        && let Err(reason) = nic.close().await
+    {
+        entry.left(reason);
+    }
+}
+
 /// Ends a machine that did not become ready.
 pub(super) async fn not_started(machine: &mut Machine, why: NotReady) -> Outcome {
     machine.kill().await;
@@ -209,11 +218,7 @@ impl Inner {
         let outcome = self
             .start_and_follow(entry, request, chain, jail, nic.as_mut(), orders, begin)
             .await;
-        if let Some(nic) = nic
-            && let Err(reason) = nic.close().await
-        {
-            entry.left(reason);
-        }
+        close(nic, entry).await;
         outcome
     }
 
