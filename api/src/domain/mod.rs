@@ -18,6 +18,7 @@ mod process;
 mod quota;
 mod request;
 mod resources;
+mod runs;
 mod sandbox;
 mod snapshot;
 mod spool;
@@ -65,6 +66,7 @@ pub use request::{Command, CreateSpec, MAX_EXEC_TIMEOUT_SEC, Problem, SettingsSp
 pub use resources::{
     Booted, MEMORY_STEP_MB, ResizeError, ResizeRequest, ResourceChange, Resources, withheld_mb,
 };
+pub use runs::{DayUsage, KEPT_DAYS, Reserved, Run, Runs, start_of};
 pub use sandbox::{Desired, IllegalTransition, Sandbox, Spec, Standing, Status, Transition};
 pub use snapshot::{LayersInfo, Snapshot, WarmSnapshot};
 pub use spool::{Spool, Spooled};

@@ -5,10 +5,12 @@ use std::error::Error;
 use std::net::Ipv4Addr;
 
 use async_trait::async_trait;
+use jiff::Timestamp;
 
 use super::id::{KeyId, LayerId, SandboxId, SnapshotId, TemplateId, UserId};
 use super::network::Subnet;
 use super::quota::Quota;
+use super::runs::Run;
 use super::sandbox::{Sandbox, Status};
 use super::snapshot::{Snapshot, WarmSnapshot};
 use super::template::Template;
@@ -51,6 +53,13 @@ pub trait Store: Send + Sync {
     /// # Errors
     /// The store failed; the record is as it was.
     async fn update(&self, sandbox: &Sandbox) -> Result<Vec<LayerId>, StoreError>;
+
+    /// What sandboxes ran at `since` or later, deleted ones included: of this owner, or all. Records of
+    /// sandboxes that are inserted or updated tell it.
+    ///
+    /// # Errors
+    /// The store failed.
+    async fn runs(&self, owner: Option<&UserId>, since: Timestamp) -> Result<Vec<Run>, StoreError>;
 
     /// The quota of an API key; `None` if there is no such key any more.
     ///

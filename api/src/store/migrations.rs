@@ -225,6 +225,20 @@ const STEPS: &[&str] = &[
     ALTER TABLE sandboxes ADD COLUMN resources TEXT NOT NULL DEFAULT '{}'; -- JSON: limits, and the machine
     ALTER TABLE snapshots ADD COLUMN resources TEXT NOT NULL DEFAULT '{}';
 ",
+    "
+    CREATE TABLE runs (
+        sandbox        TEXT NOT NULL,
+        owner          TEXT,             -- of the sandbox
+        began          INTEGER NOT NULL,
+        ended          INTEGER,          -- NULL: it runs
+        vcpus          INTEGER NOT NULL,
+        memory_mb      INTEGER NOT NULL
+    ) STRICT;
+    CREATE INDEX run_ends ON runs (ended);
+    CREATE UNIQUE INDEX open_runs ON runs (sandbox) WHERE ended IS NULL;
+    INSERT INTO runs SELECT id, owner, coalesce(started_at, updated_at), NULL, vcpus, memory_mb
+        FROM sandboxes WHERE status = 'running';
+",
 ];
 
 /// Why the tables are not what this version needs.

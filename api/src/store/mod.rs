@@ -9,6 +9,7 @@ mod accounts;
 mod layers;
 mod migrations;
 mod pages;
+mod runs;
 mod scans;
 mod snapshots;
 mod templates;
@@ -24,8 +25,9 @@ use jiff::Timestamp;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use crate::domain::{
-    Desired, Id, KeyId, LayerId, Layers, Page, Quota, Sandbox, SandboxId, Snapshot, SnapshotId,
-    Spec, Status, Store, StoreError, Subnet, TakenAddresses, Template, TemplateId, WarmSnapshot,
+    Desired, Id, KeyId, LayerId, Layers, Page, Quota, Run, Sandbox, SandboxId, Snapshot,
+    SnapshotId, Spec, Status, Store, StoreError, Subnet, TakenAddresses, Template, TemplateId,
+    UserId, WarmSnapshot,
 };
 pub use migrations::MigrateError;
 
@@ -114,7 +116,11 @@ impl Store for SqliteStore {
             );
             let holder = sandbox.id.as_str();
             layers::change(connection, holder, held(&sandbox), |transaction| {
-                Ok(write(transaction, &sql, &sandbox)? == 1)
+                let inserted = write(transaction, &sql, &sandbox)? == 1;
+                if inserted {
+                    runs::follow(transaction, &sandbox)?;
+                }
+                Ok(inserted)
             })
             .map(|(inserted, _)| inserted)
         })
@@ -168,13 +174,19 @@ impl Store for SqliteStore {
                 holder,
                 held(&sandbox),
                 |transaction| match write(transaction, sql, &sandbox)? {
-                    1 => Ok(true),
+                    1 => runs::follow(transaction, &sandbox).map(|()| true),
                     changed => Err(rusqlite::Error::StatementChangedRows(changed)),
                 },
             )
             .map(|(_, released)| released)
         })
         .await
+    }
+
+    async fn runs(&self, owner: Option<&UserId>, since: Timestamp) -> Result<Vec<Run>, StoreError> {
+        let owner = owner.cloned();
+        self.with(move |connection| runs::since(connection, owner.as_ref(), since))
+            .await
     }
 
     async fn quota_of_key(&self, key: &KeyId) -> Result<Option<Quota>, StoreError> {

@@ -5,6 +5,7 @@ It is given a directory in the sandbox that is empty.
 
 import asyncio
 import sys
+from datetime import timedelta
 
 import wrenn
 from wrenn import Capsule, WrennClient
@@ -178,6 +179,31 @@ def snapshots(client, capsule):
     refused(WrennNotFoundError, lambda: client.snapshots.delete("sdk-base"))
 
 
+def usage(client, capsule):
+    # The older version has no such calls.
+    if not hasattr(client.capsules, "stats"):
+        return
+    stats = client.capsules.stats()
+    assert stats.range.value == "1h" and stats.current.running_count == 1
+    assert (stats.current.vcpus_reserved, stats.current.memory_mb_reserved) == (1, 512)
+    # Others ran before, and a child of a snapshot beside this one.
+    assert stats.peaks.running_count >= 2 and stats.peaks.memory_mb >= 1024
+    series = stats.series
+    assert len(series.labels) == len(series.vcpus) > 1 and series.labels[-1].tzinfo is not None
+    assert (series.running[-1], series.vcpus[-1], series.memory_mb[-1]) == (1, 1, 512)
+    assert client.capsules.stats(range="30d").range.value == "30d"
+    refused(WrennValidationError, lambda: client.capsules.stats(range="1d"))
+
+    used = client.capsules.usage()
+    assert (used.to - used.from_).days == 30 and len(used.points) == 31
+    assert used.points[-1].date == used.to
+    assert sum(point.cpu_minutes for point in used.points) > 0
+    assert sum(point.ram_mb_minutes for point in used.points) > 0
+    week = client.capsules.usage(from_=used.to - timedelta(days=7), to=used.to)
+    assert len(week.points) == 8
+    refused(WrennValidationError, lambda: client.capsules.usage(from_="yesterday"))
+
+
 async def at_once():
     async with await AsyncCapsule.create(wait=True) as capsule:
         runs = [capsule.commands.run(f"echo {n}") for n in range(8)]
@@ -199,6 +225,7 @@ def main():
             commands(capsule)
             terminals(capsule)
             snapshots(client, capsule)
+            usage(client, capsule)
         asyncio.run(at_once())
         assert client.capsules.list() == []
     print("all is well with", wrenn.__name__)

@@ -18,6 +18,7 @@ mod snapshots;
 mod socket;
 mod templates;
 mod text;
+mod usage;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
@@ -34,6 +35,8 @@ use crate::http::{AppState, ErrorBody};
     paths(
         sandboxes::create,
         sandboxes::list,
+        usage::stats,
+        usage::usage,
         sandboxes::get,
         sandboxes::destroy,
         sandboxes::ping,
@@ -85,6 +88,12 @@ use crate::http::{AppState, ErrorBody};
         files::ReadFileRequestBody,
         metrics::MetricsBody,
         metrics::PointBody,
+        usage::StatsBody,
+        usage::CurrentBody,
+        usage::PeaksBody,
+        usage::SeriesBody,
+        usage::UsageBody,
+        usage::UsagePointBody,
         directories::ListDirRequestBody,
         directories::PathRequestBody,
         directories::ListDirBody,
@@ -210,6 +219,8 @@ fn sandboxes(base: &str) -> Router<AppState> {
         );
     Router::new()
         .route(base, post(sandboxes::create).get(sandboxes::list))
+        .route(&format!("{base}/stats"), get(usage::stats))
+        .route(&format!("{base}/usage"), get(usage::usage))
         .route(
             &format!("{base}/{{id}}"),
             get(sandboxes::get).delete(sandboxes::destroy),

@@ -30,6 +30,7 @@ mod reconcile;
 mod record;
 mod recover;
 mod resize;
+mod runs;
 mod scope;
 mod shutdown;
 mod snapshots;
