@@ -376,7 +376,7 @@ fn told(archive: ArchiveFile) -> impl stream::Stream<Item = io::Result<Bytes>> {
         if last.elapsed() >= TELL {
             last = Instant::now();
             say(&format!(
-                "sent {} of {} MiB",
+                "sending …, {} of {} MiB",
                 sent >> 20,
                 archive.size >> 20
             ));

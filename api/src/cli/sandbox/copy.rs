@@ -207,7 +207,7 @@ impl<'a> Copy<'a> {
         if self.told.elapsed() >= TELL {
             self.told = Instant::now();
             say(&format!(
-                "copied {} files, {} MiB",
+                "copying …, {} files, {} MiB",
                 self.files,
                 self.bytes >> 20
             ));
