@@ -1,16 +1,25 @@
 //! Accounts of a guest, and their passwords.
 
 use sha_crypt::{PasswordVerifier, ShaCrypt};
+use yescrypt::Yescrypt;
 
 use super::evidence::Evidence;
 use super::report::Verdict;
 
 /// The most accounts that are looked at.
 const MAX_ACCOUNTS: usize = 1000;
-/// The most passwords that are tried: each costs the daemon some milliseconds.
-const MAX_TRIES: usize = 400;
+/// How much trying passwords may cost, in the time of one try of SHA-crypt, which is some milliseconds.
+const MAX_COST: usize = 400;
+/// What one try of yescrypt costs, in the same.
+const YESCRYPT_COST: usize = 8;
 /// The most rounds of a hash that is tried; the guest chooses them.
 const MAX_ROUNDS: u32 = 10_000;
+/// What yescrypt's hashes begin with that passwd(1) makes where nothing else is configured, as in Debian:
+/// 4096 blocks of 4 KiB (crypt(5)). The guest chooses how much memory and time a hash takes; others are
+/// not tried.
+const YESCRYPT: &str = "$y$j9T$";
+/// Length of the last part of such a hash: 32 bytes, 6 bits a character.
+const YESCRYPT_DIGEST: usize = 43;
 /// The longest hash, in bytes.
 const MAX_HASH: usize = 256;
 /// Passwords that images are published with, beside the account's name.
@@ -79,21 +88,20 @@ pub fn default_passwords(evidence: &Evidence) -> Verdict {
     let Some(accounts) = accounts(evidence) else {
         return Verdict::NotApplicable;
     };
-    let (mut found, mut tries, mut unknown) = (Vec::new(), 0, Vec::new());
+    let (mut found, mut spent, mut unknown) = (Vec::new(), 0, Vec::new());
     for account in accounts {
         if account.password.is_empty() || account.password.starts_with(['!', '*']) {
             continue;
         }
-        let candidates = DEFAULTS.into_iter().chain([account.name]);
-        if !is_cheap(account.password) || tries + DEFAULTS.len() >= MAX_TRIES {
+        let scheme = Scheme::of(account.password);
+        let scheme = scheme.filter(|scheme| spent + scheme.cost() <= MAX_COST);
+        let Some(scheme) = scheme else {
             unknown.push(format!("{}: its hash was not tried", account.name));
             continue;
-        }
-        tries += DEFAULTS.len() + 1;
-        if candidates
-            .into_iter()
-            .any(|candidate| is_password(account.password, candidate))
-        {
+        };
+        spent += scheme.cost();
+        let mut candidates = DEFAULTS.into_iter().chain([account.name]);
+        if candidates.any(|candidate| scheme.verifies(candidate, account.password)) {
             found.push(account.name.to_owned());
         }
     }
@@ -104,30 +112,62 @@ pub fn default_passwords(evidence: &Evidence) -> Verdict {
     }
 }
 
-/// Whether a hash is one that can be tried: SHA-crypt, with not too many rounds.
-fn is_cheap(hash: &str) -> bool {
-    let Some(rest) = hash.strip_prefix("$6$").or(hash.strip_prefix("$5$")) else {
-        return false;
-    };
-    let rounds = rest
-        .strip_prefix("rounds=")
-        .map(|rest| rest.split('$').next());
-    let is_few = match rounds {
-        None => true,
-        Some(rounds) => {
-            let rounds = rounds.and_then(|rounds| rounds.parse().ok());
-            rounds.is_some_and(|rounds: u32| rounds <= MAX_ROUNDS)
-        }
-    };
-    is_few && hash.len() <= MAX_HASH && hash.is_ascii()
+/// How a hash was made that can be tried.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Scheme {
+    Sha256,
+    Sha512,
+    Yescrypt,
 }
 
-fn is_password(hash: &str, candidate: &str) -> bool {
-    let crypt = match hash.starts_with("$6$") {
-        true => ShaCrypt::SHA512,
-        false => ShaCrypt::SHA256,
-    };
-    crypt.verify_password(candidate.as_bytes(), hash).is_ok()
+impl Scheme {
+    /// That of a hash, unless a try might take long.
+    fn of(hash: &str) -> Option<Self> {
+        if hash.len() > MAX_HASH || !hash.is_ascii() {
+            return None;
+        }
+        if let Some(rest) = hash.strip_prefix(YESCRYPT) {
+            let is_digit = |byte: u8| byte.is_ascii_alphanumeric() || b"./".contains(&byte);
+            let (salt, digest) = rest.split_once('$')?;
+            let is_whole = !salt.is_empty() && digest.len() == YESCRYPT_DIGEST;
+            let is_text = salt.bytes().chain(digest.bytes()).all(is_digit);
+            return (is_whole && is_text).then_some(Self::Yescrypt);
+        }
+        let (scheme, rest) = match hash.strip_prefix("$6$") {
+            Some(rest) => (Self::Sha512, rest),
+            None => (Self::Sha256, hash.strip_prefix("$5$")?),
+        };
+        let is_few = match rest.strip_prefix("rounds=") {
+            None => true,
+            Some(rest) => {
+                let rounds = rest
+                    .split('$')
+                    .next()
+                    .and_then(|rounds| rounds.parse().ok());
+                rounds.is_some_and(|rounds: u32| rounds <= MAX_ROUNDS)
+            }
+        };
+        is_few.then_some(scheme)
+    }
+
+    /// What it costs to try all passwords.
+    fn cost(self) -> usize {
+        let tries = DEFAULTS.len() + 1;
+        match self {
+            Self::Sha256 | Self::Sha512 => tries,
+            Self::Yescrypt => tries * YESCRYPT_COST,
+        }
+    }
+
+    fn verifies(self, candidate: &str, hash: &str) -> bool {
+        let candidate = candidate.as_bytes();
+        let verified = match self {
+            Self::Sha256 => ShaCrypt::SHA256.verify_password(candidate, hash),
+            Self::Sha512 => ShaCrypt::SHA512.verify_password(candidate, hash),
+            Self::Yescrypt => Yescrypt::default().verify_password(candidate, hash),
+        };
+        verified.is_ok()
+    }
 }
 
 /// Accounts whose password is kept in a way that can be broken.
@@ -211,10 +251,37 @@ mod tests {
             "$6$rounds=999999999$saltsalt$x",
             "$6$rounds=x$saltsalt$x",
             "$y$j9T$salt$hash",
+            "$y$jFT$saltsalt$qiLkq8jFcAjUmiH4VA7XBzQ/6oZzZ3D3rRlQvM0dL60",
             &format!("$6${}", "x".repeat(1000)),
         ] {
             let verdict = default_passwords(&with(costly));
             assert!(matches!(verdict, Verdict::Warning(_)), "{costly}");
         }
+    }
+
+    #[test]
+    fn hashes_that_debian_makes_are_tried_a_few_at_a_time() {
+        use yescrypt::PasswordHasher;
+        let made = Yescrypt::default().hash_password_with_salt(b"password", b"saltsaltsaltsalt");
+        let hash = made.unwrap().to_string();
+        assert_eq!(Scheme::of(&hash), Some(Scheme::Yescrypt), "{hash}");
+        let users = |count: usize| {
+            let line = |index| format!("u{index}:{hash}:1::::::\n");
+            let passwd = (0..count).map(|index| format!("u{index}:x:1:1::/:/bin/sh\n"));
+            evidence(
+                &passwd.collect::<String>(),
+                &(0..count).map(line).collect::<String>(),
+            )
+        };
+        assert_eq!(default_passwords(&users(1)), failed(&["u0"]));
+        // The rest costs too much; that does not hide what was found.
+        assert_eq!(
+            default_passwords(&users(9)),
+            failed(&["u0", "u1", "u2", "u3"])
+        );
+        // One that crypt(3) has made of `changeme`.
+        let libcrypt = "$y$j9T$F5Jx5fExrKuPp53xLKQ..1$Lj6JGasT6O4mfFm9ecJyB76GfRc1Wqgm9tsKQpLYBj8";
+        assert!(Scheme::Yescrypt.verifies("changeme", libcrypt));
+        assert!(!Scheme::Yescrypt.verifies("Correct-horse-7", libcrypt));
     }
 }
