@@ -9,7 +9,7 @@
 mod support;
 
 use api::audit;
-use api::domain::{Posture, Principal, VmmPosture};
+use api::domain::{Change, News, Posture, Principal, Subscription, VmmPosture};
 use api::scan::{ScanKind, ScanSpec, Scans};
 use axum::http::StatusCode;
 use rusqlite::Connection;
@@ -92,12 +92,21 @@ impl Bench {
 
     /// A scan that has ended.
     async fn scan(&self, scan: Value) -> Value {
+        let mut events = self.api.manager.subscribe();
         let started = self.start(scan).await;
-        loop {
-            let scan = self.get(&started).await;
-            if scan["status"] != "started" {
-                return scan;
-            }
+        ended(&mut events, &started["scan_id"]).await;
+        self.get(&started).await
+    }
+}
+
+/// Waits until it is told that this scan has ended, and with which status.
+async fn ended(events: &mut Subscription, scan: &Value) -> &'static str {
+    loop {
+        if let News::Event(event) = events.next().await.unwrap()
+            && let Change::ScanEnded { id, status, .. } = &event.change
+            && scan == id
+        {
+            return status;
         }
     }
 }
@@ -287,13 +296,11 @@ async fn packages_are_compared_with_known_holes_and_without_any_it_says_so() {
         frameworks: Vec::new(),
     };
     let local = Principal::Local;
+    let mut events = bench.api.manager.subscribe();
     let scan = scans.start(&bench.api.manager, &local, spec).await.unwrap();
-    let results = loop {
-        let scan = scans.get(&local, scan.id.as_str()).await.unwrap();
-        if let Some(results) = scan.results {
-            break results;
-        }
-    };
+    ended(&mut events, &json!(scan.id.as_str())).await;
+    let scan = scans.get(&local, scan.id.as_str()).await.unwrap();
+    let results = scan.results.unwrap();
     assert!(results.findings[0].details[0].contains("set scan.advisories"));
 }
 
@@ -329,20 +336,17 @@ async fn what_is_asked_for_wrongly_is_told_at_once_and_scans_are_their_owners() 
         let (status, error) = bench.call_as(who, "GET", path, Value::Null).await;
         assert_eq!(status, 404, "{error}");
     }
+    let mut events = bench.api.manager.subscribe();
     let (_, his) = bench
         .call_as(&bob, "POST", "/security/scan", of("all"))
         .await;
+    assert_eq!(ended(&mut events, &his["scan_id"]).await, "completed");
     let path = format!("/security/scans/{}", his["scan_id"].as_str().unwrap());
-    loop {
-        let (_, scan) = bench.call_as(&bob, "GET", &path, Value::Null).await;
-        if scan["status"] == "completed" {
-            assert_eq!(
-                scan["results"]["total_checks"], 0,
-                "he has no machines: {scan}"
-            );
-            break;
-        }
-    }
+    let (_, scan) = bench.call_as(&bob, "GET", &path, Value::Null).await;
+    assert_eq!(
+        scan["results"]["total_checks"], 0,
+        "he has no machines: {scan}"
+    );
     let logs = bench
         .call(
             "GET",
@@ -377,8 +381,10 @@ async fn an_end_of_the_daemon_cancels_scans_and_a_crash_fails_them() {
     assert_eq!(failed["status"], "failed");
     assert_eq!(failed["status_reason"], "the daemon has ended while it ran");
     assert_eq!(failed["results"], Value::Null);
+    let mut events = bench.api.manager.subscribe();
     let second = bench.start(of.clone()).await;
     bench.api.scans.shutdown().await;
+    assert_eq!(ended(&mut events, &second["scan_id"]).await, "cancelled");
     let cancelled = bench.get(&second).await;
     assert_eq!(cancelled["status"], "cancelled");
     assert!(cancelled["completed_at"].is_string());

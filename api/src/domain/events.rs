@@ -26,28 +26,43 @@ pub const MAX_WAITING: usize = 256;
 pub struct Event {
     /// When.
     pub at: Timestamp,
-    /// To which sandbox.
+    /// To what.
     pub subject: Subject,
     /// What.
     pub change: Change,
 }
 
-/// The sandbox that something happened to.
+/// What something happened to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Subject {
+    /// Which sandbox; `None` if it was no particular one.
+    pub sandbox: Option<Named>,
+    /// Whose it is, who may see it beside those who see all; `None` is the local principal.
+    pub owner: Option<UserId>,
+}
+
+/// A sandbox, as it is called.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Named {
     /// Its id.
     pub id: SandboxId,
     /// The user's name for it.
     pub name: Option<String>,
-    /// Whose it is; `None` is the local principal.
-    pub owner: Option<UserId>,
+}
+
+impl From<&Sandbox> for Named {
+    fn from(sandbox: &Sandbox) -> Self {
+        Self {
+            id: sandbox.id.clone(),
+            name: sandbox.name.clone(),
+        }
+    }
 }
 
 impl From<&Sandbox> for Subject {
     fn from(sandbox: &Sandbox) -> Self {
         Self {
-            id: sandbox.id.clone(),
-            name: sandbox.name.clone(),
+            sandbox: Some(sandbox.into()),
             owner: sandbox.owner.clone(),
         }
     }
@@ -130,6 +145,15 @@ pub enum Change {
         id: SnapshotId,
         /// Its name, as above.
         name: Option<String>,
+    },
+    /// A security scan of it, or of all, has ended. That is told to who asked for the scan.
+    ScanEnded {
+        /// Name of the scan.
+        id: String,
+        /// What it looked at, as it was called then.
+        target: String,
+        /// Where it stands now.
+        status: &'static str,
     },
 }
 
@@ -324,7 +348,10 @@ impl Queue {
     fn wants(&self, event: &Event) -> bool {
         let subject = &event.subject;
         self.principal.may_see(subject.owner.as_ref())
-            && self.of.as_ref().is_none_or(|of| *of == subject.id)
+            && self.of.as_ref().is_none_or(|of| {
+                let sandbox = subject.sandbox.as_ref();
+                sandbox.is_some_and(|sandbox| sandbox.id == *of)
+            })
     }
 
     fn push(&self, event: Arc<Event>, max_waiting: usize) {
@@ -519,6 +546,26 @@ mod tests {
         assert_eq!(told(&mut admin).await, Change::Created);
         assert_eq!(told(&mut admin).await, Change::EgressChanged);
         assert_eq!(told(&mut of_local).await, Change::EgressChanged);
+        // Of no particular sandbox, and so of none that is followed.
+        let scan = Change::ScanEnded {
+            id: "sc-1".into(),
+            target: "all".into(),
+            status: "completed",
+        };
+        for owner in [hers.owner.clone(), None] {
+            events.tell(Event {
+                at: Timestamp::now(),
+                subject: Subject {
+                    sandbox: None,
+                    owner,
+                },
+                change: scan.clone(),
+            });
+        }
+        assert_eq!(told(&mut one).await, scan);
+        for _ in 0..2 {
+            assert_eq!(told(&mut admin).await, scan);
+        }
         events.close();
         for subscription in [&mut one, &mut other, &mut admin, &mut of_local] {
             assert_eq!(subscription.next().await, Err(Over::Closing));

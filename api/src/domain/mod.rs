@@ -34,7 +34,7 @@ pub use error::{
     NetworkChangeError, PauseError, PowerError, ResumeError, SnapshotError, StartRefused,
     TemplateError,
 };
-pub use events::{Change, Event, Events, News, Over, Subject, Subscription};
+pub use events::{Change, Event, Events, Named, News, Over, Subject, Subscription};
 pub use exec::{CollectError, ExecEnd, ExecLimits, ExecOutput};
 pub use host::{
     AdoptRequest, Adopted, ClaimRequest, CreateRequest, Created, End, ExecEvent, ExecRequest,

@@ -301,7 +301,14 @@ impl Scans {
                 scan.id = ScanId::random();
             }
             info!(scan = %scan.id, kind = scan.kind.as_str(), machines = count, "scan started");
-            let task = run(self.clone(), manager.clone(), scan.clone(), machines);
+            let is_of_one = spec.target.is_some();
+            let task = run(
+                self.clone(),
+                manager.clone(),
+                scan.clone(),
+                machines,
+                is_of_one,
+            );
             inner.tasks.spawn(task.in_current_span());
         }
         Ok(scan)
@@ -364,7 +371,13 @@ impl Scan {
 }
 
 /// Looks at the machines, and writes down what that came to.
-async fn run(scans: Scans, manager: Manager, mut scan: Scan, machines: Vec<Sandbox>) {
+async fn run(
+    scans: Scans,
+    manager: Manager,
+    mut scan: Scan,
+    machines: Vec<Sandbox>,
+    is_of_one: bool,
+) {
     let inner = &scans.inner;
     let job = job::Job {
         manager: &manager,
@@ -391,7 +404,11 @@ async fn run(scans: Scans, manager: Manager, mut scan: Scan, machines: Vec<Sandb
     info!(scan = %scan.id, status = scan.status.as_str(), "scan has ended");
     if let Err(source) = inner.store.update_scan(&scan).await {
         warn!(scan = %scan.id, error = %chain(&source), "the end of a scan is not recorded");
+        return;
     }
+    let one = machines.first().filter(|_| is_of_one);
+    let (id, status) = (scan.id.to_string(), scan.status.as_str());
+    manager.tell_scan_ended(one, scan.owner, id, scan.target, status);
 }
 
 /// The machines that are to be looked at.

@@ -4,8 +4,7 @@
 
 use std::collections::BTreeSet;
 use std::net::TcpStream;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 use tungstenite::client::IntoClientRequest;
@@ -15,7 +14,7 @@ use crate::{Answer, Client, FORM, form};
 
 const REFERENCE: &str = include_str!("microvm.json");
 
-/// How long a scan may take.
+/// How long nothing may happen.
 const PATIENCE: Duration = Duration::from_secs(300);
 
 const RESIZE: &str = "PUT /vms/{vm_name}/resources";
@@ -252,14 +251,7 @@ impl Examples<'_> {
         let all = self.reference["messages"].as_array().unwrap().iter();
         let mut found = all.filter(|example| example["call"] == call);
         let example = found.next().unwrap()["message"].clone();
-        let message = loop {
-            if let Message::Text(text) = socket.read().unwrap() {
-                let message: Value = serde_json::from_str(&text).unwrap();
-                if message["event_type"] == example["event_type"] {
-                    break message;
-                }
-            }
-        };
+        let message = next(socket, example["event_type"].as_str().unwrap());
         self.tried.insert(call.to_owned());
         let mut problems = Vec::new();
         compare(&message, &example, "", &mut problems);
@@ -294,6 +286,18 @@ fn forget(value: &mut Value, name: &str) {
     }
 }
 
+/// The next message of this type.
+fn next(socket: &mut WebSocket<TcpStream>, event_type: &str) -> Value {
+    loop {
+        if let Message::Text(text) = socket.read().unwrap() {
+            let message: Value = serde_json::from_str(&text).unwrap();
+            if message["event_type"] == event_type {
+                return message;
+            }
+        }
+    }
+}
+
 /// Method and path of a call, with these names in place of those in braces.
 fn path_of(call: &str, names: &[&str]) -> (String, String) {
     let (method, path) = call.split_once(' ').unwrap();
@@ -307,8 +311,8 @@ fn path_of(call: &str, names: &[&str]) -> (String, String) {
     (method.to_owned(), path)
 }
 
-/// Tries every example but those of 500 and 503, which no request of a client leads to. What is not as
-/// the reference has it.
+/// Tries every example but those of 500 and 503, which no request of a client leads to: for these there is
+/// [`is_error_like`]. What is not as the reference has it.
 pub fn every_example(client: &dyn Client, place: &Place<'_>) -> Vec<String> {
     let mut api = Examples {
         reference: serde_json::from_str(REFERENCE).unwrap(),
@@ -475,22 +479,12 @@ fn security(api: &mut Examples<'_>) {
     answer.body = found.to_string().into_bytes();
     api.check(logs, &answer);
 
+    let mut events = api.socket("/system/events");
     let words = json!({"scan_type": "configuration", "target": "test-vm"});
     let scan = api.call("POST /security/scan", &[], &words);
     let id = scan["scan_id"].as_str().unwrap_or("none").to_owned();
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let answer = api.send("GET", &format!("/security/scans/{id}"), "", b"");
-        let is_under_way = ["started", "running"]
-            .iter()
-            .any(|word| answer.json()["status"] == *word);
-        if !is_under_way {
-            break;
-        }
-        assert!(Instant::now() < deadline, "{:?}", answer.json());
-        // A client may ask so often in a minute, and no event tells of the end of a scan.
-        thread::sleep(Duration::from_secs(3));
-    }
+    let told = next(&mut events, "scan_ended");
+    assert_eq!(told["data"]["scan_id"], *id, "{told}");
     api.call("GET /security/scans/{scan_id}", &[&id], &Value::Null);
 }
 

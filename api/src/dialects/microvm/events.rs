@@ -34,7 +34,7 @@ use super::extract::Path;
 use super::rfc3339;
 use super::vms::word_at;
 use crate::domain::{
-    Change, Event, Forward, MacAddress, News, Over, Principal, SnapshotId, Subject, Subscription,
+    Change, Event, Forward, MacAddress, Named, News, Over, Principal, SnapshotId, Subscription,
 };
 use crate::http::{AppState, BEARER, Caller, SocketPermit, identify};
 
@@ -86,8 +86,8 @@ pub async fn of_vm(
 
 /// Follow the events of all virtual machines
 ///
-/// A WebSocket. Each message has `event_type`, `timestamp` and `data`, and that has `vm_name` and
-/// `user_id`. A user is told of their own machines, an administrator of all.
+/// A WebSocket. Each message has `event_type`, `timestamp` and `data`, and that has `vm_name`, unless it is
+/// of all of them, and `user_id`. A user is told of their own machines, an administrator of all.
 #[utoipa::path(
     get, path = "/api/v1/system/events", operation_id = "systemEvents", tag = "events",
     responses(
@@ -206,7 +206,7 @@ impl Client {
 
     fn message(&self, event: &Event) -> Value {
         let (event_type, mut data) = told(&event.change);
-        let name = name_of(&event.subject);
+        let name = event.subject.sandbox.as_ref().map(name_of);
         let timestamp = rfc3339(event.at);
         if self.is_of_one {
             return json!({
@@ -214,7 +214,9 @@ impl Client {
             });
         }
         let owner = event.subject.owner.as_ref();
-        data.insert("vm_name".into(), name.into());
+        if let Some(name) = name {
+            data.insert("vm_name".into(), name.into());
+        }
         let owner = owner.map_or("local", |owner| owner.as_str());
         data.insert("user_id".into(), owner.into());
         json!({"event_type": event_type, "timestamp": timestamp, "data": data})
@@ -236,9 +238,9 @@ fn lost(count: u64) -> Value {
     })
 }
 
-fn name_of(subject: &Subject) -> String {
-    let name = subject.name.clone();
-    name.unwrap_or_else(|| subject.id.to_string())
+fn name_of(sandbox: &Named) -> String {
+    let name = sandbox.name.clone();
+    name.unwrap_or_else(|| sandbox.id.to_string())
 }
 
 /// What an event is called, and what there is to say of it.
@@ -280,6 +282,10 @@ fn told(change: &Change) -> (&'static str, Map<String, Value>) {
         Change::SnapshotTaken { id, name } => ("snapshot_created", of_snapshot(id, name)),
         Change::SnapshotDeleted { id, name } => ("snapshot_deleted", of_snapshot(id, name)),
         Change::RolledBack { id, name } => ("snapshot_restored", of_snapshot(id, name)),
+        Change::ScanEnded { id, target, status } => (
+            "scan_ended",
+            json!({"scan_id": id, "target": target, "status": status}),
+        ),
     };
     match data {
         Value::Object(data) => (event_type, data),

@@ -8,8 +8,9 @@ use jiff::Timestamp;
 use tracing::warn;
 
 use super::super::error::LookupError;
-use super::super::events::{Change, Event, Events, Subject, Subscription, changes};
+use super::super::events::{Change, Event, Events, Named, Subject, Subscription, changes};
 use super::super::host::{ExecEvent, HostError};
+use super::super::id::UserId;
 use super::super::sandbox::{Sandbox, Status};
 use super::super::snapshot::Snapshot;
 use super::{InUse, Manager};
@@ -62,11 +63,27 @@ impl Manager {
             }
         };
         let subject = Subject {
-            id: snapshot.sandbox.clone(),
-            name,
+            sandbox: Some(Named {
+                id: snapshot.sandbox.clone(),
+                name,
+            }),
             owner: snapshot.owner.clone(),
         };
         self.tell(subject, change);
+    }
+
+    /// Tells that a scan of `owner` has ended, of one sandbox or of all.
+    pub fn tell_scan_ended(
+        &self,
+        of: Option<&Sandbox>,
+        owner: Option<UserId>,
+        id: String,
+        target: String,
+        status: &'static str,
+    ) {
+        let sandbox = of.map(Named::from);
+        let change = Change::ScanEnded { id, target, status };
+        self.tell(Subject { sandbox, owner }, change);
     }
 
     /// The same events of a command; once they are dropped, its end is told.
