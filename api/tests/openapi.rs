@@ -4,6 +4,8 @@
 
 mod support;
 
+use std::collections::BTreeSet;
+
 use serde_json::{Value, json};
 use support::Api;
 
@@ -330,4 +332,99 @@ async fn both_forms_are_served_and_say_the_same() {
     let stranger = stranger.body(axum::body::Body::empty()).unwrap();
     let refused = tower::ServiceExt::oneshot(api.router.clone(), stranger).await;
     assert_eq!(refused.unwrap().status().as_u16(), 403);
+}
+
+/// Fields that a schema leads to, each with the names of what it is in before it: `cpu.vcpus`. What has
+/// fields of its own is none itself.
+fn fields(document: &Value, schema: &Value, at: &str, found: &mut BTreeSet<String>) {
+    let schema = resolve(document, schema);
+    let parts = ["allOf", "oneOf", "anyOf"].map(|kind| schema[kind].as_array());
+    let is_null = |part: &Value| part["type"] == "null";
+    let mut parts: Vec<_> = parts.into_iter().flatten().flatten().collect();
+    parts.retain(|part| !is_null(part));
+    parts.extend(Some(&schema["items"]).filter(|items| items.is_object()));
+    for part in &parts {
+        fields(document, part, at, found);
+    }
+    let own = schema["properties"].as_object();
+    for (name, schema) in own.into_iter().flatten() {
+        let at = match at {
+            "" => name.clone(),
+            at => format!("{at}.{name}"),
+        };
+        fields(document, schema, &at, found);
+    }
+    if own.is_none() && parts.is_empty() && !at.is_empty() {
+        found.insert(at.to_owned());
+    }
+}
+
+/// The names in the first column of the tables that tell where values come from.
+fn told(page: &str) -> BTreeSet<String> {
+    let mut names = BTreeSet::new();
+    let mut is_told = false;
+    for line in page.lines() {
+        let mut cells = line.split(" | ");
+        let Some(first) = cells.next().and_then(|cell| cell.strip_prefix("| ")) else {
+            is_told &= line.starts_with('|');
+            continue;
+        };
+        let second = cells.next().unwrap_or_default();
+        is_told |= second.starts_with("Source") || second.starts_with("where it comes from");
+        if is_told {
+            names.extend(first.split('`').skip(1).step_by(2).map(str::to_owned));
+        }
+    }
+    names
+}
+
+/// Whether one of these names is this field, with or without what it is in; one that ends in `…` is all that
+/// begin so.
+fn tells(names: &BTreeSet<String>, field: &str) -> bool {
+    let inner = field.match_indices('.').map(|(dot, _)| &field[dot + 1..]);
+    std::iter::once(field).chain(inner).any(|field| {
+        names.iter().any(|name| match name.strip_suffix('…') {
+            Some(beginning) => field.starts_with(beginning),
+            None => name == field,
+        })
+    })
+}
+
+#[test]
+fn the_pages_tell_where_each_field_of_each_answer_comes_from() {
+    let document = documents().1;
+    let names: BTreeSet<_> = [
+        include_str!("../../docs/api.md"),
+        include_str!("../../docs/microvm-api.md"),
+    ]
+    .into_iter()
+    .flat_map(told)
+    .collect();
+    let mut problems = Vec::new();
+    let (mut operations, mut all) = (0, BTreeSet::new());
+    for (path, item) in document["paths"].as_object().unwrap() {
+        for (method, operation) in item.as_object().unwrap() {
+            if !path.starts_with("/api/v1/") || method == "parameters" {
+                continue;
+            }
+            operations += 1;
+            for (status, response) in operation["responses"].as_object().unwrap() {
+                let mut found = BTreeSet::new();
+                let content = response["content"].as_object().into_iter().flatten();
+                for (_, media) in content {
+                    fields(&document, &media["schema"], "", &mut found);
+                }
+                let untold = found.iter().filter(|field| !tells(&names, field));
+                problems.extend(untold.map(|field| format!("{method} {path} {status}: {field}")));
+                all.append(&mut found);
+            }
+        }
+    }
+    assert!(problems.is_empty(), "{}", problems.join("\n"));
+    assert!(
+        operations >= 30 && all.len() >= 100,
+        "{operations}, {all:?}"
+    );
+    assert!(!tells(&names, "no_such_field"));
+    assert!(tells(&names, "host.memory_total_gb") && tells(&names, "vms.status"));
 }
