@@ -1,13 +1,13 @@
 //! Security scans of real guests, and of what holds them.
 
 use std::collections::BTreeSet;
-use std::thread;
-use std::time::Duration;
 
 use e2e_tests::daemon::Daemon;
 use e2e_tests::http::Request;
-use e2e_tests::{report, until};
+use e2e_tests::report;
+use e2e_tests::socket::Socket;
 use serde_json::{Value, json};
+use tungstenite::http::header::AUTHORIZATION;
 
 struct Client<'a> {
     daemon: &'a Daemon,
@@ -27,17 +27,20 @@ impl Client<'_> {
 
     /// What a scan of all machines came to.
     fn scan(&self, kind: &str) -> Value {
+        let headers = [(AUTHORIZATION, self.token.as_str())];
+        let mut events = Socket::open_with(self.daemon, "/api/v1/system/events", &headers);
         let body = json!({"scan_type": kind, "target": "all"});
         let (status, started) = self.call("POST", "/security/scan", &body);
         assert_eq!(status, 202, "{started}");
         let path = format!("/security/scans/{}", started["scan_id"].as_str().unwrap());
-        let mut scan = Value::Null;
-        until("the scan ends", || {
-            // So often may a client ask, and no event tells of the end.
-            thread::sleep(Duration::from_secs(2));
-            scan = self.call("GET", &path, &json!({})).1;
-            scan["status"] != "started"
-        });
+        loop {
+            let told = events.receive().unwrap();
+            if told["event_type"] == "scan_ended" {
+                assert_eq!(told["data"]["scan_id"], started["scan_id"]);
+                break;
+            }
+        }
+        let (_, mut scan) = self.call("GET", &path, &json!({}));
         assert_eq!(scan["status"], "completed", "{scan}");
         scan["results"].take()
     }

@@ -5,6 +5,8 @@ use std::net::TcpStream;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
+use tungstenite::client::IntoClientRequest;
+use tungstenite::http::HeaderName;
 use tungstenite::{Message, WebSocket};
 
 use crate::PATIENCE;
@@ -19,9 +21,24 @@ impl Socket {
     /// # Panics
     /// It is refused.
     pub fn open(daemon: &Daemon, path: &str) -> Self {
+        Self::open_with(daemon, path, &[])
+    }
+
+    /// The same with these headers.
+    ///
+    /// # Panics
+    /// It is refused.
+    pub fn open_with(daemon: &Daemon, path: &str, headers: &[(HeaderName, &str)]) -> Self {
         let stream = TcpStream::connect(daemon.address()).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        let (socket, _) = tungstenite::client(format!("ws://localhost{path}"), stream).unwrap();
+        let mut request = format!("ws://localhost{path}")
+            .into_client_request()
+            .unwrap();
+        for (name, value) in headers {
+            let value = value.parse().unwrap();
+            request.headers_mut().insert(name.clone(), value);
+        }
+        let (socket, _) = tungstenite::client(request, stream).unwrap();
         Self(socket)
     }
 
@@ -46,10 +63,14 @@ impl Socket {
     /// # Panics
     /// There is none for long, or the connection breaks off.
     pub fn receive(&mut self) -> Option<Value> {
-        match self.0.read().unwrap() {
-            Message::Text(text) => Some(serde_json::from_str(&text).unwrap()),
-            Message::Close(_) => None,
-            other => panic!("{other:?}"),
+        loop {
+            match self.0.read().unwrap() {
+                Message::Text(text) => return Some(serde_json::from_str(&text).unwrap()),
+                Message::Close(_) => return None,
+                // Answered by the next read.
+                Message::Ping(_) => {}
+                other => panic!("{other:?}"),
+            }
         }
     }
 
