@@ -1,7 +1,7 @@
 //! What clients of the two published APIs expect, with real guests and a network.
 
 use std::net::TcpStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use ::conformance::wrenn::{self, UPLOAD_BYTES};
@@ -9,6 +9,8 @@ use ::conformance::{Answer, Client, microvm};
 use e2e_tests::daemon::Daemon;
 use e2e_tests::http::Request;
 use e2e_tests::outside::Outside;
+use e2e_tests::setup::setup;
+use e2e_tests::until;
 use serde_json::json;
 
 struct Asks(Daemon);
@@ -93,4 +95,43 @@ fn every_method_of_py_microvm_works() {
         .status()
         .unwrap();
     assert!(status.success(), "something does not, see above");
+}
+
+/// The published client of the API that `/v1` follows has tests of itself, which ask a server. They are of
+/// the client's authors and are run as they are. What they want of a template is git, and root's home as the
+/// directory to begin in; and of a server, that a sandbox is there within five seconds.
+#[test]
+fn the_tests_of_the_client_wrenn_pass() {
+    let variable = |name: &str| {
+        std::env::var_os(name).unwrap_or_else(|| panic!("{name} is not set; `tests/run` sets it"))
+    };
+    let template = format!("minimal={}", setup().python_template.display());
+    let arguments = ["--template", &template, "--warm-disk-bytes", "2147483648"];
+    let daemon = Daemon::start_with(&arguments);
+    until("sandboxes start from memory", || {
+        let sandbox = daemon.create(&json!({}));
+        let is_warm = sandbox.get()["timings_ms"]["start"] != "cold";
+        sandbox.delete();
+        is_warm
+    });
+    let (status, key) = daemon.call("POST", "/v1/api-keys", r#"{"name": "sdk"}"#);
+    assert_eq!(status, 201, "{key}");
+    let tests = PathBuf::from(variable("MVS_WRENN_TESTS"));
+    let status = Command::new(variable("MVS_WRENN_PYTHON"))
+        .args([
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            "--durations=5",
+            "-rA",
+        ])
+        .arg(tests.join("test_integration.py"))
+        .env("PYTHONPATH", variable("MVS_WRENN_PACKAGES"))
+        .env("PYTHONDONTWRITEBYTECODE", "1")
+        .env("WRENN_BASE_URL", format!("http://{}", daemon.address()))
+        .env("WRENN_API_KEY", key["key"].as_str().unwrap())
+        .status()
+        .unwrap();
+    assert!(status.success(), "one has failed, see above");
 }
