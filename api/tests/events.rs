@@ -32,9 +32,19 @@ struct Served {
 struct Socket(WebSocketStream<TcpStream>);
 
 impl Socket {
+    /// The next message that is no ping, which come every 30 s and are answered by the next read.
+    async fn message(&mut self) -> Message {
+        loop {
+            match self.0.next().await.unwrap().unwrap() {
+                Message::Ping(_) => {}
+                message => return message,
+            }
+        }
+    }
+
     /// The next message.
     async fn next(&mut self) -> Value {
-        match self.0.next().await.unwrap().unwrap() {
+        match self.message().await {
             Message::Text(text) => serde_json::from_str(&text).unwrap(),
             other => panic!("{other:?}"),
         }
@@ -51,7 +61,7 @@ impl Socket {
 
     /// The code with which it is closed.
     async fn close_code(&mut self) -> u16 {
-        match self.0.next().await.unwrap().unwrap() {
+        match self.message().await {
             Message::Close(Some(frame)) => frame.code.into(),
             other => panic!("{other:?}"),
         }
