@@ -24,6 +24,7 @@ pub mod sandboxes;
 pub mod stage;
 pub mod stats;
 pub mod stream;
+pub mod thresholds;
 pub mod trace;
 
 /// An error with its causes, as one sentence.

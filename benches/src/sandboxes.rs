@@ -22,6 +22,12 @@ const PATIENCE: Duration = Duration::from_secs(300);
 /// How much of the end of a daemon's log is kept, in lines.
 const LAST_LINES: usize = 60;
 
+/// Where the API is served that has users.
+const API: &str = "/api/v1";
+
+/// A bench asks more often than users may.
+const UNLIMITED: &str = "[auth]\nrequests_per_minute = 0\nrequests_per_hour = 0\n";
+
 /// The phases of a start that a daemon tells of.
 const PHASES: [&str; 5] = ["prepare", "vmm", "boot", "identity", "total"];
 
@@ -110,6 +116,8 @@ pub struct Daemon {
     process: Child,
     address: String,
     agent: Agent,
+    /// `Authorization` of its requests to `/api/v1`.
+    bearer: String,
     vmm: PathBuf,
     /// The last lines of its log.
     log: Arc<Mutex<VecDeque<String>>>,
@@ -125,9 +133,13 @@ impl Daemon {
     /// It does not come to serve.
     pub fn start(programs: &Programs, starts: Starts) -> Result<Self, SandboxError> {
         let directory = tempfile::tempdir()?;
+        let config = directory.path().join("config.toml");
+        std::fs::write(&config, UNLIMITED)?;
         let mut process = Command::new(&programs.sandboxd)
             .args(["serve", "--listen", "127.0.0.1:0", "--log-format", "json"])
             .args(["--on-stop", "delete"])
+            .arg("--config")
+            .arg(&config)
             .arg("--data-dir")
             .arg(directory.path().join("data"))
             .arg("--runtime-dir")
@@ -206,6 +218,7 @@ impl Daemon {
             process,
             address: address.ok_or(SandboxError::Silent(said))?,
             agent: config.build().into(),
+            bearer: String::new(),
             vmm: programs.vmm.clone(),
             log,
             ready: Mutex::new(ready),
@@ -227,15 +240,16 @@ impl Daemon {
             request: request.clone(),
             source: Box::new(source),
         };
-        let answer = match (method, body) {
-            ("DELETE", _) => self.agent.delete(&url).call(),
-            (_, Some(body)) => self
-                .agent
-                .post(&url)
-                .header("Content-Type", "application/json")
-                .send(body.to_string()),
-            (_, None) => self.agent.post(&url).send_empty(),
-        };
+        let mut head = ureq::http::Request::builder().method(method).uri(&url);
+        if body.is_some() {
+            head = head.header("Content-Type", "application/json");
+        }
+        if path.starts_with(API) && !self.bearer.is_empty() {
+            head = head.header("Authorization", &self.bearer);
+        }
+        let body = body.map(Value::to_string).unwrap_or_default();
+        let answer = head.body(body).map_err(ureq::Error::from);
+        let answer = answer.and_then(|request| self.agent.run(request));
         let mut answer = answer.map_err(failed)?;
         let status = answer.status().as_u16();
         let text = answer.body_mut().read_to_string().map_err(failed)?;
@@ -251,6 +265,33 @@ impl Daemon {
         }
     }
 
+    /// Registers a user, who makes the requests to `/api/v1` from now on.
+    ///
+    /// # Errors
+    /// The daemon refuses.
+    pub fn log_in(&mut self) -> Result<(), SandboxError> {
+        let user = json!({"username": "bench", "password": "Correct-Horse-9", "role": "admin"});
+        self.api("POST", "/auth/register", Some(&user), 201)?;
+        let token = self.api("POST", "/auth/login", Some(&user), 200)?;
+        let token = token["access_token"].as_str().unwrap_or_default();
+        self.bearer = format!("Bearer {token}");
+        Ok(())
+    }
+
+    /// What a request to a path of `/api/v1` answers with this status.
+    ///
+    /// # Errors
+    /// It has another one, or there is no answer.
+    pub fn api(
+        &self,
+        method: &str,
+        path: &str,
+        body: Option<&Value>,
+        expected: u16,
+    ) -> Result<Value, SandboxError> {
+        self.call(method, &format!("{API}{path}"), body, expected)
+    }
+
     /// The end of the daemon's log, for whoever looks into a failure.
     pub fn last_words(&self) -> String {
         let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
@@ -262,7 +303,11 @@ impl Daemon {
     /// # Errors
     /// It did not start.
     pub fn create(&self, memory_mb: u32) -> Result<Created, SandboxError> {
-        let body = json!({"template": "minimal", "vcpus": 1, "memory_mb": memory_mb});
+        self.create_with(1, memory_mb)
+    }
+
+    fn create_with(&self, vcpus: u32, memory_mb: u32) -> Result<Created, SandboxError> {
+        let body = json!({"template": "minimal", "vcpus": vcpus, "memory_mb": memory_mb});
         let sandbox = self.call("POST", "/v1/sandboxes", Some(&body), 201)?;
         let timings = &sandbox["timings_ms"];
         let phases = PHASES.map(|phase| (phase, timings[phase].as_f64().unwrap_or_default()));
@@ -348,14 +393,14 @@ impl Daemon {
         Ok((ids, forked["stall_ms"].as_f64().unwrap_or_default()))
     }
 
-    /// Waits until sandboxes of this size start warm.
+    /// Waits until sandboxes of this shape start warm.
     ///
     /// # Errors
     /// They do not.
-    pub fn warm_up(&self, memory_mb: u32) -> Result<(), SandboxError> {
+    pub fn warm_up(&self, vcpus: u32, memory_mb: u32) -> Result<(), SandboxError> {
         let deadline = Instant::now() + PATIENCE;
         while Instant::now() < deadline {
-            let Created { id, start, .. } = self.create(memory_mb)?;
+            let Created { id, start, .. } = self.create_with(vcpus, memory_mb)?;
             self.delete(&id)?;
             if start != "cold" {
                 return Ok(());

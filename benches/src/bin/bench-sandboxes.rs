@@ -139,7 +139,7 @@ fn measure(cli: &Cli, daemons: [(&str, &Daemon); 4]) -> Result<Samples, Box<dyn 
     eprintln!("bench-sandboxes: waiting for the first warm start");
     let [_, (_, bare), (_, warm), (_, pool)] = daemons;
     for daemon in [bare, warm] {
-        daemon.warm_up(cli.memory)?;
+        daemon.warm_up(1, cli.memory)?;
     }
     pool.delete(&pool.create(cli.memory)?.id)?;
     pool.wait_until_ready()?;
