@@ -99,10 +99,13 @@ fn run(cli: &Cli) -> Result<()> {
     }
 }
 
+/// Measures something, and adds what it was.
+type Step = fn(&Bench<'_>, &mut Vec<Row>) -> Result<()>;
+
 /// What was measured, and what was not and why.
 fn measure(daemon: &Daemon, samples: usize) -> Result<(Vec<Row>, Vec<String>)> {
     let (mut rows, mut failures) = (Vec::new(), Vec::new());
-    let steps: [(&str, fn(&Bench<'_>, &mut Vec<Row>) -> Result<()>); 7] = [
+    let steps: [(&str, Step); 7] = [
         ("boots", boots),
         ("stops", stops),
         ("shapes", shapes),
