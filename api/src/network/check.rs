@@ -4,8 +4,11 @@
 
 use std::time::Instant;
 
+use tracing::warn;
+
 use super::links::Port;
 use super::{Inner, Network, NetworkError};
+use crate::chain;
 use crate::domain::{MacAddress, SandboxId};
 
 impl Network {
@@ -15,7 +18,7 @@ impl Network {
     /// One of them is not, or the kernel does not tell.
     pub async fn check(&self) -> Result<(), String> {
         let inner = &self.inner;
-        let failed = |error: NetworkError| format!("{}: {}", self.name(), crate::chain(&error));
+        let failed = |error: NetworkError| format!("{}: {}", self.name(), chain(&error));
         inner.check_bridge().await.map_err(failed)?;
         match inner.nft.has_tables(&inner.tables.name()).await {
             Ok(true) => Ok(()),
@@ -120,11 +123,17 @@ impl Inner {
                 continue;
             }
             let (bridge, tap, address) = (self.bridge.index, port.index, member.address);
-            self.links.add_port(bridge, tap, self.config.mtu).await?;
-            self.links
-                .bind(bridge, tap, address, MacAddress::of(address))
-                .await?;
-            repaired.push(id);
+            let repair = async {
+                self.links.add_port(bridge, tap, self.config.mtu).await?;
+                let mac = MacAddress::of(address);
+                self.links.bind(bridge, tap, address, mac).await
+            };
+            // It goes with its VMM, at any moment; the others are none the worse for it.
+            match repair.await {
+                Ok(()) => repaired.push(id),
+                Err(error) => warn!(sandbox = %id, error = %chain(&error),
+                    "the tap of the sandbox is not in the bridge"),
+            }
         }
         Ok(repaired)
     }
