@@ -231,6 +231,7 @@ async fn with_boundary(mut request: Request) -> Result<Request, ApiError> {
         (status = 404, description = "No such machine or file", body = ErrorBody),
         (status = 409, description = "It does not run", body = ErrorBody),
         (status = 416, description = "It has no such range", body = ErrorBody),
+        (status = 502, description = "The agent failed", body = ErrorBody),
     ),
 )]
 pub async fn download(
@@ -334,6 +335,7 @@ fn disposition(path: &str) -> String {
         (status = 400, description = "It is no directory, or has too much in it", body = ErrorBody),
         (status = 404, description = "No such machine or directory", body = ErrorBody),
         (status = 409, description = "It does not run", body = ErrorBody),
+        (status = 502, description = "The agent failed", body = ErrorBody),
     ),
 )]
 pub async fn list(

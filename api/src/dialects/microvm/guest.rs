@@ -128,6 +128,8 @@ impl FromFields for GuestDownloadRequest {
         (status = 200, description = "It has ended", body = GuestCommandBody),
         (status = 404, description = "No such machine", body = ErrorBody),
         (status = 409, description = "It does not run", body = ErrorBody),
+        (status = 413, description = "It wrote too much and was killed", body = ErrorBody),
+        (status = 502, description = "The agent failed", body = ErrorBody),
         (status = 504, description = "It outran its timeout and was killed", body = ErrorBody),
     ),
 )]
@@ -172,6 +174,8 @@ pub async fn command(
         (status = 200, description = "It is there", body = GuestUploadBody),
         (status = 404, description = "No such machine", body = ErrorBody),
         (status = 409, description = "It does not run", body = ErrorBody),
+        (status = 413, description = "The file is too large", body = ErrorBody),
+        (status = 502, description = "The agent failed, such as on a full disk", body = ErrorBody),
     ),
 )]
 pub async fn upload(
@@ -207,6 +211,7 @@ pub async fn upload(
         (status = 404, description = "No such machine or file", body = ErrorBody),
         (status = 409, description = "It does not run", body = ErrorBody),
         (status = 413, description = "It is larger than is wanted", body = ErrorBody),
+        (status = 502, description = "The agent failed", body = ErrorBody),
     ),
 )]
 pub async fn download(
