@@ -20,9 +20,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::domain::{
-    ClaimRequest, CreateRequest, Created, End, ExecEvent, ExecRequest, Host, HostError, HostEvent,
-    Identity, LayerId, Layers, MergeRequest, PowerOffRequest, PrepareRequest, Resources, SandboxId,
-    SaveRequest, Saved, Shape, Start,
+    Booted, ClaimRequest, CreateRequest, Created, End, ExecEvent, ExecRequest, Host, HostError,
+    HostEvent, Identity, LayerId, Layers, MergeRequest, Model, PowerOffRequest, PrepareRequest,
+    Resources, SandboxId, SaveRequest, Saved, Shape, Start,
 };
 use api::hypervisor::{HostConfig, LocalHost, Paths};
 use api::images::Images;
@@ -650,31 +650,37 @@ async fn a_key_changes_with_everything_that_a_machine_is_made_of() {
         networks: None,
     };
     let host = LocalHost::start(config.clone()).await.unwrap();
-    let shape = |vcpus, memory_mb| Shape {
-        template: "minimal".into(),
-        vcpus,
-        memory_mb,
+    let model = |vcpus, memory_mb| Model {
+        shape: Shape {
+            template: "minimal".into(),
+            vcpus,
+            memory_mb,
+        },
+        booted: None,
     };
+    let mut roomy = model(1, 256);
+    roomy.booted = Some(Booted::with_room(1, 256, 4096));
     let mut keys = vec![
-        host.warm_key(&shape(1, 256), &[]).await.unwrap(),
-        host.warm_key(&shape(2, 256), &[]).await.unwrap(),
-        host.warm_key(&shape(1, 512), &[]).await.unwrap(),
+        host.warm_key(&roomy, &[]).await.unwrap(),
+        host.warm_key(&model(1, 256), &[]).await.unwrap(),
+        host.warm_key(&model(2, 256), &[]).await.unwrap(),
+        host.warm_key(&model(1, 512), &[]).await.unwrap(),
     ];
-    assert_eq!(host.warm_key(&shape(1, 256), &[]).await.unwrap(), keys[0]);
+    assert_eq!(host.warm_key(&model(1, 256), &[]).await.unwrap(), keys[1]);
     let mut other = config.clone();
     other.cmdline_extra = "quiet".to_owned();
     let other = LocalHost::start(other).await.unwrap();
-    keys.push(other.warm_key(&shape(1, 256), &[]).await.unwrap());
+    keys.push(other.warm_key(&model(1, 256), &[]).await.unwrap());
     for file in ["kernel", "initramfs", "minimal.ext4", "vmm"] {
         let (path, new) = (bench.dir.path().join(file), bench.dir.path().join("new"));
         fs::copy(&path, &new).unwrap();
         fs::rename(new, path).unwrap();
-        keys.push(host.warm_key(&shape(1, 256), &[]).await.unwrap());
+        keys.push(host.warm_key(&model(1, 256), &[]).await.unwrap());
     }
     let different: BTreeSet<_> = keys.iter().collect();
     assert_eq!(different.len(), keys.len());
     fs::remove_file(template).unwrap();
-    assert!(host.warm_key(&shape(1, 256), &[]).await.is_err());
+    assert!(host.warm_key(&model(1, 256), &[]).await.is_err());
 }
 
 #[tokio::test]

@@ -662,7 +662,10 @@ async fn warm_snapshots_stay_within_their_budget() {
     create(&api, 200).await;
     let shapes = async || {
         let all = api.store.list_warm().await.unwrap();
-        let mut shapes: Vec<_> = all.iter().map(|(warm, _)| warm.memory_mb).collect();
+        let mut shapes: Vec<_> = all
+            .iter()
+            .map(|(warm, _)| warm.model.shape.memory_mb)
+            .collect();
         shapes.sort_unstable();
         shapes
     };

@@ -123,6 +123,8 @@ pub struct Daemon {
     log: Arc<Mutex<VecDeque<String>>>,
     /// One for each machine that has become ready.
     ready: Mutex<Receiver<()>>,
+    /// One for each warm snapshot that was made.
+    warm: Mutex<Receiver<()>>,
     directory: tempfile::TempDir,
 }
 
@@ -183,6 +185,7 @@ impl Daemon {
             })?;
         let log: Arc<Mutex<VecDeque<String>>> = Arc::default();
         let (is_ready, ready) = mpsc::channel();
+        let (is_warm, warm) = mpsc::channel();
         let mut said = String::new();
         let mut address = None;
         if let Some(stderr) = process.stderr.take() {
@@ -199,10 +202,13 @@ impl Daemon {
             let last = Arc::clone(&log);
             std::thread::spawn(move || {
                 for line in lines.map_while(Result::ok) {
-                    if field(&line, "message").as_deref() == Some("a machine is ready") {
-                        // Nobody has to wait for it.
-                        let _ = is_ready.send(());
-                    }
+                    let tell = match field(&line, "message").as_deref() {
+                        Some("a machine is ready") => Some(&is_ready),
+                        Some("warm snapshot made") => Some(&is_warm),
+                        _ => None,
+                    };
+                    // Nobody has to wait for it.
+                    let _ = tell.map(|tell| tell.send(()));
                     let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
                     if last.len() == LAST_LINES {
                         last.pop_front();
@@ -222,6 +228,7 @@ impl Daemon {
             vmm: programs.vmm.clone(),
             log,
             ready: Mutex::new(ready),
+            warm: Mutex::new(warm),
             directory,
         })
     }
@@ -326,6 +333,16 @@ impl Daemon {
         let ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
         ready
             .recv_timeout(PATIENCE)
+            .map_err(|_| SandboxError::NotWarm)
+    }
+
+    /// Waits until one more warm snapshot is made than when this was last asked.
+    ///
+    /// # Errors
+    /// There is none in time.
+    pub fn wait_until_warm(&self) -> Result<(), SandboxError> {
+        let warm = self.warm.lock().unwrap_or_else(PoisonError::into_inner);
+        warm.recv_timeout(PATIENCE)
             .map_err(|_| SandboxError::NotWarm)
     }
 

@@ -206,3 +206,44 @@ fn what_a_machine_takes_is_measured_and_what_it_has_changes_while_it_runs() {
     assert_eq!(host["vms"]["total_vcpus_allocated"], 3, "{host}");
     sandbox.delete();
 }
+
+#[test]
+fn a_machine_starts_warm_grows_and_boots_from_its_own_disk_after() {
+    let daemon = Daemon::start_with(&["--warm-disk-bytes", "1073741824", "--pool-size", "0"]);
+    let admin = Admin::register(&daemon);
+    let make = |name: &str| {
+        let vm = json!({"name": name, "vcpus": 1, "memory_mb": 256});
+        let made = admin.must(&daemon, "POST", "/vms", &vm);
+        daemon.sandbox(made["id"].as_str().unwrap())
+    };
+    let start =
+        |name: &str| admin.must(&daemon, "POST", &format!("/vms/{name}/start"), &Value::Null);
+    let first = make("first");
+    start("first");
+    assert_eq!(first.get()["timings_ms"]["start"], "cold");
+    // The background boots and saves a machine of its own.
+    daemon.process.stderr.wait_for("warm snapshot made");
+    first.delete();
+
+    let sandbox = make("vm");
+    let begun = Instant::now();
+    start("vm");
+    report(&format!("warm start: {} ms", begun.elapsed().as_millis()));
+    assert_eq!(sandbox.get()["timings_ms"]["start"], "warm");
+    assert_eq!(sandbox.must("cat /proc/sys/kernel/hostname"), sandbox.id);
+    let small = mem_total(&sandbox);
+    let more = json!({"vcpus": 2, "memory_mb": 512});
+    admin.must(&daemon, "PUT", "/vms/vm/resources", &more);
+    assert_eq!(cpus(&sandbox), 2);
+    assert!(mem_total(&sandbox) > small + 150);
+    sandbox.must("echo kept >/root/kept && sync");
+
+    // What it is now, it is after its next start, which boots it.
+    admin.must(&daemon, "POST", "/vms/vm/stop", &Value::Null);
+    start("vm");
+    assert_eq!(sandbox.get()["timings_ms"]["start"], "cold");
+    assert_eq!(sandbox.must("cat /root/kept"), "kept");
+    assert_eq!(cpus(&sandbox), 2);
+    assert!(mem_total(&sandbox) > small + 150);
+    sandbox.delete();
+}

@@ -106,6 +106,13 @@ impl Layers {
         }
     }
 
+    /// The layers before a machine that was booted from its disk was saved for the first time.
+    pub fn before_first_save(&self) -> Self {
+        let mut before = self.without_memory();
+        before.disk.pop();
+        before
+    }
+
     /// The layers after the machine is saved again to the layers `memory` and `disk`.
     pub fn saved(&self, memory: LayerId, disk: LayerId) -> Self {
         let mut next = self.clone();

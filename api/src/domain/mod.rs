@@ -68,7 +68,7 @@ pub use resources::{
 };
 pub use runs::{DayUsage, KEPT_DAYS, Reserved, Run, Runs, start_of};
 pub use sandbox::{Desired, IllegalTransition, Sandbox, Spec, Standing, Status, Transition};
-pub use snapshot::{LayersInfo, Snapshot, WarmSnapshot};
+pub use snapshot::{LayersInfo, Model, Snapshot, WarmSnapshot};
 pub use spool::{Spool, Spooled};
 pub use store::{Page, SortBy, Store, StoreError, TakenAddresses};
 pub use template::{

@@ -3,8 +3,10 @@
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::host::Shape;
 use super::id::{SandboxId, SnapshotId, UserId};
 use super::layer::Layers;
+use super::resources::{Booted, Resources};
 use super::sandbox::{Spec, Status};
 
 /// A snapshot that the user asked for. It does not change; sandboxes are made from it.
@@ -56,17 +58,32 @@ pub struct LayersInfo {
     pub checksum: String,
 }
 
-/// The snapshot that sandboxes of one template and shape are started from.
+/// The machines that are alike enough to start from one warm snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Model {
+    /// What they are made of.
+    pub shape: Shape,
+    /// What they can become while they run; `None` if they cannot change.
+    pub booted: Option<Booted>,
+}
+
+impl Model {
+    /// What such a machine has, beside what its shape says.
+    pub fn resources(&self) -> Resources {
+        Resources {
+            booted: self.booted,
+            ..Resources::default()
+        }
+    }
+}
+
+/// The snapshot that sandboxes of one model are started from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WarmSnapshot {
     /// Digest of all that it was made from; see [`Host::warm_key`](super::Host::warm_key).
     pub key: String,
-    /// Template.
-    pub template: String,
-    /// Virtual CPUs.
-    pub vcpus: u8,
-    /// RAM in MiB.
-    pub memory_mb: u32,
+    /// The machine that it is of.
+    pub model: Model,
     /// What it consists of.
     pub layers: Layers,
     /// Size on the disk, in bytes.

@@ -50,7 +50,7 @@ use tracing::{Instrument, warn};
 use crate::domain::{
     AddressError, AdoptRequest, Adopted, ClaimRequest, CreateRequest, Created, Egress, ExecEvent,
     ExecRequest, FileContent, FileInfo, Forward, ForwardSpec, Host, HostError, HostEvent, HostInfo,
-    ImageInfo, KeepDiskRequest, KeptDisk, LayerId, Layers, LayersInfo, MergeRequest,
+    ImageInfo, KeepDiskRequest, KeptDisk, LayerId, Layers, LayersInfo, MergeRequest, Model,
     NetworkActivity, Posture, PowerOffRequest, PrepareRequest, Presence, ReadFileRequest,
     ResizeRequest, SandboxId, SaveRequest, Saved, Shape, WriteFileRequest,
 };
@@ -499,7 +499,7 @@ impl Host for LocalHost {
             .await
     }
 
-    async fn warm_key(&self, shape: &Shape, disk: &[LayerId]) -> Result<String, HostError> {
+    async fn warm_key(&self, model: &Model, disk: &[LayerId]) -> Result<String, HostError> {
         let internal = |reason| HostError::Internal { reason };
         let machine = self.inner.machine.as_ref().map_err(|error| {
             internal(format!("the processor's features are not known: {error}"))
@@ -508,11 +508,12 @@ impl Host for LocalHost {
             memory: Vec::new(),
             disk: disk.to_vec(),
         };
+        let shape = &model.shape;
         let template = match disk {
             [] => self.inner.template(&shape.template)?.clone(),
             _ => self.inner.chain_of(shape, &layers)?.base.path,
         };
-        warm_key::key(&self.inner.config, machine, &template, disk, shape)
+        warm_key::key(&self.inner.config, machine, &template, disk, model)
             .map_err(|error| internal(format!("a part of the machine is missing: {error}")))
     }
 

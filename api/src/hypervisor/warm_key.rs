@@ -8,7 +8,7 @@ use std::path::Path;
 use sha2::{Digest, Sha256};
 
 use super::HostConfig;
-use crate::domain::{LayerId, Shape};
+use crate::domain::{Booted, LayerId, Model};
 
 /// Changed when a new version of the daemon makes other machines of the same parts.
 const FORMAT: u32 = 1;
@@ -39,7 +39,7 @@ pub fn machine() -> io::Result<String> {
     Ok(text)
 }
 
-/// The digest of all that a snapshot of this shape depends on. A file that was replaced or written
+/// The digest of all that a snapshot of this model depends on. A file that was replaced or written
 /// to since is another: its inode, size or times are. `template` is the image at the bottom of the
 /// disk, and `disk` the layers on it.
 pub fn key(
@@ -47,14 +47,23 @@ pub fn key(
     machine: &str,
     template: &Path,
     disk: &[LayerId],
-    shape: &Shape,
+    model: &Model,
 ) -> io::Result<String> {
+    let shape = &model.shape;
     let mut text = format!(
         "{FORMAT}\n{}\n{}\n{}\n{}\n{machine}",
         shape.template, shape.vcpus, shape.memory_mb, config.cmdline_extra
     );
     if let Some(networks) = &config.networks {
         let _ = writeln!(text, "{}", networks.key());
+    }
+    if let Some(booted) = model.booted {
+        let Booted {
+            max_vcpus,
+            max_memory_mb,
+            ..
+        } = booted;
+        let _ = writeln!(text, "up to {max_vcpus} {max_memory_mb}");
     }
     // Layers do not change, and no two have the same id.
     for layer in disk {

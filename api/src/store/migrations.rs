@@ -239,6 +239,9 @@ const STEPS: &[&str] = &[
     INSERT INTO runs SELECT id, owner, coalesce(started_at, updated_at), NULL, vcpus, memory_mb
         FROM sandboxes WHERE status = 'running';
 ",
+    "
+    ALTER TABLE warm_snapshots ADD COLUMN booted TEXT; -- JSON; NULL: its machines cannot change
+",
 ];
 
 /// Why the tables are not what this version needs.

@@ -5,12 +5,12 @@ use std::collections::BTreeSet;
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
 
 use super::{bad, from_json, layers, optional_id, time, to_json};
-use crate::domain::{Id, LayerId, Snapshot, SnapshotId, Spec, Status, WarmSnapshot};
+use crate::domain::{Id, LayerId, Model, Shape, Snapshot, SnapshotId, Spec, Status, WarmSnapshot};
 
 const COLUMNS: &str = "id, name, description, sandbox, template, vcpus, memory_mb, timeout_sec, \
                        layers, content, created_at, network, disk_mb, \
                        status, owner, resources";
-const WARM_COLUMNS: &str = "key, template, vcpus, memory_mb, layers, size_bytes, used_at";
+const WARM_COLUMNS: &str = "key, template, vcpus, memory_mb, layers, size_bytes, used_at, booted";
 
 pub fn insert(connection: &mut Connection, snapshot: &Snapshot) -> rusqlite::Result<bool> {
     let held = snapshot.layers.all().cloned().collect();
@@ -173,18 +173,19 @@ pub fn put_warm(
     layers::change(connection, &warm_holder(&warm.key), held, |transaction| {
         let sql = format!(
             "INSERT OR REPLACE INTO warm_snapshots ({WARM_COLUMNS}) \
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)"
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)"
         );
         transaction.execute(
             &sql,
             params![
                 warm.key,
-                warm.template,
-                warm.vcpus,
-                warm.memory_mb,
+                warm.model.shape.template,
+                warm.model.shape.vcpus,
+                warm.model.shape.memory_mb,
                 json,
                 warm.size_bytes.cast_signed(),
                 warm.used_at.as_microsecond(),
+                warm.model.booted.as_ref().map(to_json).transpose()?,
             ],
         )?;
         Ok(true)
@@ -203,16 +204,22 @@ pub fn list_warm(connection: &Connection) -> rusqlite::Result<Vec<(WarmSnapshot,
              FROM warm_snapshots ORDER BY used_at, key"
         ))?
         .query_map([], |row| {
+            let booted: Option<String> = row.get(7)?;
             let warm = WarmSnapshot {
                 key: row.get(0)?,
-                template: row.get(1)?,
-                vcpus: row.get(2)?,
-                memory_mb: row.get(3)?,
+                model: Model {
+                    shape: Shape {
+                        template: row.get(1)?,
+                        vcpus: row.get(2)?,
+                        memory_mb: row.get(3)?,
+                    },
+                    booted: booted.map(|_| from_json(row, 7)).transpose()?,
+                },
                 layers: from_json(row, 4)?,
                 size_bytes: row.get::<_, i64>(5)?.cast_unsigned(),
                 used_at: time(6, row.get(6)?)?,
             };
-            Ok((warm, row.get(7)?))
+            Ok((warm, row.get(8)?))
         })?
         .collect()
 }
@@ -295,9 +302,14 @@ mod tests {
         assert!(!store.insert_snapshot(&same_name).await.unwrap());
         let warm = WarmSnapshot {
             key: "key".into(),
-            template: "minimal".into(),
-            vcpus: 1,
-            memory_mb: 512,
+            model: Model {
+                shape: Shape {
+                    template: "minimal".into(),
+                    vcpus: 1,
+                    memory_mb: 512,
+                },
+                booted: spec().resources.booted,
+            },
             layers: shared.clone(),
             size_bytes: u64::from(u32::MAX) + 1,
             used_at: at(2),

@@ -14,11 +14,11 @@ use api::domain::{
     AdoptRequest, Adopted, ClaimRequest, Counter, CreateRequest, Created, Denied, DeniedWhat,
     Egress, End, ExecEvent, ExecLimits, ExecRequest, ExitInfo, FileContent, FileInfo, FileKind,
     Forward, ForwardSpec, GuestHost, Host, HostError, HostEvent, HostInfo, ImageInfo,
-    KeepDiskRequest, KeptDisk, LayerId, Layers, LayersInfo, Limits, Manager, MergeRequest,
+    KeepDiskRequest, KeptDisk, LayerId, Layers, LayersInfo, Limits, Manager, MergeRequest, Model,
     NetworkActivity, NetworkInfo, PoolLimits, PortStream, Posture, PowerOffRequest, PrepareRequest,
     Presence, Process, ProcessEvents, ProcessRef, Quotas, ReadFileRequest, ResizeRequest,
-    SandboxId, SaveRequest, SaveTimings, Saved, Shape, Start, StartProcess, TerminalInputs,
-    Timings, Traffic, WhenIdle, WriteFileRequest,
+    SandboxId, SaveRequest, SaveTimings, Saved, Start, StartProcess, TerminalInputs, Timings,
+    Traffic, WhenIdle, WriteFileRequest,
 };
 use api::http::{Access, AppState, RateLimiter, Rates, Sockets, router};
 use api::identity::{Identity, Registration, Tokens};
@@ -55,6 +55,8 @@ pub enum Fault {
     NotSavedAndLess,
     /// A sandbox whose disk is saved alone writes to it meanwhile.
     NotAtRest,
+    /// The disk that a sandbox writes to is not kept.
+    NotKept,
     /// A sandbox does not start from layers.
     NotRestored,
     /// A ready machine does not start.
@@ -480,11 +482,8 @@ impl Host for FakeHost {
         Ok(())
     }
 
-    async fn warm_key(&self, shape: &Shape, disk: &[LayerId]) -> Result<String, HostError> {
-        Ok(format!(
-            "{} {} {} {disk:?}",
-            shape.template, shape.vcpus, shape.memory_mb
-        ))
+    async fn warm_key(&self, model: &Model, disk: &[LayerId]) -> Result<String, HostError> {
+        Ok(format!("{model:?} {disk:?}"))
     }
 
     async fn image(&self, name: &str, with_digest: bool) -> Result<ImageInfo, HostError> {
@@ -532,6 +531,10 @@ impl Host for FakeHost {
     async fn keep(&self, id: &SandboxId, layer: &LayerId) -> Result<(), HostError> {
         if !self.sandboxes.lock().unwrap().contains(id) {
             return Err(HostError::NotRunning { id: id.clone() });
+        }
+        if self.fails(Fault::NotKept) {
+            let reason = "no space left on device".to_owned();
+            return Err(HostError::Internal { reason });
         }
         assert!(self.layers.lock().unwrap().insert(layer.clone()));
         Ok(())

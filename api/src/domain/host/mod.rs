@@ -22,7 +22,7 @@ use super::network::{Egress, Forward, ForwardSpec, NetworkActivity};
 use super::posture::Posture;
 use super::process::GuestHost;
 use super::resources::ResizeRequest;
-use super::snapshot::LayersInfo;
+use super::snapshot::{LayersInfo, Model};
 use super::usage::MeterHost;
 pub use guest::{
     ExecEvent, ExecRequest, ExitInfo, FileContent, FileInfo, FileKind, ReadFileRequest,
@@ -145,13 +145,13 @@ pub trait Host: GuestHost + MeterHost {
     /// One of them is left.
     async fn retain(&self, layers: &BTreeSet<LayerId>) -> Result<(), HostError>;
 
-    /// A digest of all that a snapshot of a freshly booted machine of this shape depends on:
+    /// A digest of all that a snapshot of a freshly booted machine of this model depends on:
     /// kernel, initramfs, template, VMM, processor. It changes when one of them does. `disk` are the
     /// layers of the template's disk; without any, it is the host's image of that name.
     ///
     /// # Errors
     /// It cannot tell.
-    async fn warm_key(&self, shape: &Shape, disk: &[LayerId]) -> Result<String, HostError>;
+    async fn warm_key(&self, model: &Model, disk: &[LayerId]) -> Result<String, HostError>;
 
     /// What there is to say of an image on the host, by the name of its template. The digest is
     /// computed if `with_digest`, which may take seconds; otherwise it is told if it is known.

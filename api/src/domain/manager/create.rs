@@ -19,6 +19,7 @@ use super::super::template::Settings;
 use super::super::timings::Start;
 use super::super::turns::Turn;
 use super::Manager;
+use super::warm::model_of;
 use crate::chain;
 
 /// What is wished for a new sandbox beside what it is made of.
@@ -74,7 +75,7 @@ impl Manager {
 
     async fn create_checked(&self, spec: Spec, wishes: Wishes) -> Result<Sandbox, CreateError> {
         let _starting = self.inner.pool.starting();
-        let shape = shape_of(&spec);
+        let (shape, model) = (shape_of(&spec), model_of(&spec));
         let (sandbox, turn, warm) = self.insert_warm(spec, &wishes).await?;
         info!(sandbox = %sandbox.id, template = shape.template, vcpus = shape.vcpus,
             memory_mb = shape.memory_mb, is_warm = warm.is_some(), "creating sandbox");
@@ -83,8 +84,10 @@ impl Manager {
             None => self.start(sandbox, Start::Cold).await,
         };
         drop(turn);
-        if started.is_ok() {
-            self.warm_up(shape);
+        if started.is_ok()
+            && let Some(model) = model
+        {
+            self.warm_up(model);
         }
         started
     }

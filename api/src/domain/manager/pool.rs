@@ -33,7 +33,6 @@ use super::super::resources::Resources;
 use super::super::sandbox::Spec;
 use super::super::snapshot::WarmSnapshot;
 use super::Manager;
-use super::warm::shape_of_warm;
 use crate::chain;
 
 /// For how long no sandbox has been started when it is quiet: the first command in one that was just
@@ -183,7 +182,7 @@ impl State {
             .shelves
             .entry(warm.key.clone())
             .or_insert_with(|| Shelf {
-                shape: shape_of_warm(warm),
+                shape: warm.model.shape.clone(),
                 layers: warm.layers.clone(),
                 used_at: now,
                 wanting_since: now,
@@ -427,6 +426,7 @@ mod tests {
     use jiff::Timestamp;
 
     use super::super::super::id::LayerId;
+    use super::super::super::snapshot::Model;
     use super::*;
 
     const LIMITS: PoolLimits = PoolLimits {
@@ -439,9 +439,14 @@ mod tests {
     fn warm(key: &str, memory_mb: u32) -> WarmSnapshot {
         WarmSnapshot {
             key: key.to_owned(),
-            template: "minimal".to_owned(),
-            vcpus: 1,
-            memory_mb,
+            model: Model {
+                shape: Shape {
+                    template: "minimal".to_owned(),
+                    vcpus: 1,
+                    memory_mb,
+                },
+                booted: None,
+            },
             layers: Layers::default().saved(LayerId::random(), LayerId::random()),
             size_bytes: 1,
             used_at: Timestamp::UNIX_EPOCH,

@@ -18,11 +18,14 @@ use super::super::id::{LayerId, SandboxId};
 use super::super::layer::MAX_DISK;
 use super::super::request::CreateSpec;
 use super::super::sandbox::{Sandbox, Status, Transition};
+use super::super::snapshot::Model;
 use super::super::timings::Start;
 use super::super::turns::Turn;
 use super::Manager;
 use super::create::Wishes;
 use super::resize::take_back;
+use super::templates::Ground;
+use super::warm::model_of;
 use crate::chain;
 
 /// The longest time that a guest has to shut down.
@@ -149,25 +152,41 @@ impl Manager {
             self.merge_in_background(&sandbox.layers);
             return Err(PowerError::TooManyLayers(sandbox.layers.disk.len()));
         }
-        if sandbox.layers.memory.is_empty() {
-            self.equip(&sandbox).await?;
-        }
-        let transition = Transition::PoweringOn(sandbox.layers);
-        let sandbox = match self
-            .record_start(id, transition)
-            .await
-            .map_err(CreateError::from)?
-        {
-            Some(sandbox) if sandbox.status == Status::Pending => sandbox,
-            Some(sandbox) => return Err(wrong(sandbox.status)),
-            None => return Err(LookupError::NotFound.into()),
+        let (sandbox, start) = match sandbox.layers.memory.is_empty() {
+            true => (self.equip(sandbox).await?, Start::Cold),
+            false => (sandbox, Start::Resume),
+        };
+        let first = self.first_start(&sandbox).await;
+        let recorded = match &first {
+            Some((model, ground)) => self.record_first_start(&sandbox, model, ground).await,
+            None => {
+                let transition = Transition::PoweringOn(sandbox.layers);
+                let recorded = self.record_start(id, transition).await;
+                recorded.map(|recorded| (recorded, None))
+            }
+        };
+        let (sandbox, warm) = match recorded.map_err(CreateError::from)? {
+            (Some(sandbox), warm) if sandbox.status == Status::Pending => (sandbox, warm),
+            (Some(sandbox), _) => return Err(wrong(sandbox.status)),
+            (None, _) => return Err(LookupError::NotFound.into()),
         };
         self.open_forwards(&sandbox).await;
-        let start = match sandbox.layers.memory.is_empty() {
-            true => Start::Cold,
-            false => Start::Resume,
+        let sandbox = match warm {
+            Some(warm) => self.start_warm(sandbox, warm).await?,
+            None => self.start(sandbox, start).await?,
         };
-        Ok(self.start(sandbox, start).await?)
+        if let Some((model, _)) = first {
+            self.warm_up(model);
+        }
+        Ok(sandbox)
+    }
+
+    /// The model of a sandbox that is off and has nothing of its own yet, and what it is based on: its
+    /// template as it is now.
+    async fn first_start(&self, sandbox: &Sandbox) -> Option<(Model, Ground)> {
+        let model = model_of(&sandbox.spec)?;
+        let ground = self.ground(&model.shape.template).await.ok()?;
+        (sandbox.layers == ground.layers).then_some((model, ground))
     }
 
     /// The caller has the turn.
@@ -286,10 +305,11 @@ impl Manager {
         }
     }
 
-    /// Makes the disk that a running sandbox writes to a layer, if it is one whose disk is kept.
+    /// Makes the disk that a sandbox that has just started writes to a layer, if it is one whose disk is
+    /// kept.
     pub(super) async fn keep_if_kept(&self, id: &SandboxId) -> Result<(), CreateError> {
         match self.inner.store.get(id).await? {
-            Some(sandbox) if sandbox.is_kept && sandbox.kept.is_none() => {
+            Some(sandbox) if sandbox.is_kept => {
                 let kept = self.keep_root(id).await;
                 kept.map_err(|source| CreateError::Host {
                     id: id.clone(),

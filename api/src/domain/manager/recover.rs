@@ -32,7 +32,6 @@ use super::super::timings::Start;
 use super::Manager;
 use super::create::{reason_of, request_for};
 use super::reconcile::Divergence;
-use super::warm::shape_of_warm;
 use crate::chain;
 
 /// Why the records were not settled.
@@ -88,13 +87,14 @@ impl Manager {
             }
         }
         for (warm, _) in self.inner.store.list_warm().await? {
-            let ground = self.ground(&warm.template).await?;
+            let template = &warm.model.shape.template;
+            let ground = self.ground(template).await?;
             let disk = &ground.layers.disk;
-            let key = self.inner.host.warm_key(&shape_of_warm(&warm), disk).await;
+            let key = self.inner.host.warm_key(&warm.model, disk).await;
             // Of a template that is gone, there is none.
             let is_current = key.is_ok_and(|key| key == warm.key);
             if !is_current || !self.has(&warm.layers).await? {
-                info!(template = warm.template, "a warm snapshot is out of date");
+                info!(template, "a warm snapshot is out of date");
                 self.inner.store.remove_warm(&warm.key).await?;
             }
         }

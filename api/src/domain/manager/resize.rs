@@ -139,7 +139,7 @@ impl Manager {
     ///
     /// # Errors
     /// It is as it was.
-    pub(super) async fn equip(&self, sandbox: &Sandbox) -> Result<(), CreateError> {
+    pub(super) async fn equip(&self, sandbox: Sandbox) -> Result<Sandbox, CreateError> {
         let Spec {
             vcpus, memory_mb, ..
         } = sandbox.spec;
@@ -152,8 +152,8 @@ impl Manager {
             },
             ..sandbox.spec.clone()
         };
-        self.record(&sandbox.id, resized(&spec)).await?;
-        Ok(())
+        let recorded = self.record(&sandbox.id, resized(&spec)).await?;
+        Ok(recorded.unwrap_or(sandbox))
     }
 }
 

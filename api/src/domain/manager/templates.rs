@@ -352,7 +352,7 @@ impl Manager {
         self.inner.builds.forget(&template.id);
         self.discard(&released).await;
         for (warm, _) in self.inner.store.list_warm().await? {
-            if warm.template == name {
+            if warm.model.shape.template == name {
                 self.drop_warm(&warm.key).await?;
             }
         }

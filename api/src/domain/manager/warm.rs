@@ -1,5 +1,5 @@
-//! Warm snapshots: the machine of a template and shape, booted and saved once, from which sandboxes
-//! of that shape start instead of booting.
+//! Warm snapshots: a machine of a template and shape, booted and saved once, from which sandboxes start
+//! instead of booting. Those whose machine can change while it runs have one of their own.
 //!
 //! ```text
 //! create ──► is there one of the key? ──yes──► a machine of it in the pool? ──yes──► take that
@@ -24,16 +24,13 @@ use jiff::Timestamp;
 use tokio::sync::Semaphore;
 use tracing::{Instrument, debug, info, warn};
 
-use super::super::error::{CreateError, InsertError};
-use super::super::host::{
-    ClaimRequest, CreateRequest, ExecRequest, HostError, Nic, SaveRequest, Shape,
-};
+use super::super::error::{CreateError, InsertError, StartRefused};
+use super::super::host::{ClaimRequest, CreateRequest, ExecRequest, HostError, Nic, SaveRequest};
 use super::super::id::{LayerId, SandboxId};
 use super::super::layer::Layers;
 use super::super::network::{Connection, Egress, RateLimits};
-use super::super::resources::Resources;
 use super::super::sandbox::{Sandbox, Spec, Transition};
-use super::super::snapshot::WarmSnapshot;
+use super::super::snapshot::{Model, WarmSnapshot};
 use super::super::store::StoreError;
 use super::super::timings::Start;
 use super::super::turns::Turn;
@@ -84,13 +81,14 @@ pub struct WarmStart {
     is_ready: bool,
 }
 
-/// The shape of the machines that a warm snapshot is for.
-pub fn shape_of_warm(warm: &WarmSnapshot) -> Shape {
-    Shape {
-        template: warm.template.clone(),
-        vcpus: warm.vcpus,
-        memory_mb: warm.memory_mb,
-    }
+/// The model of a sandbox that has nothing of its own yet; `None` if its machine is like no warm one. The
+/// disk of a warm snapshot has its template's size, and its guest all of its memory.
+pub(super) fn model_of(spec: &Spec) -> Option<Model> {
+    let is_special = spec.disk_mb.is_some() || spec.resources.memory_limit_percent.is_some();
+    (!is_special).then(|| Model {
+        shape: shape_of(spec),
+        booted: spec.resources.booted,
+    })
 }
 
 /// Why there is no warm snapshot.
@@ -119,10 +117,9 @@ impl Manager {
         wishes: &Wishes,
     ) -> Result<(Sandbox, Turn, Option<WarmStart>), CreateError> {
         let ground = self.ground(&spec.template).await?;
-        // The disk of a warm snapshot has its template's size.
-        let key = match spec.disk_mb {
-            None => self.warm_key(&shape_of(&spec), &ground).await,
-            Some(_) => None,
+        let key = match model_of(&spec) {
+            Some(model) => self.warm_key(&model, &ground).await,
+            None => None,
         };
         let _records = self.inner.records.lock().await;
         self.check_unchanged(&spec.template, &ground).await?;
@@ -149,6 +146,40 @@ impl Manager {
         Ok((sandbox, turn, Some(WarmStart { key, is_ready })))
     }
 
+    /// Writes down that a sandbox that is off is to start, from the warm snapshot of its model if there is
+    /// one. The caller has the turn, and there is nothing of the sandbox's own yet.
+    ///
+    /// # Errors
+    /// The quota does not allow it, or the store failed.
+    pub(super) async fn record_first_start(
+        &self,
+        sandbox: &Sandbox,
+        model: &Model,
+        ground: &Ground,
+    ) -> Result<(Option<Sandbox>, Option<WarmStart>), StartRefused> {
+        let key = self.warm_key(model, ground).await;
+        let records = self.inner.records.lock().await;
+        self.check_quota_of(sandbox).await?;
+        let found = match key {
+            Some(key) => self.find_warm(&key).await?,
+            None => None,
+        };
+        let Some(mut warm) = found else {
+            let transition = Transition::PoweringOn(sandbox.layers.clone());
+            let recorded = self.record_locked(&sandbox.id, transition, records).await?;
+            return Ok((recorded, None));
+        };
+        warm.used_at = Timestamp::now();
+        self.inner.store.put_warm(&warm).await?;
+        let transition = Transition::PoweringOn(warm.layers);
+        let recorded = self.record_locked(&sandbox.id, transition, records).await?;
+        let start = WarmStart {
+            key: warm.key,
+            is_ready: false,
+        };
+        Ok((recorded, Some(start)))
+    }
+
     /// Writes down a new sandbox with the name of a ready machine. If it cannot have it, the machine
     /// is ended.
     async fn insert_ready(
@@ -171,12 +202,12 @@ impl Manager {
         inserted
     }
 
-    /// The key of a shape; `None` if there are no warm snapshots.
-    async fn warm_key(&self, shape: &Shape, ground: &Ground) -> Option<String> {
+    /// The key of a model; `None` if there are no warm snapshots.
+    async fn warm_key(&self, model: &Model, ground: &Ground) -> Option<String> {
         if self.inner.limits.warm_bytes == 0 {
             return None;
         }
-        let key = self.inner.host.warm_key(shape, &ground.layers.disk).await;
+        let key = self.inner.host.warm_key(model, &ground.layers.disk).await;
         key.inspect_err(|source| warn!(error = %chain(source), "no key for a warm snapshot"))
             .ok()
     }
@@ -225,8 +256,7 @@ impl Manager {
                 warn!(sandbox = %id, reason, "not started from a warm snapshot; booting it");
                 self.inner.warm.begin(&key);
                 self.drop_warm(&key).await?;
-                let ground = self.ground(&sandbox.spec.template).await?;
-                let cold = Transition::Based(ground.layers);
+                let cold = Transition::Based(sandbox.layers.before_first_save());
                 match self.record(&id, cold).await? {
                     Some(sandbox) => self.start(sandbox, Start::ColdFallback).await,
                     None => Err(CreateError::Interrupted),
@@ -250,33 +280,35 @@ impl Manager {
         Ok(())
     }
 
-    /// Makes the warm snapshot of a shape, in the background, unless it is there or has failed.
-    pub(super) fn warm_up(&self, shape: Shape) {
+    /// Makes the warm snapshot of a model, in the background, unless it is there or has failed.
+    pub(super) fn warm_up(&self, model: Model) {
         if self.inner.limits.warm_bytes == 0 {
             return;
         }
         let manager = self.clone();
         let task = async move {
-            let Ok(ground) = manager.ground(&shape.template).await else {
+            let Ok(ground) = manager.ground(&model.shape.template).await else {
                 return;
             };
-            let Some(key) = manager.warm_key(&shape, &ground).await else {
+            let Some(key) = manager.warm_key(&model, &ground).await else {
                 return;
             };
             if matches!(manager.find_warm(&key).await, Ok(None)) && manager.inner.warm.begin(&key) {
-                match manager.make_warm(&key, &shape, &ground).await {
+                match manager.make_warm(&key, &model, &ground).await {
                     Ok(()) => manager.inner.warm.done(&key),
                     Err(_) if manager.is_closing() => {}
-                    Err(source) => warn!(template = shape.template, vcpus = shape.vcpus,
-                        memory_mb = shape.memory_mb, error = %chain(&source),
-                        "no warm snapshot of this shape"),
+                    Err(source) => {
+                        warn!(template = model.shape.template, vcpus = model.shape.vcpus,
+                        memory_mb = model.shape.memory_mb, error = %chain(&source),
+                        "no warm snapshot of this shape")
+                    }
                 }
             }
         };
         tokio::spawn(task.in_current_span());
     }
 
-    async fn make_warm(&self, key: &str, shape: &Shape, ground: &Ground) -> Result<(), WarmError> {
+    async fn make_warm(&self, key: &str, model: &Model, ground: &Ground) -> Result<(), WarmError> {
         let Ok(_one) = self.inner.warm.boots.acquire().await else {
             return Ok(());
         };
@@ -284,6 +316,7 @@ impl Manager {
             return Ok(());
         }
         let host = &self.inner.host;
+        let shape = &model.shape;
         // Not in the store: what a crash leaves of it on the host, the next start removes.
         let id = SandboxId::random();
         let _unrecorded = self.inner.reconciler.hold(&id);
@@ -297,7 +330,7 @@ impl Manager {
             nic: self.unconnected_nic().await?,
             scratch_mb: None,
             disk_mb: None,
-            resources: Resources::default(),
+            resources: model.resources(),
         };
         host.create(request).await?;
         let layers = ground.layers.saved(LayerId::random(), LayerId::random());
@@ -321,12 +354,10 @@ impl Manager {
         let saved = saved.await;
         host.destroy(&id).await?;
         let saved = saved?;
-        self.note_working_set(shape, &layers).await;
+        self.note_working_set(model, &layers).await;
         let warm = WarmSnapshot {
             key: key.to_owned(),
-            template: shape.template.clone(),
-            vcpus: shape.vcpus,
-            memory_mb: shape.memory_mb,
+            model: model.clone(),
             layers: layers.clone(),
             size_bytes: saved.size_bytes,
             used_at: Timestamp::now(),
@@ -338,7 +369,7 @@ impl Manager {
         }
         let released = {
             let _records = self.inner.records.lock().await;
-            if self.check_unchanged(&warm.template, ground).await.is_err() {
+            if self.check_unchanged(&shape.template, ground).await.is_err() {
                 let own: Vec<_> = own.all().cloned().collect();
                 self.discard(&own).await;
                 return Err(WarmError::TemplateGone);
@@ -346,7 +377,10 @@ impl Manager {
             self.inner.store.put_warm(&warm).await?
         };
         self.discard(&released).await;
-        self.open_shelf(&warm);
+        // The others have ids before they have machines.
+        if model.booted.is_none() {
+            self.open_shelf(&warm);
+        }
         info!(
             template = shape.template,
             vcpus = shape.vcpus,
@@ -359,21 +393,21 @@ impl Manager {
 
     /// Starts a machine from layers that were just made, as any sandbox will be, and notes what it
     /// touches until its first command has ended. If that fails, sandboxes start without.
-    async fn note_working_set(&self, shape: &Shape, layers: &Layers) {
+    async fn note_working_set(&self, model: &Model, layers: &Layers) {
         let host = &self.inner.host;
         let id = SandboxId::random();
         let _unrecorded = self.inner.reconciler.hold(&id);
         let noted = async {
             let request = CreateRequest {
                 id: id.clone(),
-                shape: shape.clone(),
+                shape: model.shape.clone(),
                 identity: identity_of(&id, Timestamp::now()),
                 layers: layers.clone(),
                 start: Start::Warm,
                 nic: self.unconnected_nic().await?,
                 scratch_mb: None,
                 disk_mb: None,
-                resources: Resources::default(),
+                resources: model.resources(),
             };
             host.create(request).await?;
             self.run_first_command(&id).await;
@@ -382,7 +416,7 @@ impl Manager {
         if let Err(source) = noted.await
             && !self.is_closing()
         {
-            warn!(template = shape.template, error = %chain(&source), "no working set is known");
+            warn!(template = model.shape.template, error = %chain(&source), "no working set is known");
         }
         if let Err(source) = host.destroy(&id).await {
             warn!(sandbox = %id, error = %chain(&source), "a machine is left");
@@ -430,9 +464,9 @@ impl Manager {
             }
             if !is_used {
                 info!(
-                    template = warm.template,
-                    vcpus = warm.vcpus,
-                    memory_mb = warm.memory_mb,
+                    template = warm.model.shape.template,
+                    vcpus = warm.model.shape.vcpus,
+                    memory_mb = warm.model.shape.memory_mb,
                     "warm snapshot dropped: the budget is used up"
                 );
                 self.drop_warm(&warm.key).await?;

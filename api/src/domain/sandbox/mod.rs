@@ -117,8 +117,8 @@ pub struct Sandbox {
     pub saving: Option<Layers>,
     /// Whether it comes to rest as `off`, with its disk, where another ends.
     pub is_kept: bool,
-    /// What it will be based on once it is off: the topmost of the disk is what it writes to now.
-    /// `None` while that is on its own disk alone.
+    /// What it will be based on once it is off, if that is not what it is based on now: the topmost of the
+    /// disk is what it writes to, or, until its first start is done, that is what it was based on before.
     pub kept: Option<Layers>,
     /// Its address in the network, if it has a network card. It is nobody else's before it ends.
     pub address: Option<Ipv4Addr>,

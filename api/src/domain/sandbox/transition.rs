@@ -110,7 +110,10 @@ impl Sandbox {
                 self.want(Desired::Running);
                 self.status_reason = None;
                 self.started_at = None;
-                self.layers = layers;
+                // Until it has a disk of its own, it comes back to what it was.
+                if self.layers != layers {
+                    self.kept = Some(std::mem::replace(&mut self.layers, layers));
+                }
             }
             (Pending | Resuming | Running, Transition::Kept(layers)) => {
                 self.is_kept = true;
