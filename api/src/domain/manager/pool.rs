@@ -241,6 +241,20 @@ impl Pool {
         Starting(self)
     }
 
+    /// Waits until no sandbox has been started for a while, or for long enough.
+    pub async fn until_quiet(&self) {
+        let patient_until = Instant::now() + PATIENCE;
+        loop {
+            let now = Instant::now();
+            let quiet_at = self.state().quiet_at(now).unwrap_or(now + QUIET);
+            let at = quiet_at.min(patient_until);
+            if at <= now {
+                return;
+            }
+            tokio::time::sleep_until(at.into()).await;
+        }
+    }
+
     /// Notes that a warm snapshot is used, or new: machines of it are made ready from now on.
     fn open(&self, warm: &WarmSnapshot) {
         self.state().open(warm, Instant::now());

@@ -312,6 +312,8 @@ impl Manager {
         let Ok(_one) = self.inner.warm.boots.acquire().await else {
             return Ok(());
         };
+        // Whoever has just got a sandbox will have something to do in it.
+        self.inner.pool.until_quiet().await;
         if self.is_closing() {
             return Ok(());
         }
