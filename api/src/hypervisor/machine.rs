@@ -26,7 +26,7 @@ use super::control::{Control, ControlError};
 use super::end::{describe_end, exit};
 use super::monitor::{self, Seen};
 use super::nic::Nic;
-use super::note::{self, Note};
+use super::note::Note;
 use super::paths::{self, Paths};
 use super::process::{Process, ProcessId};
 use crate::agent::AgentClient;
@@ -207,12 +207,13 @@ impl Machine {
             nic.handed_over();
         }
         info!(sandbox = %id, pid = child.id(), "vmm started");
-        let process = Process::Child(child);
-        let noted = write_down(paths, request, &process, jail, nic.as_deref());
-        let process_id = noted.map_err(SpawnError::Note)?;
+        let note = Note::of(paths, request, &child, jail, nic.as_deref());
+        let note = note.and_then(|note| note.write(paths, &id).map(|()| note));
+        let note = note.map_err(SpawnError::Note)?;
 
+        let process = Process::Child(child);
         let mut machine = Self::new(paths, &id, process, jail.is_some(), events, stderr);
-        machine.process_id = process_id;
+        machine.process_id = Some(note.process);
         machine.goes = goes;
         machine.listener = listener;
         machine.created = created;
@@ -508,31 +509,6 @@ fn make_fifo(path: &Path) -> io::Result<(pipe::Receiver, OwnedFd)> {
     let writer = rustix::fs::open(path, flags, Mode::empty())?;
     let reader = pipe::OpenOptions::new().open_receiver(path)?;
     Ok((reader, writer))
-}
-
-/// Writes down what a later daemon has to know of a machine. Returns its process, if it was started here.
-fn write_down(
-    paths: &Paths,
-    request: &PrepareRequest,
-    process: &Process,
-    jail: Option<Jail<'_>>,
-    nic: Option<&Nic<'_>>,
-) -> io::Result<Option<ProcessId>> {
-    let Process::Child(child) = process else {
-        return Ok(None);
-    };
-    let pid = child.id().ok_or(io::ErrorKind::NotFound)?;
-    let note = Note {
-        process: ProcessId::of(pid.cast_signed())?,
-        is_jailed: jail.is_some(),
-        user: jail.and_then(|jail| jail.user),
-        cgroup: jail.and_then(|jail| jail.cgroup).map(Path::to_owned),
-        tap: nic.map(Nic::note),
-        layers: request.layers.clone(),
-        disk: note::inode(&paths.disk(&request.id))?,
-    };
-    note.write(paths, &request.id)?;
-    Ok(Some(note.process))
 }
 
 /// Waits until someone in the guest says that the agent is ready. What else is said there is

@@ -12,6 +12,7 @@ mod end;
 mod entry;
 mod guests;
 mod health;
+mod host;
 mod jail;
 mod keep;
 mod kept;
@@ -32,46 +33,31 @@ mod sweep;
 mod usage;
 mod warm_key;
 
-use std::collections::{BTreeSet, HashMap};
-use std::os::fd::AsFd;
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use async_trait::async_trait;
-use bytes::Bytes;
-use futures_util::StreamExt;
-use futures_util::future::join_all;
-use futures_util::stream::{self, BoxStream};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
-use tracing::{Instrument, warn};
+use tracing::warn;
 
-use crate::domain::{
-    AddressError, AdoptRequest, Adopted, ClaimRequest, CreateRequest, Created, Egress, ExecEvent,
-    ExecRequest, FileContent, FileInfo, Forward, ForwardSpec, Host, HostError, HostEvent, HostInfo,
-    ImageInfo, KeepDiskRequest, KeptDisk, LayerId, Layers, LayersInfo, MergeRequest, Model,
-    NetworkActivity, Posture, PowerOffRequest, PrepareRequest, Presence, ReadFileRequest,
-    ResizeRequest, SandboxId, SaveRequest, Saved, Shape, WriteFileRequest,
-};
+#[cfg(doc)]
+use crate::domain::Host;
+use crate::domain::{HostError, HostEvent, Layers, PrepareRequest, SandboxId, Shape};
 use crate::images::{Base, Chain, Images};
-use crate::network::{ForwardError, NetworkError};
+use crate::network::NetworkError;
 use adopt::Found;
 use cgroup::Cgroups;
-use control::Control;
 pub use disk_limits::DiskLimits;
-use entry::{Claim, Entry, Order, Then};
+use entry::Entry;
 use jail::Users;
 pub use jail::{CgroupParent, JailConfig};
 use layers::LayerFiles;
 pub use leftovers::LeftoverError;
 use life::Begin;
-use machine::Greeting;
 pub use nic::{HostNetwork, HostNetworks};
 pub use paths::{Paths, PathsError};
-
-/// How much of the end of a console is told, in bytes: as much as its log has.
-const MAX_CONSOLE: u64 = 4 << 20;
 
 /// What this host runs sandboxes with.
 #[derive(Clone)]
@@ -172,36 +158,17 @@ impl LocalHost {
             .filter(|entry| entry.is_running())
             .ok_or_else(|| HostError::NotRunning { id: id.clone() })
     }
-
-    /// Gives a new sandbox its task.
-    fn begin(&self, request: PrepareRequest, begin: Begin) -> Result<(), HostError> {
-        let mut chain = self
-            .inner
-            .chain(&request.shape, &request.layers, request.scratch_mb)?;
-        if let Some(disk_mb) = request.disk_mb {
-            chain.base.grow(disk_mb);
-        }
-        self.inner.enter(request, chain, begin, None)
-    }
-
-    async fn save(&self, request: SaveRequest, then: Then) -> Result<Saved, HostError> {
-        let entry = self.running(&request.id)?;
-        let id = request.id.clone();
-        let (reply, outcome) = oneshot::channel();
-        let order = Order {
-            request,
-            then,
-            reply,
-        };
-        let gone = || HostError::NotRunning { id: id.clone() };
-        entry.orders.send(order).await.map_err(|_| gone())?;
-        outcome.await.unwrap_or_else(|_| Err(gone()))
-    }
 }
 
 fn ended_early() -> HostError {
     HostError::Internal {
         reason: "the sandbox's task ended early".into(),
+    }
+}
+
+fn network_failed(error: NetworkError) -> HostError {
+    HostError::Internal {
+        reason: crate::chain(&error),
     }
 }
 
@@ -269,6 +236,7 @@ impl Inner {
         Ok(chain)
     }
 
+    /// The same, without a second disk.
     fn chain_of(&self, shape: &Shape, layers: &Layers) -> Result<Chain, HostError> {
         let failed = |reason| HostError::Start { reason };
         let files = LayerFiles(self.config.paths.layers());
@@ -286,439 +254,11 @@ impl Inner {
         }
     }
 
-    fn networks(&self) -> Result<&HostNetworks, HostError> {
-        let networks = self.config.networks.as_deref();
-        networks.ok_or_else(|| HostError::Invalid {
-            reason: AddressError::NoNetwork.to_string(),
-        })
-    }
-
     /// The image of this name.
     fn template(&self, name: &str) -> Result<&PathBuf, HostError> {
         let template = self.config.images.templates.get(name);
         template.ok_or_else(|| HostError::UnknownTemplate {
             name: name.to_owned(),
         })
-    }
-
-    /// Works on the layers on a thread that may block.
-    async fn with_layers<T: Send + 'static>(
-        self: &Arc<Self>,
-        work: impl FnOnce(LayerFiles<'_>) -> std::io::Result<T> + Send + 'static,
-    ) -> Result<T, HostError> {
-        let inner = Arc::clone(self);
-        tokio::task::spawn_blocking(move || work(LayerFiles(inner.config.paths.layers())))
-            .await
-            .unwrap_or_else(|error| Err(std::io::Error::other(error)))
-            .map_err(|error| HostError::Internal {
-                reason: format!("layers cannot be read or removed: {error}"),
-            })
-    }
-}
-
-fn network_failed(error: NetworkError) -> HostError {
-    HostError::Internal {
-        reason: crate::chain(&error),
-    }
-}
-
-#[async_trait]
-impl Host for LocalHost {
-    async fn describe(&self) -> Result<HostInfo, HostError> {
-        let info = rustix::system::sysinfo();
-        let bytes = u64::from(info.mem_unit).saturating_mul(info.totalram);
-        Ok(HostInfo {
-            templates: self.inner.config.images.templates.keys().cloned().collect(),
-            memory_mb: bytes >> 20,
-            limits_cpu: (self.inner.cgroups.as_ref()).is_some_and(Cgroups::limit_cpu),
-            networks: (self.inner.config.networks.as_ref())
-                .map(|networks| networks.describe())
-                .unwrap_or_default(),
-        })
-    }
-
-    async fn adopt(
-        &self,
-        requests: Vec<AdoptRequest>,
-    ) -> Result<Vec<(SandboxId, Result<Adopted, HostError>)>, HostError> {
-        let adopted = self.inner.adopt(requests).await;
-        adopted.map_err(|error| HostError::Internal {
-            reason: crate::chain(&error),
-        })
-    }
-
-    async fn present(&self) -> Result<Vec<(SandboxId, Presence)>, HostError> {
-        self.inner.present().await
-    }
-
-    async fn sweep(&self, id: &SandboxId) -> Result<(), HostError> {
-        self.destroy(id).await?;
-        self.inner.sweep(id).await
-    }
-
-    async fn create(&self, request: CreateRequest) -> Result<Created, HostError> {
-        let CreateRequest {
-            id,
-            shape,
-            identity,
-            layers,
-            start,
-            nic,
-            scratch_mb,
-            disk_mb,
-            resources,
-        } = request;
-        if let Some(size_mb) = scratch_mb {
-            self.inner.make_empty(size_mb).await?;
-        }
-        let (started, outcome) = oneshot::channel();
-        let greeting = Greeting { identity, start };
-        let request = PrepareRequest {
-            id,
-            shape,
-            layers,
-            nic,
-            scratch_mb,
-            disk_mb,
-            resources,
-        };
-        self.begin(request, Begin::Now(greeting, started))?;
-        outcome.await.unwrap_or_else(|_| Err(ended_early()))
-    }
-
-    async fn prepare(&self, request: PrepareRequest) -> Result<(), HostError> {
-        if request.layers.memory.is_empty() {
-            return Err(HostError::Internal {
-                reason: "a machine that boots cannot be held before its guest runs".to_owned(),
-            });
-        }
-        let (ready, outcome) = oneshot::channel();
-        self.begin(request, Begin::Held(ready))?;
-        outcome.await.unwrap_or_else(|_| Err(ended_early()))
-    }
-
-    async fn claim(&self, request: ClaimRequest) -> Result<Created, HostError> {
-        let ClaimRequest { id, identity, nic } = request;
-        let entry = self.inner.state().sandboxes.get(&id).cloned();
-        let gone = || HostError::NotRunning { id: id.clone() };
-        let entry = entry.ok_or_else(gone)?;
-        let (reply, outcome) = oneshot::channel();
-        if !entry.claim(Claim {
-            identity,
-            nic,
-            reply,
-        }) {
-            return Err(gone());
-        }
-        match outcome.await {
-            Ok(started) => started,
-            Err(_) => {
-                // It ended before it heard of this.
-                entry.destroy().await?;
-                Err(gone())
-            }
-        }
-    }
-
-    async fn note_working_set(&self, id: &SandboxId, layers: &Layers) -> Result<(), HostError> {
-        self.running(id)?;
-        let internal = |what: &str, reason: String| HostError::Internal {
-            reason: format!("the working set is not {what}: {reason}"),
-        };
-        let Some(top) = layers.memory.last() else {
-            return Err(internal("made", "the machine was booted".to_owned()));
-        };
-        let files = LayerFiles(self.inner.config.paths.layers());
-        let draft = files
-            .begin_working_set(top)
-            .map_err(|error| internal("made", error.to_string()))?;
-        Control::new(self.inner.config.paths.api(id))
-            .working_set(draft.file.as_fd())
-            .await
-            .map_err(|error| internal("written", crate::chain(&error)))?;
-        draft
-            .complete()
-            .map_err(|error| internal("put in place", error.to_string()))
-    }
-
-    async fn pause(&self, request: SaveRequest) -> Result<Saved, HostError> {
-        self.save(request, Then::End).await
-    }
-
-    async fn snapshot(&self, request: SaveRequest) -> Result<Saved, HostError> {
-        self.save(request, Then::GoOn).await
-    }
-
-    async fn merge_disk(&self, request: MergeRequest) -> Result<(), HostError> {
-        let inner = Arc::clone(&self.inner);
-        let task = async move { inner.merge(&request).await };
-        tokio::spawn(task.in_current_span())
-            .await
-            .unwrap_or_else(|error| {
-                Err(HostError::NotMerged {
-                    reason: error.to_string(),
-                })
-            })
-    }
-
-    async fn holds(&self, layers: &Layers) -> Result<bool, HostError> {
-        let layers = layers.clone();
-        self.inner
-            .with_layers(move |files| files.size(&layers).map(|size| size.is_some()))
-            .await
-    }
-
-    async fn inspect(&self, layers: &Layers) -> Result<Option<LayersInfo>, HostError> {
-        let layers = layers.clone();
-        self.inner
-            .with_layers(move |files| files.inspect(&layers))
-            .await
-    }
-
-    async fn posture(&self, id: &SandboxId, layers: &[LayerId]) -> Result<Posture, HostError> {
-        let (inner, id, layers) = (Arc::clone(&self.inner), id.clone(), layers.to_vec());
-        self.inner
-            .with_layers(move |files| {
-                let layers = layers.iter().map(|layer| files.path(layer)).collect();
-                posture::look(&inner.config.paths, &id, layers)
-            })
-            .await
-    }
-
-    async fn discard(&self, layers: &[LayerId]) -> Result<(), HostError> {
-        let layers = layers.to_vec();
-        self.inner
-            .with_layers(move |files| layers.iter().try_for_each(|id| files.remove(id)))
-            .await
-    }
-
-    async fn retain(&self, layers: &BTreeSet<LayerId>) -> Result<(), HostError> {
-        let layers = layers.clone();
-        self.inner
-            .with_layers(move |files| files.retain(&layers))
-            .await
-    }
-
-    async fn warm_key(&self, model: &Model, disk: &[LayerId]) -> Result<String, HostError> {
-        let internal = |reason| HostError::Internal { reason };
-        let machine = self.inner.machine.as_ref().map_err(|error| {
-            internal(format!("the processor's features are not known: {error}"))
-        })?;
-        let layers = Layers {
-            memory: Vec::new(),
-            disk: disk.to_vec(),
-        };
-        let shape = &model.shape;
-        let template = match disk {
-            [] => self.inner.template(&shape.template)?.clone(),
-            _ => self.inner.chain_of(shape, &layers)?.base.path,
-        };
-        warm_key::key(&self.inner.config, machine, &template, disk, model)
-            .map_err(|error| internal(format!("a part of the machine is missing: {error}")))
-    }
-
-    async fn keep(&self, id: &SandboxId, layer: &LayerId) -> Result<(), HostError> {
-        let entry = self.running(id)?;
-        self.inner.keep(id, &entry, layer).await
-    }
-
-    async fn power_off(&self, request: PowerOffRequest) -> Result<bool, HostError> {
-        let entry = self.running(&request.id)?;
-        let inner = Arc::clone(&self.inner);
-        tokio::spawn(async move { inner.power_off(&entry, &request).await })
-            .await
-            .unwrap_or_else(|_| Err(ended_early()))
-    }
-
-    async fn destroy(&self, id: &SandboxId) -> Result<(), HostError> {
-        let entry = self.inner.state().sandboxes.get(id).cloned();
-        match entry {
-            Some(entry) => entry.destroy().await,
-            None => Ok(()),
-        }
-    }
-
-    async fn exec(
-        &self,
-        id: &SandboxId,
-        request: ExecRequest,
-    ) -> Result<BoxStream<'static, Result<ExecEvent, HostError>>, HostError> {
-        let entry = self.running(id)?;
-        let events = entry.unless_paused(entry.agent.exec(request)).await?;
-        Ok(entry.until_paused(events, HostError::Paused))
-    }
-
-    async fn image(&self, name: &str, with_digest: bool) -> Result<ImageInfo, HostError> {
-        self.inner.image(name, with_digest).await
-    }
-
-    async fn keep_disk(&self, request: KeepDiskRequest) -> Result<KeptDisk, HostError> {
-        let entry = self.running(&request.created.id)?;
-        let events = self.events().await;
-        let inner = Arc::clone(&self.inner);
-        tokio::spawn(async move { inner.keep_disk(&entry, events, request).await })
-            .await
-            .unwrap_or_else(|_| {
-                Err(HostError::Internal {
-                    reason: "the task that kept the disk ended early".into(),
-                })
-            })
-    }
-
-    async fn exec_with_input(
-        &self,
-        id: &SandboxId,
-        request: ExecRequest,
-        input: BoxStream<'static, std::io::Result<Bytes>>,
-    ) -> Result<BoxStream<'static, Result<ExecEvent, HostError>>, HostError> {
-        let entry = self.running(id)?;
-        let started = entry.agent.exec_with_input(request, input);
-        let events = entry.unless_paused(started).await?;
-        Ok(entry.until_paused(events, HostError::Paused))
-    }
-
-    async fn console(&self, id: &SandboxId) -> Result<String, HostError> {
-        self.running(id)?;
-        let console = machine::console_end(&self.inner.config.paths.console(id), MAX_CONSOLE).await;
-        console.map_err(|error| HostError::Internal {
-            reason: format!("its console cannot be read: {error}"),
-        })
-    }
-
-    async fn write_file(
-        &self,
-        id: &SandboxId,
-        request: WriteFileRequest,
-        content: BoxStream<'static, std::io::Result<Bytes>>,
-    ) -> Result<(), HostError> {
-        let entry = self.running(id)?;
-        entry
-            .unless_paused(entry.agent.write_file(request, content))
-            .await
-    }
-
-    async fn list_dir(
-        &self,
-        id: &SandboxId,
-        path: &str,
-        limit: usize,
-    ) -> Result<Vec<FileInfo>, HostError> {
-        let entry = self.running(id)?;
-        entry.unless_paused(entry.agent.list_dir(path, limit)).await
-    }
-
-    async fn make_dir(&self, id: &SandboxId, path: &str) -> Result<FileInfo, HostError> {
-        let entry = self.running(id)?;
-        entry.unless_paused(entry.agent.make_dir(path)).await
-    }
-
-    async fn remove_file(&self, id: &SandboxId, path: &str) -> Result<(), HostError> {
-        let entry = self.running(id)?;
-        entry.unless_paused(entry.agent.remove_file(path)).await
-    }
-
-    async fn read_file(
-        &self,
-        id: &SandboxId,
-        request: ReadFileRequest,
-    ) -> Result<FileContent, HostError> {
-        let entry = self.running(id)?;
-        let file = entry.unless_paused(entry.agent.read_file(request)).await?;
-        let paused = std::io::Error::other(HostError::Paused);
-        Ok(FileContent {
-            size: file.size,
-            content: entry.until_paused(file.content, paused),
-        })
-    }
-
-    async fn resize(&self, request: ResizeRequest) -> Result<(), HostError> {
-        let host = self.clone();
-        let task = async move { host.change(&request).await };
-        tokio::spawn(task.in_current_span())
-            .await
-            .unwrap_or_else(|_| Err(ended_early()))
-    }
-
-    async fn set_egress(&self, id: &SandboxId, egress: Egress) -> Result<(), HostError> {
-        self.running(id)?;
-        let changed = self.inner.networks()?.of(id).set_egress(id, egress).await;
-        changed.map_err(network_failed)
-    }
-
-    async fn repair_networks(&self) -> (Vec<SandboxId>, Result<(), HostError>) {
-        let Some(networks) = &self.inner.config.networks else {
-            return (Vec::new(), Ok(()));
-        };
-        let (repaired, outcome) = networks.repair().await;
-        (
-            repaired,
-            outcome.map_err(|reason| HostError::Internal { reason }),
-        )
-    }
-
-    async fn network_activity(&self, id: &SandboxId) -> Result<NetworkActivity, HostError> {
-        self.running(id)?;
-        let activity = self.inner.networks()?.of(id).activity(id).await;
-        activity.map_err(network_failed)
-    }
-
-    async fn open_forward(&self, id: &SandboxId, spec: ForwardSpec) -> Result<Forward, HostError> {
-        let forwards = &self.inner.networks()?.forwards;
-        if let Some(port) = spec.host_port {
-            let forward = Forward {
-                transport: spec.transport,
-                host: std::net::SocketAddr::new(spec.host_address, port),
-                guest_port: spec.guest_port,
-            };
-            if forwards.is_open(id, forward) {
-                return Ok(forward);
-            }
-        }
-        forwards.open(id, spec).map_err(|error| match error {
-            ForwardError::InUse { .. } | ForwardError::NoneFree { .. } => HostError::PortInUse {
-                reason: crate::chain(&error),
-            },
-            ForwardError::Unusable { .. } => HostError::Invalid {
-                reason: crate::chain(&error),
-            },
-        })
-    }
-
-    async fn close_forwards(&self, id: &SandboxId, forwards: &[Forward]) {
-        if let Some(networks) = &self.inner.config.networks {
-            for forward in forwards {
-                networks.forwards.close(id, *forward);
-            }
-        }
-    }
-
-    async fn events(&self) -> BoxStream<'static, HostEvent> {
-        // As long as the number of sandboxes: each sends one event, its last act.
-        let (sender, receiver) = mpsc::unbounded_channel();
-        self.inner.state().listeners.push(sender);
-        stream::unfold(receiver, |mut receiver| async move {
-            receiver.recv().await.map(|event| (event, receiver))
-        })
-        .boxed()
-    }
-
-    async fn shutdown(&self, staying: &BTreeSet<SandboxId>) {
-        let entries: Vec<_> = {
-            let mut state = self.inner.state();
-            state.closing = true;
-            let all = state.sandboxes.iter();
-            let others = all.filter(|(id, _)| !staying.contains(*id));
-            others.map(|(_, entry)| Arc::clone(entry)).collect()
-        };
-        // Each says itself what it has left behind.
-        let _ = join_all(entries.iter().map(|entry| entry.destroy())).await;
-        self.inner.end.cancel();
-        drop(self.inner.merging.lock().await);
-        // What stays needs its network.
-        if let Some(networks) = &self.inner.config.networks
-            && staying.is_empty()
-        {
-            networks.stop().await;
-        }
     }
 }

@@ -10,10 +10,13 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use tokio::process::Child;
 
+use super::command::Jail;
+use super::nic::Nic;
 use super::paths::Paths;
 use super::process::ProcessId;
-use crate::domain::{Layers, SandboxId};
+use crate::domain::{Layers, PrepareRequest, SandboxId};
 
 /// The longest note, in bytes: that of a machine with the most layers is some kibibytes.
 const MAX_NOTE: u64 = 64 << 10;
@@ -48,6 +51,26 @@ pub struct TapNote {
 }
 
 impl Note {
+    /// What a later daemon has to know of a machine whose VMM was just started, and whose files are there.
+    pub fn of(
+        paths: &Paths,
+        request: &PrepareRequest,
+        vmm: &Child,
+        jail: Option<Jail<'_>>,
+        nic: Option<&Nic<'_>>,
+    ) -> io::Result<Self> {
+        let pid = vmm.id().ok_or(io::ErrorKind::NotFound)?;
+        Ok(Self {
+            process: ProcessId::of(pid.cast_signed())?,
+            is_jailed: jail.is_some(),
+            user: jail.and_then(|jail| jail.user),
+            cgroup: jail.and_then(|jail| jail.cgroup).map(Path::to_owned),
+            tap: nic.map(Nic::note),
+            layers: request.layers.clone(),
+            disk: inode(&paths.disk(&request.id))?,
+        })
+    }
+
     /// The note of a sandbox; `None` if there is none.
     pub fn read(paths: &Paths, id: &SandboxId) -> io::Result<Option<Self>> {
         let mut bytes = Vec::new();

@@ -10,6 +10,7 @@ use async_trait::async_trait;
 use tracing::debug;
 
 use super::LocalHost;
+use super::control::Control;
 use super::entry::Entry;
 use super::process::ProcessId;
 use crate::domain::{
@@ -228,7 +229,7 @@ impl MeterHost for LocalHost {
 
     async fn sandbox_usage(&self, id: &SandboxId) -> Result<SandboxUsage, HostError> {
         let entry = self.running(id)?;
-        let control = super::Control::new(self.inner.config.paths.api(id));
+        let control = Control::new(self.inner.config.paths.api(id));
         let guest = entry.unless_paused(entry.agent.usage());
         let (guest, counters) = tokio::join!(guest, control.counters());
         let guest: GuestUsage = guest?;
