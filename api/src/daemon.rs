@@ -225,6 +225,7 @@ pub async fn serve(config: Config) -> Result<Ended, DaemonError> {
     let audit = AuditLog::open(&data_dir.join(audit::FILE))?;
     let scans = Scans::open(store.clone(), audit.clone(), config.scan.advisories.clone());
     let scans = scans.await.map_err(RecoverError::Store)?;
+    let patience = config.requests.for_http();
     let state = AppState {
         metrics,
         manager: manager.clone().into(),
@@ -237,6 +238,7 @@ pub async fn serve(config: Config) -> Result<Ended, DaemonError> {
         audit: audit.clone(),
         scans: scans.clone(),
         sockets: sockets.clone(),
+        patience,
         max_upload: config.limits.upload_bytes,
         max_archive: config.limits.template_archive_bytes,
     };
@@ -248,12 +250,12 @@ pub async fn serve(config: Config) -> Result<Ended, DaemonError> {
             info!(%address, "listening");
         }
         let closing = closing.clone();
-        let service = router
-            .clone()
-            .into_make_service_with_connect_info::<SocketAddr>();
-        let server =
-            axum::serve(listener, service).with_graceful_shutdown(closing.cancelled_owned());
-        servers.spawn(async move { server.await });
+        servers.spawn(http::serve(
+            listener,
+            router.clone(),
+            patience.head,
+            closing,
+        ));
     }
     info!(version = env!("CARGO_PKG_VERSION"), "sandboxd is ready");
 

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
+use super::requests::RequestsFlags;
 use super::{LogFormat, NetworkMode};
 use crate::domain::{OnStop, Subnet, WhenIdle};
 use crate::identity::Registration;
@@ -137,6 +138,8 @@ pub struct Flags {
     /// What new sandboxes may reach unless they ask for something else [default: all]
     #[arg(long, env = "SANDBOXD_NETWORK_EGRESS", value_name = "POLICY")]
     pub(super) network_egress: Option<EgressFlag>,
+    #[command(flatten)]
+    pub(super) requests: RequestsFlags,
     /// Largest file to upload, in bytes [default: 104857600, 100 MiB]
     #[arg(long, env = "SANDBOXD_UPLOAD_BYTES", value_name = "BYTES")]
     pub(super) upload_bytes: Option<u64>,

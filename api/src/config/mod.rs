@@ -2,6 +2,7 @@
 
 mod flags;
 mod network;
+mod requests;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -18,6 +19,7 @@ use crate::identity::Registration;
 use flags::EgressFlag;
 pub use flags::Flags;
 pub use network::{FurtherNetwork, NetworkConfig, NetworkMode};
+pub use requests::RequestsConfig;
 
 /// The file that is read when none is named, if it is there.
 const DEFAULT_FILE: &str = "/etc/microvm-sandbox/sandboxd.toml";
@@ -55,6 +57,8 @@ pub struct Config {
     pub network: NetworkConfig,
     /// Security scans.
     pub scan: ScanConfig,
+    /// How long clients may take to send.
+    pub requests: RequestsConfig,
     /// Sizes.
     pub limits: LimitsConfig,
     /// Logs.
@@ -252,6 +256,7 @@ impl Default for Config {
             jail: JailConfig::default(),
             network: NetworkConfig::default(),
             scan: ScanConfig::default(),
+            requests: RequestsConfig::default(),
             limits: LimitsConfig::default(),
             log: LogConfig::default(),
         }
@@ -379,6 +384,7 @@ impl Config {
                 EgressFlag::All => Egress::All,
             }),
         );
+        self.requests = self.requests.with(&flags.requests);
         set(&mut self.limits.upload_bytes, flags.upload_bytes);
         set(
             &mut self.limits.template_archive_bytes,
@@ -410,6 +416,7 @@ impl Config {
                 return invalid(format!("{name} must be 1 to 3600, not {seconds}"));
             }
         }
+        self.requests.check().map_err(ConfigError::Invalid)?;
         if self.limits.exec_memory_bytes > 64 << 20 {
             return invalid("limits.exec_memory_bytes must be 64 MiB at most".to_owned());
         }
@@ -615,6 +622,9 @@ mod tests {
         for arguments in [
             ["--boot-timeout-sec=0"],
             ["--pool-idle-sec=0"],
+            ["--request-head-sec=0"],
+            ["--request-body-sec=3601"],
+            ["--upload-idle-sec=0"],
             ["--exec-memory-bytes=99999999999"],
             ["--jail-first-uid=0"],
             ["--jail-cgroup=somewhere"],

@@ -3,12 +3,14 @@
 use std::io;
 use std::task::Poll;
 
-use axum::body::Bytes;
-use axum::extract::Request;
+use axum::body::{Body, Bytes};
+use axum::extract::multipart::{Multipart, MultipartRejection};
+use axum::extract::{FromRequest, Request};
 use axum::http::header;
 use futures_util::stream::{self, BoxStream, Stream, StreamExt};
 
 use crate::domain::Spooled;
+use crate::http::Pace;
 
 /// What a form has around its file, at most, in bytes.
 pub const FORM_OVERHEAD: u64 = 64 * 1024;
@@ -23,9 +25,19 @@ pub fn announced(request: &Request) -> Option<u64> {
     length.to_str().ok()?.parse().ok()
 }
 
+/// The form that a request has as its body, which may take as long as it likes if it goes on coming.
+///
+/// # Errors
+/// It has none.
+pub async fn form(request: Request) -> Result<Multipart, MultipartRejection> {
+    Pace::upload(&request);
+    let request = request.map(|body| Body::from_stream(one_at_a_time(body.into_data_stream())));
+    Multipart::from_request(request, &()).await
+}
+
 /// The same pieces, of which only one is ready each time that it is polled. The parser of forms
 /// takes, and keeps in memory, all that is ready, which from a fast sender may be everything.
-pub fn one_at_a_time<S: Stream + Unpin>(mut pieces: S) -> impl Stream<Item = S::Item> {
+fn one_at_a_time<S: Stream + Unpin>(mut pieces: S) -> impl Stream<Item = S::Item> {
     let mut pause = false;
     stream::poll_fn(move |context| {
         pause = !pause;

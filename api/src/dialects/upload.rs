@@ -6,16 +6,15 @@
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use axum::body::{Body, Bytes};
+use axum::body::Bytes;
+use axum::extract::Request;
 use axum::extract::multipart::{Field, Multipart, MultipartError};
-use axum::extract::{FromRequest, Request};
 use futures_util::stream::{self, BoxStream, StreamExt};
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 
 use super::forms::{
-    FORM_OVERHEAD, PIECES_IN_FLIGHT, SPOOL_MEMORY, announced, content, ends_with_none,
-    one_at_a_time,
+    FORM_OVERHEAD, PIECES_IN_FLIGHT, SPOOL_MEMORY, announced, content, ends_with_none, form,
 };
 use crate::chain;
 use crate::domain::{FileError, InUse, Manager, Spool, Spooled};
@@ -91,9 +90,7 @@ pub async fn take(
     if announced(&request).is_some_and(|length| length > most) {
         return Err(UploadError::TooLarge(rules.limit));
     }
-    let request = request.map(|body| Body::from_stream(one_at_a_time(body.into_data_stream())));
-    let form = Multipart::from_request(request, &()).await;
-    let form = form.map_err(|rejection| {
+    let form = form(request).await.map_err(|rejection| {
         UploadError::Form(format!("expected multipart/form-data: {rejection}"))
     })?;
     let upload = Upload {

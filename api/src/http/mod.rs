@@ -10,6 +10,8 @@ mod metrics;
 mod openapi;
 mod rate;
 mod record;
+mod serve;
+mod slow;
 mod sockets;
 mod trace;
 mod unread;
@@ -28,6 +30,8 @@ pub use openapi::{OpenApiError, document, json, yaml};
 
 pub use rate::{RateLimiter, Rates};
 pub use record::LoggedIn;
+pub use serve::serve;
+pub use slow::{Pace, Patience};
 pub use sockets::{BEARER, MAX_SOCKETS, SocketPermit, Sockets};
 pub use trace::RequestId;
 
@@ -60,6 +64,8 @@ pub struct AppState {
     pub sockets: Sockets,
     /// What was counted.
     pub metrics: Metrics,
+    /// How long bodies of requests may take to come.
+    pub patience: Patience,
     /// The largest file that may be uploaded, in bytes.
     pub max_upload: u64,
     /// The largest archive that a template may be built from, in bytes.
@@ -137,6 +143,9 @@ pub fn router(state: AppState) -> Result<Router, OpenApiError> {
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(DefaultBodyLimit::max(MAX_JSON_BODY))
+        // Within the check of who calls, for the audit log tells of it, and not to requests that go to the
+        // ports of sandboxes.
+        .layer(middleware::from_fn_with_state(state.patience, slow::bound))
         .layer(middleware::from_fn_with_state(
             state.clone(),
             auth::authenticate,

@@ -19,7 +19,10 @@ const ANY: [(&str, &str); 4] = [
     ("500", "The daemon failed; its log says why"),
 ];
 /// What those that take a body may answer besides.
-const WITH_BODY: [(&str, &str); 1] = [("413", "The body is too large")];
+const WITH_BODY: [(&str, &str); 2] = [
+    ("408", "The body came too slowly"),
+    ("413", "The body is too large"),
+];
 /// What those of `/api/v1` may answer besides.
 const OF_MICROVM: [(&str, &str); 1] = [("429", "Too many requests")];
 /// What those of `/api/v1` that take a body may answer besides.

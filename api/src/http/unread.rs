@@ -6,6 +6,8 @@
 
 use std::convert::Infallible;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -27,18 +29,36 @@ const MAX_TIME: Duration = Duration::from_secs(30);
 /// configured otherwise, so that one that is too large is told so.
 const MAX_BYTES: u64 = 256 << 20;
 
+/// What a handler leaves of a body, as an extension of the request; clones are of the same.
+#[derive(Debug, Clone, Default)]
+pub struct Rest(Arc<AtomicBool>);
+
+impl Rest {
+    /// Has it not read: the connection is closed with the answer.
+    pub fn leave(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    fn is_left(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
 /// Drops what the handler leaves of the body.
-pub async fn drain(request: Request, next: Next) -> Response {
+pub async fn drain(mut request: Request, next: Next) -> Response {
     if request.body().is_end_stream() {
         return next.run(request).await;
     }
     // The first read tells such a client to go on. One that is answered before that sends nothing.
     let waits = request.headers().contains_key(header::EXPECT);
     let (answering, answered) = oneshot::channel();
+    let left = Rest::default();
+    request.extensions_mut().insert(left.clone());
     let request = request.map(|body| {
         Body::new(Received {
             rest: Some((body, answered)),
             waits,
+            left,
         })
     });
     let response = next.run(request).await;
@@ -55,6 +75,7 @@ struct Received {
     rest: Option<(Body, Answered)>,
     /// Its sender waits to be told to send it.
     waits: bool,
+    left: Rest,
 }
 
 impl hyper::body::Body for Received {
@@ -90,7 +111,7 @@ impl hyper::body::Body for Received {
 
 impl Drop for Received {
     fn drop(&mut self) {
-        if self.waits || self.is_end_stream() {
+        if self.waits || self.left.is_left() || self.is_end_stream() {
             return;
         }
         if let (Some((body, answered)), Ok(runtime)) = (self.rest.take(), Handle::try_current()) {
@@ -170,7 +191,8 @@ mod tests {
             let (body, read) = endless(Duration::from_millis(1));
             let (answering, answered) = oneshot::channel();
             let rest = Some((body, answered));
-            let mut received = Box::pin(Received { rest, waits });
+            let left = Rest::default();
+            let mut received = Box::pin(Received { rest, waits, left });
             if polled {
                 received.frame().await.unwrap().unwrap();
             }

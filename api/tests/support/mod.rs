@@ -20,7 +20,7 @@ use api::domain::{
     SandboxId, SaveRequest, SaveTimings, Saved, Start, StartProcess, TerminalInputs, Timings,
     Traffic, WhenIdle, WriteFileRequest,
 };
-use api::http::{Access, AppState, RateLimiter, Rates, Sockets, router};
+use api::http::{Access, AppState, Patience, RateLimiter, Rates, Sockets, router};
 use api::identity::{Identity, Registration, Tokens};
 use api::metrics::Metrics;
 use api::scan::Scans;
@@ -1040,6 +1040,11 @@ impl Api {
             scans: scans.clone(),
             audit: audit.clone(),
             sockets: Sockets::new(MAX_SOCKETS),
+            patience: Patience {
+                head: Duration::from_secs(3600),
+                body: Duration::from_secs(3600),
+                upload: Duration::from_secs(3600),
+            },
             max_upload,
             max_archive: 1 << 20,
         };

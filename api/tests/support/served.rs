@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use api::audit::{self, AuditLog};
 use api::domain::{ExecLimits, Host, Limits, Manager, PoolLimits, Quotas, WhenIdle};
-use api::http::{Access, AppState, RateLimiter, Rates, Sockets, router};
+use api::http::{Access, AppState, Patience, RateLimiter, Rates, Sockets, router, serve};
 use api::hypervisor::{HostConfig, LocalHost, Paths};
 use api::identity::{Identity, Registration, Tokens};
 use api::images::Images;
@@ -32,6 +32,14 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::tungstenite::{Error, Message};
 use tokio_tungstenite::{WebSocketStream, client_async_with_config};
+use tokio_util::sync::CancellationToken;
+
+/// Clients that may take as long as they like.
+pub const PATIENT: Patience = Patience {
+    head: Duration::from_secs(3600),
+    body: Duration::from_secs(3600),
+    upload: Duration::from_secs(3600),
+};
 
 pub struct Served {
     pub address: SocketAddr,
@@ -43,6 +51,11 @@ pub struct Served {
 impl Served {
     /// The test `as_a_vmm` of the program is the stand-in's.
     pub async fn new() -> Self {
+        Self::with_patience(PATIENT).await
+    }
+
+    /// The same with this patience for those who send.
+    pub async fn with_patience(patience: Patience) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path();
         let template = path.join("minimal.ext4");
@@ -106,13 +119,19 @@ impl Served {
             sockets: Sockets::default(),
             identity,
             access: Access::Local,
+            patience,
             max_upload: 1 << 20,
             max_archive: 1 << 20,
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let router = router(state).unwrap();
-        tokio::spawn(async move { axum::serve(listener, router).await });
+        tokio::spawn(serve(
+            listener,
+            router,
+            patience.head,
+            CancellationToken::new(),
+        ));
         Self {
             address,
             host,

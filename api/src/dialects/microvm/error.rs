@@ -7,6 +7,7 @@
 //! | 403 | `forbidden` | the caller may not do that | |
 //! | 404 | `not_found` | there is no such thing, for this caller | |
 //! | 405 | `method_not_allowed` | the path does not take the method | |
+//! | 408 | `request_timeout` | the body came too slowly | |
 //! | 409 | `conflict` | it clashes with what is there, or its state does not allow it | |
 //! | 413 | `payload_too_large` | the body is too large | |
 //! | 422 | `validation_error` | fields of the body make no sense: all of them at once | `details`: a list of `field` and `error` |

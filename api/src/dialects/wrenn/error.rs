@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | 400 | `invalid_request` | the request makes no sense |
 //! | 404 | `not_found` | no such sandbox, snapshot, template or file |
+//! | 408 | `request_timeout` | the body came too slowly |
 //! | 409 | `invalid_state` | the sandbox's status does not allow it, or it was paused in the midst |
 //! | 409 | `conflict` | it clashes with what is there, such as a name that is taken, or a template that is in use |
 //! | 413 | `too_large` | the upload is too large |

@@ -6,8 +6,8 @@ use std::path::Path as FilePath;
 
 use axum::Json;
 use axum::body::{Body, Bytes, to_bytes};
-use axum::extract::multipart::{Field, Multipart};
-use axum::extract::{FromRequest, Request, State};
+use axum::extract::multipart::Field;
+use axum::extract::{Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use futures_util::stream::{self, StreamExt};
@@ -18,7 +18,7 @@ use utoipa::ToSchema;
 use super::error::{ApiError, parse};
 use super::extract::Path;
 use super::sandboxes::rfc3339;
-use crate::dialects::forms::one_at_a_time;
+use crate::dialects::forms::form;
 use crate::dialects::upload::bad_form;
 use crate::domain::{
     BuildFrom, BuildSpec, DEFAULT_MEMORY_MB, DEFAULT_VCPUS, Manager, Recipe, SettingsSpec, Source,
@@ -393,12 +393,9 @@ async fn read_form(
     caller: &Caller,
     request: Request,
 ) -> Result<(BuildTemplateRequest, Option<std::fs::File>), ApiError> {
-    let request = request.map(|body| Body::from_stream(one_at_a_time(body.into_data_stream())));
-    let mut form = Multipart::from_request(request, &())
-        .await
-        .map_err(|rejection| {
-            ApiError::invalid(format!("expected multipart/form-data: {rejection}"))
-        })?;
+    let mut form = form(request).await.map_err(|rejection| {
+        ApiError::invalid(format!("expected multipart/form-data: {rejection}"))
+    })?;
     let (mut what, mut archive) = (None, None);
     while let Some(mut field) = form.next_field().await.map_err(|error| bad_form(&error))? {
         match field.name() {
