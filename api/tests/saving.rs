@@ -709,7 +709,8 @@ async fn a_machine_that_is_ready_runs_when_it_is_claimed_and_not_before() {
 
 #[tokio::test]
 async fn a_ready_machine_leaves_nothing_whatever_becomes_of_it() {
-    let bench = Bench::new().await;
+    // One whose agent says nothing is waited for as long.
+    let bench = Bench::with_timeout(Duration::from_secs(15)).await;
     let layers = bench.paused().await;
     let none = Layers::default();
     let refused = bench.prepare(&bench.id, &none).await;
