@@ -236,7 +236,17 @@ fn a_machine_starts_warm_grows_and_boots_from_its_own_disk_after() {
     admin.must(&daemon, "PUT", "/vms/vm/resources", &more);
     assert_eq!(cpus(&sandbox), 2);
     assert!(mem_total(&sandbox) > small + 150);
-    sandbox.must("echo kept >/root/kept && sync");
+    sandbox.must("echo kept >/root/kept && echo there >/run/there");
+
+    // A snapshot is of what it has become, on top of what it has started from.
+    let taken = json!({"name": "grown", "include_memory": true});
+    admin.must(&daemon, "POST", "/vms/vm/snapshots", &taken);
+    sandbox.must("echo later >/root/kept && rm /run/there && sync");
+    admin.must(&daemon, "POST", "/vms/vm/stop", &json!({"force": true}));
+    let restore = "/vms/vm/snapshots/grown/restore";
+    admin.must(&daemon, "POST", restore, &Value::Null);
+    let content = sandbox.must("cat /root/kept /run/there");
+    assert_eq!((content.as_str(), cpus(&sandbox)), ("kept\nthere", 2));
 
     // What it is now, it is after its next start, which boots it.
     admin.must(&daemon, "POST", "/vms/vm/stop", &Value::Null);
