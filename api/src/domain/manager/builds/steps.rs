@@ -1,89 +1,40 @@
-//! Building templates, in the background.
-//!
-//! ```text
-//! from a sandbox: hold its state, start a copy of it ─┐
-//! from a recipe:  boot the base, files, steps ────────┼─► shut it down, keep its disk ─► ready
-//! from an image:  boot, unpack to a second disk ──────┘
-//! ```
-//!
-//! All of it happens in a virtual machine that is made for it and is gone afterwards: what is built is
-//! as strange as what runs in a sandbox. The record is there before, and holds the layer that the disk
-//! will be; what a crash leaves is removed with all that nobody holds.
+//! One build of a template, from its plan to its disk.
 
-use std::collections::{BTreeMap, HashMap};
-use std::sync::{Mutex, PoisonError};
+use std::collections::BTreeMap;
 
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 use jiff::Timestamp;
 use sha2::{Digest, Sha256};
-use tokio_util::sync::CancellationToken;
-use tracing::{Instrument, error, info, warn};
+use tracing::{error, info, warn};
 
-use super::super::build::{BuildFrom, BuildSpec, OutputLines, Progress, Recipe};
-use super::super::error::{CreateError, SnapshotError, TemplateError};
-use super::super::host::{
+use super::Build;
+use crate::archive::{ArchiveError, files};
+use crate::chain;
+use crate::domain::build::{OutputLines, Progress, Recipe};
+use crate::domain::error::{CreateError, SnapshotError};
+use crate::domain::host::{
     CreateRequest, ExecEvent, ExecRequest, HostError, KeepDiskRequest, KeptDisk, Shape,
     WriteFileRequest,
 };
-use super::super::id::{LayerId, SandboxId, TemplateId};
-use super::super::layer::{Layers, MAX_DISK};
-use super::super::request::{self, SnapshotSpec};
-use super::super::resources::Resources;
-use super::super::sandbox::Status;
-use super::super::snapshot::Snapshot;
-use super::super::store::StoreError;
-use super::super::template::{
-    DEFAULT_MEMORY_MB, DEFAULT_VCPUS, Settings, Source, Template, TemplateContent, TemplateInfo,
-    TemplateStatus,
+use crate::domain::id::{LayerId, SandboxId};
+use crate::domain::layer::Layers;
+use crate::domain::manager::Manager;
+use crate::domain::manager::create::{identity_of, shape_of};
+use crate::domain::manager::oci::OciBuild;
+use crate::domain::manager::templates::Ground;
+use crate::domain::request::{self, SnapshotSpec};
+use crate::domain::resources::Resources;
+use crate::domain::snapshot::Snapshot;
+use crate::domain::store::StoreError;
+use crate::domain::template::{
+    DEFAULT_MEMORY_MB, DEFAULT_VCPUS, Template, TemplateContent, TemplateStatus,
 };
-use super::super::timings::Start;
-use super::Manager;
-use super::create::{identity_of, shape_of};
-use super::oci::OciBuild;
-use super::templates::Ground;
-use crate::archive::{ArchiveError, files};
-use crate::chain;
+use crate::domain::timings::Start;
 use crate::oci::OciError;
 
 /// How long the working directory of a template may take to be made, in seconds.
 const DIRECTORY_SEC: u32 = 30;
-
-/// The builds of this daemon.
-#[derive(Debug, Default)]
-pub struct Builds {
-    known: Mutex<HashMap<TemplateId, Build>>,
-}
-
-#[derive(Debug, Clone, Default)]
-struct Build {
-    progress: Progress,
-    cancel: CancellationToken,
-    gone: CancellationToken,
-}
-
-impl Builds {
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<TemplateId, Build>> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn get(&self, id: &TemplateId) -> Option<Build> {
-        self.lock().get(id).cloned()
-    }
-
-    /// Ends a build, if it is under way, and waits until nothing of it is left.
-    pub async fn cancel(&self, id: &TemplateId) {
-        if let Some(build) = self.get(id) {
-            build.cancel.cancel();
-            build.gone.cancelled().await;
-        }
-    }
-
-    /// Forgets a build that has ended.
-    pub fn forget(&self, id: &TemplateId) {
-        self.lock().remove(id);
-    }
-}
 
 /// Why a template was not built.
 #[derive(Debug, thiserror::Error)]
@@ -128,157 +79,38 @@ pub enum BuildError {
 }
 
 /// What is built, after all that can be checked at once was checked.
-enum Plan {
+pub enum Plan {
+    /// What this sandbox is; its state is still to be saved.
     Sandbox(SandboxId),
-    /// That sandbox, whose state the template holds.
+    /// All that it takes is there.
+    Work(Work),
+}
+
+/// What is to be done in a machine.
+pub enum Work {
+    /// Nothing but to be a copy of this, whose layers the template holds.
     Copy(Box<Snapshot>),
+    /// A recipe, on what its base is.
     Recipe(Recipe, Box<Ground>),
+    /// Unpacking an image, in a machine of the builder's template.
     Oci(Box<OciBuild>, Box<Ground>),
 }
 
 /// A machine that a template is built in, and what is known of its disk.
-pub struct Machine {
+struct Machine {
     /// How it was started.
-    pub created: CreateRequest,
+    created: CreateRequest,
     /// Whether its second disk is what is built.
-    pub scratch: bool,
+    scratch: bool,
     /// Frozen layers of the disk, whose digests are part of the template's.
-    pub others: Vec<LayerId>,
+    others: Vec<LayerId>,
     /// What the disk is based on, for the digest.
-    pub ground: String,
+    ground: String,
 }
 
 impl Manager {
-    /// Begins to build a template, and returns it as it is then. A failed one of the same name is
-    /// replaced.
-    ///
-    /// # Errors
-    /// Nothing is built.
-    pub async fn build_template(&self, spec: BuildSpec) -> Result<TemplateInfo, TemplateError> {
-        if self.is_closing() {
-            return Err(TemplateError::ShuttingDown);
-        }
-        request::check_build(&spec).map_err(TemplateError::Invalid)?;
-        let host = self.inner.host.describe().await;
-        let host = host.map_err(TemplateError::Host)?;
-        if host.templates.contains(&spec.name) {
-            return Err(TemplateError::NameTaken(spec.name));
-        }
-        let ground_of = async |name: &str| match self.checked_ground(name, &host).await {
-            Ok(ground) if ground.layers.disk.len() >= MAX_DISK => {
-                Err(TemplateError::TooManyLayers(ground.layers.disk.len()))
-            }
-            Ok(ground) => Ok(ground),
-            Err(CreateError::Store(source)) => Err(source.into()),
-            Err(other) => Err(TemplateError::Invalid(other.to_string())),
-        };
-        let mut settings = spec.settings;
-        let (plan, source, layers) = match spec.from {
-            BuildFrom::Sandbox(id) => {
-                let sandbox = self.get(&id).await?;
-                match sandbox.status {
-                    Status::Running | Status::Paused => {}
-                    status => return Err(TemplateError::NotSaveable(status)),
-                }
-                // Two more: one to hold it, and the template's own.
-                if sandbox.layers.disk.len() + 2 > MAX_DISK {
-                    return Err(TemplateError::TooManyLayers(sandbox.layers.disk.len()));
-                }
-                let base = sandbox.spec.template;
-                inherit(&mut settings, &self.ground(&base).await?.settings);
-                settings.vcpus.get_or_insert(sandbox.spec.vcpus);
-                settings.memory_mb.get_or_insert(sandbox.spec.memory_mb);
-                let source = Source::Sandbox {
-                    sandbox: sandbox.id.clone(),
-                    base,
-                };
-                (Plan::Sandbox(sandbox.id), source, Layers::default())
-            }
-            BuildFrom::Recipe(recipe) => {
-                let ground = ground_of(&recipe.base).await?;
-                inherit(&mut settings, &ground.settings);
-                let source = Source::Recipe {
-                    base: recipe.base.clone(),
-                };
-                let layers = ground.layers.clone();
-                (Plan::Recipe(recipe, Box::new(ground)), source, layers)
-            }
-            BuildFrom::Oci { archive, disk_mb } => {
-                let disk_mb = request::check_disk(disk_mb).map_err(TemplateError::Invalid)?;
-                let build = OciBuild::new(archive, disk_mb, &mut settings).await?;
-                let ground = ground_of(OciBuild::BUILDER).await.map_err(|error| {
-                    let name = OciBuild::BUILDER;
-                    TemplateError::Invalid(format!(
-                        "images are unpacked in a sandbox of template {name:?}: {error}"
-                    ))
-                })?;
-                let source = build.source();
-                (
-                    Plan::Oci(Box::new(build), Box::new(ground)),
-                    source,
-                    Layers::default(),
-                )
-            }
-        };
-        let layer = LayerId::random();
-        let mut template = Template {
-            id: TemplateId::random(),
-            owner: self.principal.owner().cloned(),
-            name: spec.name,
-            source,
-            status: TemplateStatus::Building,
-            settings,
-            layers,
-            content: None,
-            created_at: Timestamp::now(),
-        };
-        template.layers.disk.push(layer);
-        self.insert_template(&mut template).await?;
-        info!(template = template.name, "building a template");
-        let info = template.clone().into();
-        let build = Build::default();
-        let known = build.clone();
-        self.inner.builds.lock().insert(template.id.clone(), known);
-        let manager = self.clone();
-        let task = async move { manager.build(template, plan, build).await };
-        tokio::spawn(task.in_current_span());
-        Ok(info)
-    }
-
-    async fn insert_template(&self, template: &mut Template) -> Result<(), TemplateError> {
-        let _records = self.inner.records.lock().await;
-        if let Some(old) = self.inner.store.find_template(&template.name).await? {
-            if !matches!(old.status, TemplateStatus::Failed { .. }) || !self.sees(&old) {
-                return Err(TemplateError::NameTaken(template.name.clone()));
-            }
-            // It holds nothing.
-            self.inner.store.remove_template(&old.id).await?;
-            self.inner.builds.forget(&old.id);
-        }
-        while !self.inner.store.insert_template(template).await? {
-            template.id = TemplateId::random();
-        }
-        Ok(())
-    }
-
-    /// The progress of the build of a template, from its start to its end; nothing of one that this
-    /// daemon has not built.
-    ///
-    /// # Errors
-    /// There is none of that name, or the store failed.
-    pub async fn follow_build(
-        &self,
-        name: &str,
-    ) -> Result<BoxStream<'static, String>, TemplateError> {
-        let id = match self.usable_template(name).await? {
-            Some(template) => template.id,
-            None => return self.get_template(name).await.map(|_| no_lines()),
-        };
-        let build = self.inner.builds.get(&id);
-        Ok(build.map_or_else(no_lines, |build| build.progress.follow()))
-    }
-
-    async fn build(&self, mut template: Template, plan: Plan, build: Build) {
+    /// Builds a template, and records and tells how that went.
+    pub(super) async fn build(&self, mut template: Template, plan: Plan, build: Build) {
         let name = template.name.clone();
         let result = self.build_to_end(&mut template, plan, &build).await;
         let last = match &result {
@@ -326,18 +158,18 @@ impl Manager {
         let builder = SandboxId::random();
         let _unrecorded = self.inner.reconciler.hold(&builder);
         // Whoever has begun to save a sandbox does so to the end.
-        let plan = match plan {
+        let work = match plan {
             Plan::Sandbox(id) => {
-                Plan::Copy(Box::new(self.hold_sandbox(template, &id, build).await?))
+                Work::Copy(Box::new(self.hold_sandbox(template, &id, build).await?))
             }
-            other => other,
+            Plan::Work(work) => work,
         };
-        let prepared = tokio::select! {
+        let machine = tokio::select! {
             biased;
             () = build.cancel.cancelled() => Err(BuildError::Cancelled),
-            prepared = self.prepare(template, plan, &builder, &build.progress) => prepared,
+            machine = self.work(template, work, &builder, &build.progress) => machine,
         };
-        let kept = match prepared {
+        let kept = match machine {
             Ok(machine) => self.keep(template, machine, &build.progress).await,
             Err(error) => Err(error),
         };
@@ -363,24 +195,23 @@ impl Manager {
     }
 
     /// Does all that is to be done in the machine.
-    async fn prepare(
+    async fn work(
         &self,
-        template: &mut Template,
-        plan: Plan,
+        template: &Template,
+        work: Work,
         builder: &SandboxId,
         progress: &Progress,
     ) -> Result<Machine, BuildError> {
-        match plan {
-            Plan::Sandbox(_) => Err(BuildError::Cancelled),
-            Plan::Copy(held) => self.start_copy(*held, builder, progress).await,
-            Plan::Recipe(recipe, ground) => {
+        match work {
+            Work::Copy(held) => self.start_copy(*held, builder, progress).await,
+            Work::Recipe(recipe, ground) => {
                 let base = recipe.base.clone();
                 progress.say(&format!("booting a sandbox of template {base}"));
                 let machine = self.boot(template, &base, &ground, builder, None).await?;
                 self.run_recipe(template, recipe, builder, progress).await?;
                 Ok(machine)
             }
-            Plan::Oci(build, ground) => {
+            Work::Oci(build, ground) => {
                 let base = OciBuild::BUILDER;
                 progress.say(&format!(
                     "booting a sandbox of template {base} to unpack in"
@@ -629,28 +460,4 @@ pub async fn run_to_end(
         reason: format!("the end of {what} was not told"),
     }
     .into())
-}
-
-fn no_lines() -> BoxStream<'static, String> {
-    futures_util::stream::empty().boxed()
-}
-
-/// Takes from `base` what `settings` do not say.
-fn inherit(settings: &mut Settings, base: &Settings) {
-    settings.vcpus = settings.vcpus.or(base.vcpus);
-    settings.memory_mb = settings.memory_mb.or(base.memory_mb);
-    if settings.readiness.is_none() {
-        settings.readiness.clone_from(&base.readiness);
-    }
-    for (name, value) in &base.env {
-        if !settings.env.contains_key(name) {
-            settings.env.insert(name.clone(), value.clone());
-        }
-    }
-    if settings.cwd.is_none() {
-        settings.cwd.clone_from(&base.cwd);
-    }
-    settings.user.clone_from(&base.user);
-    settings.entrypoint.clone_from(&base.entrypoint);
-    settings.cmd.clone_from(&base.cmd);
 }
