@@ -3,23 +3,23 @@
 mod flags;
 mod network;
 mod requests;
+mod tables;
 
-use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use crate::chain;
-use crate::domain::{Egress, OnStop, Quota, WhenIdle};
-use crate::hypervisor::{CgroupParent, DiskLimits};
-use crate::identity::Registration;
+use crate::domain::{Egress, OnStop, WhenIdle};
 use flags::EgressFlag;
 pub use flags::Flags;
 pub use network::{FurtherNetwork, NetworkConfig, NetworkMode};
 pub use requests::RequestsConfig;
+pub use tables::{
+    AuthConfig, ImagesConfig, JailConfig, LimitsConfig, LogConfig, LogFormat, QuotaConfig,
+    ScanConfig,
+};
 
 /// The file that is read when none is named, if it is there.
 const DEFAULT_FILE: &str = "/etc/microvm-sandbox/sandboxd.toml";
@@ -65,180 +65,6 @@ pub struct Config {
     pub log: LogConfig,
 }
 
-/// Accounts.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct AuthConfig {
-    /// Who may register.
-    pub registration: Registration,
-    /// Requests of `/api/v1` that each user may make in a minute; 0 is no limit.
-    pub requests_per_minute: u32,
-    /// The same in an hour.
-    pub requests_per_hour: u32,
-    /// How much the sandboxes of each user may have together.
-    pub user_quota: QuotaConfig,
-    /// How much those of the local principal may have together.
-    pub local_quota: QuotaConfig,
-}
-
-impl Default for AuthConfig {
-    fn default() -> Self {
-        Self {
-            registration: Registration::default(),
-            requests_per_minute: 100,
-            requests_per_hour: 1000,
-            user_quota: QuotaConfig::default(),
-            local_quota: QuotaConfig::default(),
-        }
-    }
-}
-
-/// How much sandboxes may have together; 0 is no limit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct QuotaConfig {
-    /// Sandboxes that run.
-    pub sandboxes: u32,
-    /// Their virtual CPUs.
-    pub vcpus: u32,
-    /// Their RAM, in MiB.
-    pub memory_mb: u64,
-    /// Disks of all that are not deleted, in MiB.
-    pub disk_mb: u64,
-}
-
-impl From<QuotaConfig> for Quota {
-    fn from(config: QuotaConfig) -> Self {
-        Self {
-            sandboxes: config.sandboxes,
-            vcpus: config.vcpus,
-            memory_mb: config.memory_mb,
-            disk_mb: config.disk_mb,
-        }
-    }
-}
-
-/// Security scans.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct ScanConfig {
-    /// Known holes of packages: a JSON file of OSV records, or that of the Debian security tracker.
-    pub advisories: Option<PathBuf>,
-}
-
-/// What guests are made from.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct ImagesConfig {
-    /// Directory with `vmlinux`, `initramfs.cpio` and `NAME.ext4` for each template; `../images`
-    /// from the daemon's binary, or `target/images` here, if not given.
-    pub dir: Option<PathBuf>,
-    /// Kernel instead of the directory's.
-    pub kernel: Option<PathBuf>,
-    /// Initramfs instead of the directory's.
-    pub initramfs: Option<PathBuf>,
-    /// Words to add to the kernel's command line.
-    pub cmdline_extra: String,
-    /// Templates beside the directory's: raw ext4 images by name.
-    pub templates: BTreeMap<String, PathBuf>,
-}
-
-/// How VMMs are jailed.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct JailConfig {
-    /// Whether they are.
-    pub enabled: bool,
-    /// The first of 65536 uids, and gids of the same numbers, that sandboxes get if the daemon is
-    /// root. Nothing else may use them.
-    pub first_uid: u32,
-    /// `auto`, `off`, or the directory of a cgroup (version 2) for those of sandboxes.
-    pub cgroup: String,
-    /// Bytes a second that a sandbox may read from the host's disk, and write to it; 0 is no limit.
-    pub disk_bytes_per_sec: u64,
-    /// Operations a second of the same; 0 is no limit.
-    pub disk_ops_per_sec: u64,
-}
-
-impl Default for JailConfig {
-    fn default() -> Self {
-        Self {
-            enabled: true,
-            // Unused by distributions, containers' sub-uids and systemd (its UIDS-GIDS.md).
-            first_uid: 0x7000_0000,
-            cgroup: "auto".to_owned(),
-            disk_bytes_per_sec: 0,
-            disk_ops_per_sec: 0,
-        }
-    }
-}
-
-impl JailConfig {
-    /// The same as the host side takes it; `None` if VMMs are not jailed.
-    pub fn for_host(&self) -> Option<crate::hypervisor::JailConfig> {
-        self.enabled.then(|| crate::hypervisor::JailConfig {
-            first_uid: self.first_uid,
-            cgroup: match self.cgroup.as_str() {
-                "auto" => CgroupParent::Auto,
-                "off" => CgroupParent::None,
-                path => CgroupParent::At(path.into()),
-            },
-            disk_limits: DiskLimits {
-                bytes_per_sec: self.disk_bytes_per_sec,
-                ops_per_sec: self.disk_ops_per_sec,
-            },
-        })
-    }
-}
-
-/// Sizes.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct LimitsConfig {
-    /// Largest file to upload, in bytes.
-    pub upload_bytes: u64,
-    /// Largest archive to build a template from, in bytes.
-    pub template_archive_bytes: u64,
-    /// Most output of one command, in bytes.
-    pub exec_output_bytes: u64,
-    /// Output of one stream of a command that is kept in memory, in bytes; more goes to disk.
-    pub exec_memory_bytes: usize,
-    /// Warm snapshots of templates on the disk, in bytes; 0 is none.
-    pub warm_disk_bytes: u64,
-    /// Whether sandboxes that start warm, are forked or resumed have the memory that they touch first
-    /// before they touch it.
-    pub prefetch: bool,
-    /// Machines that are ready for each template and shape that was used lately; 0 is none.
-    pub pool_size: usize,
-    /// Machines that are ready in all.
-    pub pool_total: usize,
-    /// RAM of all guests that are ready, in MiB, as if they used all of it.
-    pub pool_memory_mb: u64,
-    /// Seconds after which machines of a shape that nobody has used are ended.
-    pub pool_idle_sec: u64,
-}
-
-/// Logs.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct LogConfig {
-    /// How lines look.
-    pub format: LogFormat,
-    /// Which lines there are: `error`, `warn`, `info`, `debug`, `trace`, or as in
-    /// `info,api::hypervisor=debug`.
-    pub filter: String,
-}
-
-/// How log lines look.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum LogFormat {
-    /// For people.
-    Text,
-    /// One JSON object a line.
-    Json,
-}
-
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -259,32 +85,6 @@ impl Default for Config {
             requests: RequestsConfig::default(),
             limits: LimitsConfig::default(),
             log: LogConfig::default(),
-        }
-    }
-}
-
-impl Default for LimitsConfig {
-    fn default() -> Self {
-        Self {
-            upload_bytes: 100 << 20,
-            template_archive_bytes: 10 << 30,
-            exec_output_bytes: 1 << 30,
-            exec_memory_bytes: 256 << 10,
-            warm_disk_bytes: 4 << 30,
-            prefetch: true,
-            pool_size: 2,
-            pool_total: 8,
-            pool_memory_mb: 4096,
-            pool_idle_sec: 600,
-        }
-    }
-}
-
-impl Default for LogConfig {
-    fn default() -> Self {
-        Self {
-            format: LogFormat::Text,
-            filter: "info".to_owned(),
         }
     }
 }
@@ -333,7 +133,7 @@ impl Config {
             Err(source) => return Err(ConfigError::Read { path, source }),
         };
         config.overlay(flags);
-        config.check()?;
+        config.check().map_err(ConfigError::Invalid)?;
         Ok(config)
     }
 
@@ -402,10 +202,10 @@ impl Config {
         set(&mut self.log.filter, flags.log);
     }
 
-    fn check(&self) -> Result<(), ConfigError> {
-        let invalid = |text: String| Err(ConfigError::Invalid(text));
+    /// Whether all settings make sense. The error is a sentence.
+    fn check(&self) -> Result<(), String> {
         if self.listen.is_empty() {
-            return invalid("listen names no address; expected one at least".to_owned());
+            return Err("listen names no address; expected one at least".to_owned());
         }
         for (name, seconds) in [
             ("boot_timeout_sec", self.boot_timeout_sec),
@@ -413,46 +213,15 @@ impl Config {
             ("reconcile_sec", self.reconcile_sec),
         ] {
             if !(1..=3600).contains(&seconds) {
-                return invalid(format!("{name} must be 1 to 3600, not {seconds}"));
+                return Err(format!("{name} must be 1 to 3600, not {seconds}"));
             }
         }
-        self.requests.check().map_err(ConfigError::Invalid)?;
-        if self.limits.exec_memory_bytes > 64 << 20 {
-            return invalid("limits.exec_memory_bytes must be 64 MiB at most".to_owned());
-        }
-        if !(1..=7 * 86_400).contains(&self.limits.pool_idle_sec) {
-            return invalid(format!(
-                "limits.pool_idle_sec must be 1 to 604800, not {}",
-                self.limits.pool_idle_sec
-            ));
-        }
-        if self.jail.first_uid == 0 || self.jail.first_uid > u32::MAX - (1 << 16) {
-            return invalid(format!(
-                "jail.first_uid must be 1 to {}, not {}",
-                u32::MAX - (1 << 16),
-                self.jail.first_uid
-            ));
-        }
-        if !matches!(self.jail.cgroup.as_str(), "auto" | "off")
-            && (!self.jail.cgroup.starts_with('/') || self.jail.cgroup.contains(','))
-        {
-            return invalid(format!(
-                "jail.cgroup must be auto, off, or an absolute path without comma, not {:?}",
-                self.jail.cgroup
-            ));
-        }
-        self.network.check().map_err(ConfigError::Invalid)?;
-        if self.images.cmdline_extra.contains(char::is_control) {
-            return invalid("images.cmdline_extra has a control character".to_owned());
-        }
-        if let Err(error) = tracing_subscriber::EnvFilter::try_new(&self.log.filter) {
-            return invalid(format!(
-                "log.filter {:?}: {}",
-                self.log.filter,
-                chain(&error)
-            ));
-        }
-        Ok(())
+        self.requests.check()?;
+        self.limits.check()?;
+        self.jail.check()?;
+        self.network.check()?;
+        self.images.check()?;
+        self.log.check()
     }
 
     /// The VMM's binary.
@@ -494,6 +263,7 @@ mod tests {
     use clap::Parser;
 
     use super::*;
+    use crate::chain;
 
     #[derive(Parser)]
     struct Cli {
@@ -522,38 +292,6 @@ mod tests {
             toml::from_str::<Config>(EXAMPLE).unwrap(),
             Config::default()
         );
-    }
-
-    #[test]
-    fn networks_have_names_and_addresses_of_their_own() {
-        let check = |further: &[(&str, &str)]| {
-            let further = further.iter().map(|(bridge, subnet)| FurtherNetwork {
-                bridge: (*bridge).to_owned(),
-                subnet: subnet.parse().unwrap(),
-                egress: Egress::None,
-            });
-            let config = NetworkConfig {
-                further: further.collect(),
-                ..NetworkConfig::default()
-            };
-            config.check().map(|()| config.for_host(Path::new("/data")))
-        };
-        let networks = check(&[("chbr1", "192.168.201.0/24"), ("chbr10", "10.0.0.0/16")]);
-        let networks = networks.unwrap();
-        assert_eq!(networks.len(), 3);
-        assert_eq!(networks[0].0.siblings, ["chbr1", "chbr10"]);
-        assert_eq!(networks[1].0.siblings, ["chbr0", "chbr10"]);
-        assert_eq!(networks[2].1, Egress::None);
-        for (bridge, subnet, what) in [
-            ("chbr0", "10.0.0.0/16", "names"),
-            ("chbr0-a", "10.0.0.0/16", "names"),
-            ("chbr1", "192.168.0.0/16", "overlap"),
-            ("chbr1", "192.168.200.128/25", "overlap"),
-            ("1", "10.0.0.0/16", "letter"),
-        ] {
-            let error = check(&[(bridge, subnet)]).unwrap_err();
-            assert!(error.contains(what), "{error}");
-        }
     }
 
     #[test]

@@ -163,3 +163,40 @@ fn check_bridge(name: &str) -> Result<(), String> {
          letter, not {name:?}"
     ))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn networks_have_names_and_addresses_of_their_own() {
+        let check = |further: &[(&str, &str)]| {
+            let further = further.iter().map(|(bridge, subnet)| FurtherNetwork {
+                bridge: (*bridge).to_owned(),
+                subnet: subnet.parse().unwrap(),
+                egress: Egress::None,
+            });
+            let config = NetworkConfig {
+                further: further.collect(),
+                ..NetworkConfig::default()
+            };
+            config.check().map(|()| config.for_host(Path::new("/data")))
+        };
+        let networks = check(&[("chbr1", "192.168.201.0/24"), ("chbr10", "10.0.0.0/16")]);
+        let networks = networks.unwrap();
+        assert_eq!(networks.len(), 3);
+        assert_eq!(networks[0].0.siblings, ["chbr1", "chbr10"]);
+        assert_eq!(networks[1].0.siblings, ["chbr0", "chbr10"]);
+        assert_eq!(networks[2].1, Egress::None);
+        for (bridge, subnet, what) in [
+            ("chbr0", "10.0.0.0/16", "names"),
+            ("chbr0-a", "10.0.0.0/16", "names"),
+            ("chbr1", "192.168.0.0/16", "overlap"),
+            ("chbr1", "192.168.200.128/25", "overlap"),
+            ("1", "10.0.0.0/16", "letter"),
+        ] {
+            let error = check(&[(bridge, subnet)]).unwrap_err();
+            assert!(error.contains(what), "{error}");
+        }
+    }
+}
