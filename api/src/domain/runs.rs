@@ -1,8 +1,8 @@
 //! When sandboxes ran, and what they had: how many run at a time, and what they had together in a day.
 
-use jiff::Timestamp;
 use jiff::civil::Date;
 use jiff::tz::TimeZone;
+use jiff::{Span, Timestamp};
 
 /// For how many days what ran is known.
 pub const KEPT_DAYS: i64 = 366;
@@ -44,6 +44,14 @@ impl Reserved {
         self.vcpus -= u64::from(run.vcpus);
         self.memory_mb -= u64::from(run.memory_mb);
     }
+
+    /// Follows a run over one of its edges.
+    fn cross(&mut self, edge: Edge, run: &Run) {
+        match edge {
+            Edge::Beginning => self.add(run),
+            Edge::End => self.remove(run),
+        }
+    }
 }
 
 /// What sandboxes had in a day.
@@ -55,6 +63,23 @@ pub struct DayUsage {
     pub vcpu_minutes: f64,
     /// Minutes that they ran, each times its memory in MiB.
     pub memory_mb_minutes: f64,
+}
+
+impl DayUsage {
+    fn new(date: Date) -> Self {
+        Self {
+            date,
+            vcpu_minutes: 0.0,
+            memory_mb_minutes: 0.0,
+        }
+    }
+
+    /// Counts what was reserved from `since` to `until`.
+    fn add(&mut self, reserved: Reserved, since: Timestamp, until: Timestamp) {
+        let minutes = until.duration_since(since).as_secs_f64() / 60.0;
+        self.vcpu_minutes += minutes * reserved.vcpus as f64;
+        self.memory_mb_minutes += minutes * reserved.memory_mb as f64;
+    }
 }
 
 /// All that ran in some time.
@@ -98,10 +123,7 @@ impl Runs {
         let mut reserved = Reserved::default();
         let step = |time: &Timestamp| {
             while let Some((_, edge, run)) = changes.next_if(|(at, ..)| at <= time) {
-                match edge {
-                    Edge::Beginning => reserved.add(run),
-                    Edge::End => reserved.remove(run),
-                }
+                reserved.cross(edge, run);
             }
             reserved
         };
@@ -113,10 +135,7 @@ impl Runs {
         let (mut reserved, mut peaks) = (Reserved::default(), Reserved::default());
         let mut changes = self.changes().into_iter().peekable();
         while let Some((at, edge, run)) = changes.next() {
-            match edge {
-                Edge::Beginning => reserved.add(run),
-                Edge::End => reserved.remove(run),
-            }
+            reserved.cross(edge, run);
             // What was reserved until `since` counts if it still was then.
             let until = changes.peek().map(|(at, ..)| *at);
             if at >= since || until.is_none_or(|until| until > since) {
@@ -130,28 +149,31 @@ impl Runs {
 
     /// What was had in each day from `first` to `last`, until `now`.
     pub fn by_day(&self, first: Date, last: Date, now: Timestamp) -> Vec<DayUsage> {
-        let days = first.series(jiff::Span::new().days(1));
-        let days = days.take_while(|date| *date <= last);
-        days.map(|date| {
-            let (begin, end) = (
-                start_of(date),
-                start_of(date.saturating_add(jiff::Span::new().days(1))),
-            );
-            let mut usage = DayUsage {
-                date,
-                vcpu_minutes: 0.0,
-                memory_mb_minutes: 0.0,
-            };
-            for run in &self.0 {
-                let began = run.began.max(begin);
-                let ended = run.ended.unwrap_or(now).min(end);
-                let minutes = ended.duration_since(began).as_secs_f64().max(0.0) / 60.0;
-                usage.vcpu_minutes += minutes * f64::from(run.vcpus);
-                usage.memory_mb_minutes += minutes * f64::from(run.memory_mb);
+        let over = self.0.iter().map(|run| Run {
+            ended: Some(run.ended.unwrap_or(now)),
+            ..*run
+        });
+        let over = Self(over.collect());
+        let mut changes = over.changes().into_iter().peekable();
+        let mut reserved = Reserved::default();
+        let usage_of = |date: Date| {
+            let begin = start_of(date);
+            let end = start_of(date.saturating_add(Span::new().days(1)));
+            let mut usage = DayUsage::new(date);
+            let mut since = begin;
+            while let Some((at, edge, run)) = changes.next_if(|(at, ..)| *at < end) {
+                // Those before the first day happen at its beginning.
+                let at = at.max(begin);
+                usage.add(reserved, since, at);
+                since = at;
+                reserved.cross(edge, run);
             }
+            usage.add(reserved, since, end);
             usage
-        })
-        .collect()
+        };
+        let days = first.series(Span::new().days(1));
+        let days = days.take_while(|date| *date <= last);
+        days.map(usage_of).collect()
     }
 }
 
@@ -164,10 +186,15 @@ pub fn start_of(date: Date) -> Timestamp {
 
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
+
     use jiff::civil::date;
     use proptest::prelude::*;
 
     use super::*;
+
+    /// Seconds of a day.
+    const DAY: i64 = 24 * 3600;
 
     fn at(second: i64) -> Timestamp {
         Timestamp::from_second(second).unwrap()
@@ -225,14 +252,13 @@ mod tests {
 
     #[test]
     fn a_run_counts_in_each_day_for_the_minutes_of_it() {
-        let day = 24 * 3600;
         // From 23:00 to 02:00, and one that runs since noon of the second day.
         let runs = Runs(vec![
-            run(23 * 3600, Some(day + 2 * 3600), 2, 512),
-            run(day + 12 * 3600, None, 1, 1024),
+            run(23 * 3600, Some(DAY + 2 * 3600), 2, 512),
+            run(DAY + 12 * 3600, None, 1, 1024),
         ]);
         let (first, last) = (date(1970, 1, 1), date(1970, 1, 3));
-        let days = runs.by_day(first, last, at(day + 13 * 3600));
+        let days = runs.by_day(first, last, at(DAY + 13 * 3600));
         let told: Vec<_> = days
             .iter()
             .map(|usage| {
@@ -248,15 +274,19 @@ mod tests {
         assert_eq!(told, expected);
     }
 
-    proptest! {
-        #[test]
-        fn both_ways_of_counting_agree(
-            runs in proptest::collection::vec((0_i64..100, 0_i64..100, any::<bool>(), 1_u8..5), 0..20),
-        ) {
-            let runs = runs.into_iter().map(|(began, length, is_over, vcpus)| {
+    /// Runs of which each is `(beginning, length, whether it is over, vCPUs)`, in seconds; a length below 0 is
+    /// of a clock that was set back.
+    fn runs(began: Range<i64>, length: Range<i64>) -> impl Strategy<Value = Runs> {
+        let runs =
+            (began, length, any::<bool>(), 1_u8..5).prop_map(|(began, length, is_over, vcpus)| {
                 run(began, is_over.then_some(began + length), vcpus, 10)
             });
-            let runs = Runs(runs.collect());
+        proptest::collection::vec(runs, 0..20).prop_map(Runs)
+    }
+
+    proptest! {
+        #[test]
+        fn both_ways_of_counting_agree(runs in runs(0..100, 0..100)) {
             let times: Vec<_> = (0..250).map(at).collect();
             let by_sweep = runs.at(&times);
             for (time, reserved) in times.iter().zip(&by_sweep) {
@@ -267,6 +297,27 @@ mod tests {
             }
             let most = by_sweep.iter().map(|reserved| reserved.vcpus).max().unwrap();
             prop_assert_eq!(runs.peaks(at(0)).vcpus, most);
+        }
+
+        #[test]
+        fn days_have_what_each_run_had_of_them(
+            runs in runs(0..6 * DAY, -DAY..3 * DAY),
+            now in 0..8 * DAY,
+        ) {
+            let days = runs.by_day(date(1970, 1, 2), date(1970, 1, 5), at(now));
+            prop_assert_eq!(days.len(), 4);
+            for (day, usage) in (1..).zip(days) {
+                let (begin, end) = (at(day * DAY), at((day + 1) * DAY));
+                prop_assert_eq!(start_of(usage.date), begin);
+                let minutes = |run: &Run| {
+                    let (began, ended) = (run.began.max(begin), run.ended.unwrap_or(at(now)).min(end));
+                    ended.duration_since(began).as_secs_f64().max(0.0) / 60.0
+                };
+                let vcpus: f64 = runs.0.iter().map(|run| minutes(run) * f64::from(run.vcpus)).sum();
+                let memory: f64 = runs.0.iter().map(|run| minutes(run) * f64::from(run.memory_mb)).sum();
+                prop_assert!((usage.vcpu_minutes - vcpus).abs() < 1e-6);
+                prop_assert!((usage.memory_mb_minutes - memory).abs() < 1e-6);
+            }
         }
     }
 }
