@@ -1,6 +1,7 @@
 //! The machine that a measure ran on, as far as it explains the numbers.
 
-use std::{fs, path::Path};
+use std::path::Path;
+use std::{fmt, fs};
 
 use serde::Serialize;
 
@@ -42,6 +43,19 @@ impl Virtualization {
             Self::Nested => "itself a virtual machine",
             Self::Emulated => "emulated: times compare with each other, not with other machines'",
         }
+    }
+}
+
+impl fmt::Display for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{}, {} cores, {}, kernel {}",
+            self.cpu,
+            self.cores,
+            self.virtualization.describe(),
+            self.kernel
+        )
     }
 }
 

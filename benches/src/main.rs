@@ -13,7 +13,7 @@ use benches::{
     machine::{Machine, Virtualization},
     network::Tap,
     peer::{Guest, Peer, QEMU_MICROVM, VMM},
-    report::{FORMAT, Measure, PeerRecord, PeerState, Results},
+    report::{self, FORMAT, Measure, PeerRecord, PeerState, Results},
     rounds::{Outcome, Rounds, Sample},
     running::{self, Run},
     stage::Stage,
@@ -206,8 +206,7 @@ fn run(cli: &Cli) -> Result<ExitCode, Box<dyn Error>> {
     };
     let failed = results.failed(VMM);
     print!("{}", results.table());
-    results
-        .write(&cli.output)
+    report::write(&cli.output, &results)
         .map_err(|error| format!("cannot write {}: {error}", cli.output.display()))?;
     println!("\nAll samples: {}", cli.output.display());
     if failed > 0 {

@@ -83,19 +83,6 @@ pub struct MetricRecord {
 }
 
 impl Results {
-    /// Writes everything to `path`, whose directories are made.
-    ///
-    /// # Errors
-    /// The file cannot be written.
-    pub fn write(&self, path: &Path) -> io::Result<()> {
-        if let Some(directory) = path.parent() {
-            fs::create_dir_all(directory)?;
-        }
-        let mut json = serde_json::to_vec_pretty(self)?;
-        json.push(b'\n');
-        fs::write(path, json)
-    }
-
     /// The tables, and what they say in words.
     pub fn table(&self) -> String {
         let mut text = self.heading();
@@ -340,6 +327,19 @@ fn line(text: &mut String, content: std::fmt::Arguments<'_>) {
     let _ = writeln!(text, "{content}");
 }
 
+/// Writes results to `path`, whose directories are made.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn write(path: &Path, results: &impl Serialize) -> io::Result<()> {
+    if let Some(directory) = path.parent() {
+        fs::create_dir_all(directory)?;
+    }
+    let mut json = serde_json::to_vec_pretty(results)?;
+    json.push(b'\n');
+    fs::write(path, json)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -509,7 +509,7 @@ mod tests {
             sample(0, false, VMM, 2.0),
             failed,
         ];
-        results(samples, version()).write(&path).unwrap();
+        write(&path, &results(samples, version())).unwrap();
 
         let json: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
         let samples = &json["cold_boot"]["samples"];

@@ -31,15 +31,32 @@ const UNLIMITED: &str = "[auth]\nrequests_per_minute = 0\nrequests_per_hour = 0\
 /// The phases of a start that a daemon tells of.
 const PHASES: [&str; 5] = ["prepare", "vmm", "boot", "identity", "total"];
 
-/// What a daemon is started with.
-#[derive(Debug, Clone)]
+/// What a daemon is started with, as options of a program.
+#[derive(Debug, Clone, clap::Args)]
 pub struct Programs {
-    /// `sandboxd`.
+    /// The daemon.
+    #[arg(long, value_name = "PATH", default_value = "target/release/sandboxd")]
     pub sandboxd: PathBuf,
-    /// `vmm`.
+    /// The VMM.
+    #[arg(long, value_name = "PATH", default_value = "target/release/vmm")]
     pub vmm: PathBuf,
-    /// Directory with kernel, initramfs and templates.
+    /// Directory with kernel, initramfs and template.
+    #[arg(long, value_name = "DIR", default_value = "target/images")]
     pub images: PathBuf,
+}
+
+impl Programs {
+    /// The same as absolute paths.
+    ///
+    /// # Errors
+    /// One of them is not there.
+    pub fn canonicalize(&self) -> io::Result<Self> {
+        Ok(Self {
+            sandboxd: self.sandboxd.canonicalize()?,
+            vmm: self.vmm.canonicalize()?,
+            images: self.images.canonicalize()?,
+        })
+    }
 }
 
 /// Why a measure came to nothing.

@@ -10,7 +10,7 @@ use benches::random::Random;
 use benches::restore::{Dialect, Restore, Restorer, SavedMachine};
 use benches::stage::Stage;
 use benches::stats::Summary;
-use benches::{error_chain, interrupt};
+use benches::{error_chain, interrupt, report};
 use clap::Parser;
 use serde_json::json;
 
@@ -116,11 +116,8 @@ fn run(cli: &Cli) -> Result<(), Box<dyn Error>> {
         .iter()
         .map(|one| json!({"vmm": one.restorer, "memory_mib": one.memory_mib, "samples": one.samples}))
         .collect();
-    if let Some(parent) = cli.output.parent() {
-        std::fs::create_dir_all(parent)?;
-    }
     let results = json!({"machine": machine, "seed": cli.seed, "restores": all});
-    std::fs::write(&cli.output, serde_json::to_vec_pretty(&results)?)?;
+    report::write(&cli.output, &results)?;
     Ok(())
 }
 
@@ -195,13 +192,7 @@ fn save_all<'a>(
 }
 
 fn print(series: &[Series<'_>], machine: &Machine) {
-    println!(
-        "{}, {} cores, {}, kernel {}",
-        machine.cpu,
-        machine.cores,
-        machine.virtualization.describe(),
-        machine.kernel
-    );
+    println!("{machine}");
     println!(
         "\n{:<28} {:>3} {:>18} {:>9} {:>9} {:>9} {:>9} {:>9}",
         "restore, ms", "n", "guest runs, median", "answered", "p95", "min", "max", "PSS, MiB"

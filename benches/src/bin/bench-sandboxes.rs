@@ -8,7 +8,7 @@ use std::time::Instant;
 use benches::machine::Machine;
 use benches::sandboxes::{Created, Daemon, Programs, SandboxError, Starts, growth};
 use benches::stats::Summary;
-use benches::{error_chain, interrupt};
+use benches::{error_chain, interrupt, report};
 use clap::{Parser, ValueEnum};
 use serde_json::json;
 
@@ -38,15 +38,8 @@ struct Cli {
     /// Memory of a sandbox, in MiB.
     #[arg(long, value_name = "MIB", default_value_t = 256)]
     memory: u32,
-    /// The daemon.
-    #[arg(long, value_name = "PATH", default_value = "target/release/sandboxd")]
-    sandboxd: PathBuf,
-    /// The VMM.
-    #[arg(long, value_name = "PATH", default_value = "target/release/vmm")]
-    vmm: PathBuf,
-    /// Directory with kernel, initramfs and template.
-    #[arg(long, value_name = "DIR", default_value = "target/images")]
-    images: PathBuf,
+    #[command(flatten)]
+    programs: Programs,
     /// Where to write the samples.
     #[arg(
         long,
@@ -101,11 +94,7 @@ fn main() -> ExitCode {
 fn run(cli: &Cli) -> Result<(), Box<dyn Error>> {
     interrupt::catch_signals()?;
     let machine = Machine::describe();
-    let programs = Programs {
-        sandboxd: cli.sandboxd.canonicalize()?,
-        vmm: cli.vmm.canonicalize()?,
-        images: cli.images.canonicalize()?,
-    };
+    let programs = cli.programs.canonicalize()?;
     let cold = Daemon::start(&programs, Starts::Cold)?;
     let bare = Daemon::start(&programs, Starts::Bare)?;
     let warm = Daemon::start(&programs, Starts::Warm)?;
@@ -122,16 +111,13 @@ fn run(cli: &Cli) -> Result<(), Box<dyn Error>> {
         }
     })?;
     print(&samples, &machine);
-    if let Some(parent) = cli.output.parent() {
-        std::fs::create_dir_all(parent)?;
-    }
     let all: serde_json::Map<_, _> = samples
         .0
         .into_iter()
         .map(|(name, samples)| (name, json!(samples)))
         .collect();
     let results = json!({"machine": machine, "memory_mib": cli.memory, "samples": all});
-    std::fs::write(&cli.output, serde_json::to_vec_pretty(&results)?)?;
+    report::write(&cli.output, &results)?;
     Ok(())
 }
 
@@ -285,13 +271,7 @@ fn fork(
 }
 
 fn print(samples: &Samples, machine: &Machine) {
-    println!(
-        "{}, {} cores, {}, kernel {}",
-        machine.cpu,
-        machine.cores,
-        machine.virtualization.describe(),
-        machine.kernel
-    );
+    println!("{machine}");
     println!(
         "\n{:<48} {:>3} {:>9} {:>9} {:>9} {:>9}",
         "", "n", "median", "p95", "min", "max"

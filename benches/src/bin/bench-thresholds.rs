@@ -12,7 +12,7 @@ use benches::machine::Machine;
 use benches::sandboxes::{Daemon, Programs, SandboxError, Starts};
 use benches::stats::Summary;
 use benches::thresholds::{Row, WANTED, deviation};
-use benches::{error_chain, interrupt};
+use benches::{error_chain, interrupt, report};
 use clap::Parser;
 use serde_json::{Value, json};
 
@@ -28,15 +28,8 @@ struct Cli {
     /// Samples of a boot, and machines in each measure of many; the bounds are for 5 and more.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(2..=20))]
     samples: u16,
-    /// The daemon.
-    #[arg(long, value_name = "PATH", default_value = "target/release/sandboxd")]
-    sandboxd: PathBuf,
-    /// The VMM.
-    #[arg(long, value_name = "PATH", default_value = "target/release/vmm")]
-    vmm: PathBuf,
-    /// Directory with kernel, initramfs and template.
-    #[arg(long, value_name = "DIR", default_value = "target/images")]
-    images: PathBuf,
+    #[command(flatten)]
+    programs: Programs,
     /// Where to write the values.
     #[arg(
         long,
@@ -60,21 +53,11 @@ fn main() -> ExitCode {
 fn run(cli: &Cli) -> Result<()> {
     interrupt::catch_signals()?;
     let machine = Machine::describe();
-    let programs = Programs {
-        sandboxd: cli.sandboxd.canonicalize()?,
-        vmm: cli.vmm.canonicalize()?,
-        images: cli.images.canonicalize()?,
-    };
+    let programs = cli.programs.canonicalize()?;
     let mut daemon = Daemon::start(&programs, Starts::Warm)?;
     daemon.log_in()?;
     let (rows, failures) = measure(&daemon, usize::from(cli.samples))?;
-    println!(
-        "{}, {} cores, {}, kernel {}\n",
-        machine.cpu,
-        machine.cores,
-        machine.virtualization.describe(),
-        machine.kernel
-    );
+    println!("{machine}\n");
     println!("| measure | value | bound | margin | at best |\n|---|---|---|---|---|");
     for row in &rows {
         println!("{}", row.line());
@@ -88,11 +71,8 @@ fn run(cli: &Cli) -> Result<()> {
     for row in not_well {
         println!("- not: {}", row.name);
     }
-    if let Some(parent) = cli.output.parent() {
-        std::fs::create_dir_all(parent)?;
-    }
     let results = json!({"machine": machine, "rows": rows, "failures": failures});
-    std::fs::write(&cli.output, serde_json::to_vec_pretty(&results)?)?;
+    report::write(&cli.output, &results)?;
     match failures.is_empty() {
         true => Ok(()),
         false => Err(format!("not all was measured: {}", failures.join("; ")).into()),
