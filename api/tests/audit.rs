@@ -10,17 +10,8 @@ use axum::body::Body;
 use axum::http::{Request, StatusCode};
 use rusqlite::Connection;
 use serde_json::{Value, json};
-use support::Api;
+use support::{Api, PASSWORD};
 use tower::ServiceExt;
-
-const PASSWORD: &str = "Correct-horse-7";
-
-async fn user(api: &Api, name: &str, role: &str) -> String {
-    let body = json!({"username": name, "password": PASSWORD, "role": role}).to_string();
-    let (status, answer) = api.call("POST", "/api/v1/auth/register", &body).await;
-    assert_eq!(status, StatusCode::CREATED, "{answer}");
-    api.token(name, PASSWORD).await
-}
 
 async fn logs(api: &Api, token: &str, query: &str) -> (StatusCode, Value) {
     let path = format!("/api/v1/security/audit-logs{query}");
@@ -40,7 +31,7 @@ async fn actions(api: &Api, token: &str, query: &str) -> Vec<String> {
 #[tokio::test]
 async fn what_changes_something_is_on_record_and_holds_no_secret() {
     let api = Api::new(1 << 20, 1 << 20).await;
-    let root = user(&api, "root", "admin").await;
+    let root = api.user("root", "admin").await;
     let wrong = json!({"username": "root", "password": "Wrong-horse-7"}).to_string();
     api.call("POST", "/api/v1/auth/login", &wrong).await;
     let headers = [("authorization", root.as_str())];
@@ -126,8 +117,8 @@ async fn what_changes_something_is_on_record_and_holds_no_secret() {
 #[tokio::test]
 async fn filters_and_who_may_read() {
     let api = Api::new(1, 1).await;
-    let root = user(&api, "root", "admin").await;
-    let bob = user(&api, "bob", "user").await;
+    let root = api.user("root", "admin").await;
+    let bob = api.user("bob", "user").await;
     api.create().await;
     assert_eq!(logs(&api, &bob, "").await.0, StatusCode::FORBIDDEN);
     let none = api.call("GET", "/api/v1/security/audit-logs", "").await;
@@ -279,7 +270,7 @@ async fn who_knocks_without_end_does_not_fill_the_log() {
         4,
         "and the number of the others"
     );
-    let root = user(&api, "root", "admin").await;
+    let root = api.user("root", "admin").await;
     let (_, answer) = logs(&api, &root, "?action_type=vm_delete").await;
     let records = answer["logs"].as_array().unwrap();
     assert_eq!(records[0]["details"]["repeated"], 199);

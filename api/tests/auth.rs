@@ -5,9 +5,7 @@ mod support;
 use api::http::{Access, OPEN};
 use axum::http::StatusCode;
 use serde_json::{Value, json};
-use support::Api;
-
-const PASSWORD: &str = "Correct-horse-7";
+use support::{Api, PASSWORD};
 
 async fn register(api: &Api, name: &str, role: &str, headers: &[(&str, &str)]) -> StatusCode {
     let body = json!({"username": name, "password": PASSWORD, "role": role}).to_string();

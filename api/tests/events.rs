@@ -22,8 +22,6 @@ use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::{Error, Message};
 use tokio_tungstenite::{WebSocketStream, client_async};
 
-const PASSWORD: &str = "Correct-horse-7";
-
 struct Served {
     api: Api,
     address: SocketAddr,
@@ -85,10 +83,7 @@ impl Served {
 
     /// A user's `Authorization`.
     async fn user(&self, name: &str, role: &str) -> String {
-        let body = json!({"username": name, "password": PASSWORD, "role": role}).to_string();
-        let (status, answer) = self.api.call("POST", "/api/v1/auth/register", &body).await;
-        assert_eq!(status, StatusCode::CREATED, "{answer}");
-        self.api.token(name, PASSWORD).await
+        self.api.user(name, role).await
     }
 
     async fn open(&self, path: &str, headers: &[(&'static str, &str)]) -> Result<Socket, Error> {

@@ -7,11 +7,9 @@ mod support;
 
 use axum::body::Body;
 use axum::http::{Request, StatusCode};
-use serde_json::{Value, json};
+use serde_json::Value;
 use support::{Api, read_json};
 use tower::ServiceExt;
-
-const PASSWORD: &str = "Correct-horse-7";
 
 /// An operation that the API describes.
 struct Operation {
@@ -70,10 +68,7 @@ struct Client {
 impl Client {
     async fn new() -> Self {
         let api = Api::new(1 << 20, 1 << 20).await;
-        let body = json!({"username": "root", "password": PASSWORD, "role": "admin"}).to_string();
-        let (status, answer) = api.call("POST", "/api/v1/auth/register", &body).await;
-        assert_eq!(status, StatusCode::CREATED, "{answer}");
-        let token = api.token("root", PASSWORD).await;
+        let token = api.user("root", "admin").await;
         Self { api, token }
     }
 

@@ -22,20 +22,10 @@ use served::Served;
 use support::Api;
 use support::meter::{GIB, MIB};
 
-const PASSWORD: &str = "Correct-horse-7";
-
 /// What the script of [`vmm::install`] starts; does nothing in a run of the tests.
 #[test]
 fn as_a_vmm() {
     vmm::run();
-}
-
-/// A user's `Authorization`.
-async fn user(api: &Api, name: &str, role: &str) -> String {
-    let body = json!({"username": name, "password": PASSWORD, "role": role}).to_string();
-    let (status, answer) = api.call("POST", "/api/v1/auth/register", &body).await;
-    assert_eq!(status, StatusCode::CREATED, "{answer}");
-    api.token(name, PASSWORD).await
 }
 
 async fn get(api: &Api, token: &str, path: &str) -> (u16, Value) {
@@ -47,7 +37,7 @@ async fn get(api: &Api, token: &str, path: &str) -> (u16, Value) {
 #[tokio::test]
 async fn a_machine_is_measured_as_the_host_tells() {
     let api = Api::new(1, 1).await;
-    let token = user(&api, "alice", "user").await;
+    let token = api.user("alice", "user").await;
     let body =
         json!({"name": "vm", "vcpus": 2, "storage_config": {"disk_size_gb": 10}}).to_string();
     let headers = [("authorization", token.as_str())];
@@ -109,8 +99,8 @@ async fn a_machine_is_measured_as_the_host_tells() {
 #[tokio::test]
 async fn the_host_is_measured_and_machines_are_counted_for_whoever_sees_them() {
     let api = Api::new(1, 1).await;
-    let alice = user(&api, "alice", "user").await;
-    let bob = user(&api, "bob", "user").await;
+    let alice = api.user("alice", "user").await;
+    let bob = api.user("bob", "user").await;
     let body = json!({"vcpus": 3, "memory_mb": 1024}).to_string();
     let headers = [("authorization", alice.as_str())];
     let made = api.call_as("POST", "/v1/sandboxes", &body, &headers).await;
@@ -316,8 +306,8 @@ async fn each_part_is_asked_how_it_is() {
 #[tokio::test]
 async fn the_status_is_counted_for_whoever_asks() {
     let api = Api::new(1, 1).await;
-    let alice = user(&api, "alice", "admin").await;
-    let bob = user(&api, "bob", "user").await;
+    let alice = api.user("alice", "admin").await;
+    let bob = api.user("bob", "user").await;
     let id = api.create().await;
     let body = json!({"sandbox_id": id}).to_string();
     assert_eq!(
@@ -458,8 +448,8 @@ async fn prometheus_is_told_what_is_counted() {
 #[tokio::test]
 async fn only_administrators_and_the_machine_itself_see_what_is_counted() {
     let api = Api::open(Access::Credentials).await;
-    let root = user(&api, "root", "admin").await;
-    let alice = user(&api, "alice", "user").await;
+    let root = api.user("root", "admin").await;
+    let alice = api.user("alice", "user").await;
     assert_eq!(scrape(&api, &[]).await.0, StatusCode::UNAUTHORIZED);
     let by = async |token: &str| scrape(&api, &[("authorization", token)]).await;
     assert_eq!(by(&alice).await.0, StatusCode::FORBIDDEN);

@@ -32,15 +32,6 @@ impl std::ops::Deref for Bench {
     }
 }
 
-const PASSWORD: &str = "Correct-horse-7";
-
-async fn login(api: &Api, name: &str, role: &str) -> String {
-    let user = json!({"username": name, "password": PASSWORD, "role": role}).to_string();
-    let (status, user) = api.call("POST", "/api/v1/auth/register", &user).await;
-    assert_eq!(status, StatusCode::CREATED, "{user}");
-    api.token(name, PASSWORD).await
-}
-
 async fn api() -> Bench {
     let api = Api::new(MIB, MIB).await;
     *api.host.networks.lock().unwrap() = vec![NetworkInfo {
@@ -48,7 +39,7 @@ async fn api() -> Bench {
         subnet: "192.168.200.0/24".parse().unwrap(),
         default_egress: Egress::All,
     }];
-    let bearer = login(&api, "alice", "admin").await;
+    let bearer = api.user("alice", "admin").await;
     Bench { api, bearer }
 }
 
@@ -776,7 +767,7 @@ async fn what_one_dialect_makes_the_other_sees() {
 async fn a_user_sees_only_their_own() {
     let alice = api().await;
     running(&alice).await;
-    let bearer = login(&alice, "bob", "user").await;
+    let bearer = alice.user("bob", "user").await;
     let Bench { api, bearer: admin } = alice;
     let bob = Bench { api, bearer };
     assert_eq!(get(&bob, "/vms").await.1["total"], 0);

@@ -16,17 +16,7 @@ use axum::http::StatusCode;
 use operations::{Things, body_for};
 use proptest::prelude::*;
 use serde_json::{Value, json};
-use support::{Api, FakeHost};
-
-const PASSWORD: &str = "Correct-horse-7";
-
-/// A user's `Authorization`.
-async fn user(api: &Api, name: &str, role: &str) -> String {
-    let body = json!({"username": name, "password": PASSWORD, "role": role}).to_string();
-    let (status, answer) = api.call("POST", "/api/v1/auth/register", &body).await;
-    assert_eq!(status, StatusCode::CREATED, "{answer}");
-    api.token(name, PASSWORD).await
-}
+use support::{Api, FakeHost, PASSWORD};
 
 async fn call(api: &Api, token: &str, method: &str, path: &str, body: &str) -> (StatusCode, Value) {
     api.call_as(method, path, body, &[("authorization", token)])
@@ -42,8 +32,8 @@ async fn create(api: &Api, token: &str) -> String {
 #[tokio::test]
 async fn no_operation_lets_a_user_see_touch_or_infer_what_is_anothers() {
     let api = Api::new(1 << 20, 1 << 20).await;
-    let alice = user(&api, "alice", "user").await;
-    let bob = user(&api, "bob", "user").await;
+    let alice = api.user("alice", "user").await;
+    let bob = api.user("bob", "user").await;
     let sandbox = create(&api, &alice).await;
     let body = json!({"sandbox_id": sandbox, "name": "mine"}).to_string();
     let (status, snapshot) = call(&api, &alice, "POST", "/v1/snapshots", &body).await;
@@ -158,9 +148,9 @@ async fn no_operation_lets_a_user_see_touch_or_infer_what_is_anothers() {
 #[tokio::test]
 async fn names_are_each_users_own_and_an_administrator_sees_all() {
     let api = Api::new(1, 1).await;
-    let root = user(&api, "root", "admin").await;
-    let alice = user(&api, "alice", "user").await;
-    let bob = user(&api, "bob", "user").await;
+    let root = api.user("root", "admin").await;
+    let alice = api.user("alice", "user").await;
+    let bob = api.user("bob", "user").await;
     for token in [&alice, &bob] {
         let sandbox = create(&api, token).await;
         let body = json!({"sandbox_id": sandbox, "name": "mine"}).to_string();
@@ -185,8 +175,8 @@ async fn names_are_each_users_own_and_an_administrator_sees_all() {
 #[tokio::test]
 async fn keys_act_for_their_user_until_they_are_revoked() {
     let api = Api::open(Access::Credentials).await;
-    let root = user(&api, "root", "admin").await;
-    let alice = user(&api, "alice", "user").await;
+    let root = api.user("root", "admin").await;
+    let alice = api.user("alice", "user").await;
     let make = async |token: &str, body: Value| {
         call(&api, token, "POST", "/v1/api-keys", &body.to_string()).await
     };
@@ -236,7 +226,7 @@ async fn keys_act_for_their_user_until_they_are_revoked() {
 #[tokio::test]
 async fn keys_are_made_listed_and_revoked_by_the_command_line() {
     let api = Api::open(Access::Credentials).await;
-    user(&api, "root", "admin").await;
+    api.user("root", "admin").await;
     let root = api.token("root", PASSWORD).await;
     let (_, first) = call(&api, &root, "POST", "/v1/api-keys", r#"{"name": "first"}"#).await;
     let first = first["key"].as_str().unwrap();
@@ -299,8 +289,8 @@ async fn quotas_hold_for_create_fork_and_resume_of_each_user() {
         ..Quota::default()
     };
     let api = Api::with_quotas(of_user(quota)).await;
-    let alice = user(&api, "alice", "user").await;
-    let bob = user(&api, "bob", "user").await;
+    let alice = api.user("alice", "user").await;
+    let bob = api.user("bob", "user").await;
     let first = create(&api, &alice).await;
     create(&api, &alice).await;
     let (status, refused) = call(&api, &alice, "POST", "/v1/sandboxes", "{}").await;
@@ -350,7 +340,7 @@ async fn quotas_of_a_key_hold_for_what_is_made_with_it() {
         ..Quota::default()
     };
     let api = Api::with_quotas(of_user(quota)).await;
-    let alice = user(&api, "alice", "user").await;
+    let alice = api.user("alice", "user").await;
     let new_key = json!({"name": "ci", "quota": {"sandboxes": 1, "memory_mb": 1024}}).to_string();
     let (status, made) = call(&api, &alice, "POST", "/v1/api-keys", &new_key).await;
     assert_eq!(status, StatusCode::CREATED);

@@ -17,12 +17,9 @@ mod vmm;
 use std::sync::atomic::Ordering;
 
 use api::domain::{Booted, HostError, Quota, Quotas, ResourceChange, StopSpec};
-use axum::http::StatusCode;
 use serde_json::{Value, json};
 use served::Served;
-use support::Api;
-
-const PASSWORD: &str = "Correct-horse-7";
+use support::{Api, PASSWORD};
 
 /// What the script of [`vmm::install`] starts; does nothing in a run of the tests.
 #[test]
@@ -42,10 +39,7 @@ impl Bench {
     }
 
     async fn of(api: Api) -> Self {
-        let user = json!({"username": "alice", "password": PASSWORD, "role": "user"}).to_string();
-        let (status, answer) = api.call("POST", "/api/v1/auth/register", &user).await;
-        assert_eq!(status, StatusCode::CREATED, "{answer}");
-        let token = api.token("alice", PASSWORD).await;
+        let token = api.user("alice", "user").await;
         Self { api, token }
     }
 

@@ -11,12 +11,9 @@ mod support;
 use api::audit;
 use api::domain::{Change, News, Posture, Principal, Subscription, VmmPosture};
 use api::scan::{ScanKind, ScanSpec, Scans};
-use axum::http::StatusCode;
 use rusqlite::Connection;
 use serde_json::{Value, json};
 use support::{ADVISORIES, Api};
-
-const PASSWORD: &str = "Correct-horse-7";
 
 /// The API, and a user of it.
 struct Bench {
@@ -37,7 +34,7 @@ impl Bench {
             }),
             exposed: Vec::new(),
         };
-        let bearer = user(&api, "alice", "admin").await;
+        let bearer = api.user("alice", "admin").await;
         let bench = Self { api, bearer };
         bench.file("/etc/passwd", "root:x:0:0::/root:/bin/sh\n");
         bench.file("/etc/group", "root:x:0:\n");
@@ -109,13 +106,6 @@ async fn ended(events: &mut Subscription, scan: &Value) -> &'static str {
             return status;
         }
     }
-}
-
-async fn user(api: &Api, name: &str, role: &str) -> String {
-    let body = json!({"username": name, "password": PASSWORD, "role": role}).to_string();
-    let (status, answer) = api.call("POST", "/api/v1/auth/register", &body).await;
-    assert_eq!(status, StatusCode::CREATED, "{answer}");
-    api.token(name, PASSWORD).await
 }
 
 fn finding<'a>(scan: &'a Value, check: &str) -> Option<&'a Value> {
@@ -307,7 +297,7 @@ async fn packages_are_compared_with_known_holes_and_without_any_it_says_so() {
 #[tokio::test]
 async fn what_is_asked_for_wrongly_is_told_at_once_and_scans_are_their_owners() {
     let bench = Bench::new().await;
-    let bob = user(&bench.api, "bob", "user").await;
+    let bob = bench.api.user("bob", "user").await;
     bench.vm("hers", true).await;
     let wrong = json!({"scan_type": "x", "frameworks": ["SOC2", "SOX"]});
     let (status, error) = bench.call("POST", "/security/scan", wrong).await;

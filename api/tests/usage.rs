@@ -8,16 +8,6 @@ use axum::http::StatusCode;
 use serde_json::{Value, json};
 use support::Api;
 
-const PASSWORD: &str = "Correct-horse-7";
-
-/// A user's `Authorization`.
-async fn user(api: &Api, name: &str, role: &str) -> String {
-    let body = json!({"username": name, "password": PASSWORD, "role": role}).to_string();
-    let (status, answer) = api.call("POST", "/api/v1/auth/register", &body).await;
-    assert_eq!(status, StatusCode::CREATED, "{answer}");
-    api.token(name, PASSWORD).await
-}
-
 async fn call(api: &Api, token: &str, method: &str, path: &str, body: &Value) -> Value {
     let headers = [("authorization", token)];
     let (status, answer) = api.call_as(method, path, &body.to_string(), &headers).await;
@@ -40,9 +30,9 @@ fn peaks(running: u64, vcpus: u64, memory_mb: u64) -> Value {
 #[tokio::test]
 async fn what_sandboxes_have_and_had_is_told_to_whose_they_are() {
     let api = Api::new(1, 1).await;
-    let root = user(&api, "root", "admin").await;
-    let alice = user(&api, "alice", "user").await;
-    let bob = user(&api, "bob", "user").await;
+    let root = api.user("root", "admin").await;
+    let alice = api.user("alice", "user").await;
+    let bob = api.user("bob", "user").await;
     let mut ids = Vec::new();
     for (token, vcpus, memory_mb) in [(&alice, 2, 512), (&alice, 1, 256), (&bob, 4, 1024)] {
         let body = json!({"vcpus": vcpus, "memory_mb": memory_mb});

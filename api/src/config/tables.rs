@@ -1,4 +1,4 @@
-//! The tables of the settings file, but that of networks.
+//! The tables of the settings file that have no module of their own.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
