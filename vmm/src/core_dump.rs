@@ -18,12 +18,15 @@ use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryReg
 
 use crate::memory::{GuestMemory, is_zero};
 
+// `Elf64_Ehdr` and `Elf64_Phdr` of elf(5), in bytes.
 const HEADER_SIZE: u64 = 64;
 const PROGRAM_HEADER_SIZE: u64 = 56;
+/// Bytes of a page.
 const PAGE: usize = 4096;
-/// How much memory is read at a time.
+/// How much memory is read at a time, in bytes.
 const CHUNK: usize = 64 * PAGE;
 
+// Values of elf(5); those of notes are in `linux/elf.h`.
 const ET_CORE: u16 = 4;
 const EM_X86_64: u16 = 62;
 const PT_LOAD: u32 = 1;
@@ -31,7 +34,7 @@ const PT_NOTE: u32 = 4;
 const PF_READ_WRITE_EXECUTE: u32 = 7;
 const NT_PRSTATUS: u32 = 1;
 const NOTE_NAME: &[u8; 8] = b"CORE\0\0\0\0";
-/// `struct elf_prstatus` of x86-64.
+/// `struct elf_prstatus` of x86-64 (`linux/elfcore.h`), in bytes.
 const PRSTATUS_SIZE: usize = 336;
 /// Offset of `pr_pid` in it.
 const PRSTATUS_PID: usize = 32;

@@ -21,6 +21,7 @@ use vmm::log;
 use vmm::sandboxing::{self, JailConfig, ThreadKind};
 use vmm::signals::Signals;
 
+// Exit statuses, beside those of the guest's end.
 const STATUS_FAILED: u8 = 1;
 const STATUS_USAGE: u8 = 2;
 

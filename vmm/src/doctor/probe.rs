@@ -58,8 +58,10 @@ const PROGRAM: [u8; 16] = [
 ];
 const LEVEL_3_ENTRY: u64 = CODE + 0x03;
 const HANDLER: u64 = CODE + 0x07;
+/// The port that the guest reports to.
 const PORT: u16 = 0xf4;
 
+// Entries of page tables: Intel SDM volume 3, 4.5.
 const PAGE_PRESENT: u64 = 1 << 0;
 const PAGE_WRITABLE: u64 = 1 << 1;
 const PAGE_USER: u64 = 1 << 2;

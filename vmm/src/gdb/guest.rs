@@ -15,6 +15,7 @@ use super::{paging, registers};
 use crate::kvm::vcpu::VcpuGate;
 use crate::memory::GuestMemory;
 
+/// Bytes of a page.
 const PAGE: u64 = 4096;
 
 /// An exit of a vCPU for the debugger. The vCPU is held since.

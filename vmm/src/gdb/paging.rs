@@ -9,6 +9,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::DebugError;
 use crate::memory::GuestMemory;
 
+// Control registers: Intel SDM volume 3, 2.5; EFER: 2.2.1; entries of page tables: 4.5.
 const CR0_PG: u64 = 1 << 31;
 const CR4_LA57: u64 = 1 << 12;
 const EFER_LMA: u64 = 1 << 10;
@@ -19,6 +20,7 @@ const LARGE: u64 = 1 << 7;
 /// Bits 12 to 51 of an entry and of CR3.
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
+/// Bits of an address that are within a page, and those that each level of tables takes.
 const PAGE_BITS: u32 = 12;
 const INDEX_BITS: u32 = 9;
 

@@ -276,6 +276,7 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, VmError> {
 
 /// Asks the host kernel to let guests use the AMX tile data (Documentation/arch/x86/xstate.rst).
 fn request_amx_permission() {
+    // `asm/prctl.h`, and the number of the state in XCR0 (Intel SDM volume 1, 13.1).
     const ARCH_REQ_XCOMP_GUEST_PERM: libc::c_int = 0x1025;
     const XFEATURE_XTILEDATA: libc::c_ulong = 18;
     // SAFETY: this operation takes a number and writes to no memory. It fails where the

@@ -21,6 +21,7 @@ const MAX_THREADS: u64 = 256;
 
 /// Leaves the keyring of the session that the process was started in, for an empty one.
 pub(super) fn leave_keyring() -> io::Result<()> {
+    // keyctl(2), `linux/keyctl.h`.
     const KEYCTL_JOIN_SESSION_KEYRING: libc::c_long = 1;
     // SAFETY: without a name, the call reads no memory.
     let result = unsafe {

@@ -10,6 +10,7 @@ use super::manifest::Manifest;
 use super::{Prefault, RestoreConfig};
 use crate::config::VmConfig;
 
+// Names of files in the directory of a snapshot.
 const MANIFEST: &str = "manifest.json";
 const STATE: &str = "state.json";
 const MEMORY: &str = "memory-ranges";

@@ -20,11 +20,13 @@ use super::layout::{
 };
 use crate::memory::GuestMemory;
 
+// Types of an entry of the memory map (ACPI 6.5, chapter 15, address range types).
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
 
+// What a bzImage is known by (boot.rst, `boot_flag` and `header`: "HdrS").
 const BOOT_FLAG: u16 = 0xaa55;
-const HEADER_MAGIC: u32 = 0x5372_6448; // "HdrS"
+const HEADER_MAGIC: u32 = 0x5372_6448;
 /// "Undefined" boot loader (boot.rst, type_of_loader).
 const LOADER_UNDEFINED: u8 = 0xff;
 /// `LOADED_HIGH`: the protected mode code is at 1 MiB.

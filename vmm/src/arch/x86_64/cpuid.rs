@@ -3,6 +3,7 @@
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
+// Leaves, and bits in them: Intel SDM volume 2, CPUID; AMD APM volume 3, appendix E.
 const LEAF_FEATURES: u32 = 0x1;
 const LEAF_CACHE: u32 = 0x4;
 const LEAF_THERMAL: u32 = 0x6;
@@ -22,6 +23,7 @@ const CLFLUSH_SIZE: u32 = 8;
 /// Turbo boost, which a guest can neither see nor influence.
 const THERMAL_EAX_TURBO: u32 = 1 << 1;
 
+// Types of levels in the leaves of the topology.
 const LEVEL_TYPE_SMT: u32 = 1;
 const LEVEL_TYPE_CORE: u32 = 2;
 

@@ -2,6 +2,7 @@
 
 use kvm_bindings::kvm_msr_entry;
 
+// Intel SDM volume 4, table 2-2.
 const MSR_IA32_TSC: u32 = 0x10;
 const MSR_IA32_SYSENTER_CS: u32 = 0x174;
 const MSR_IA32_SYSENTER_ESP: u32 = 0x175;

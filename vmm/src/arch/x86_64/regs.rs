@@ -10,15 +10,18 @@ use super::layout::{
 };
 use crate::memory::GuestMemory;
 
+// Control registers: Intel SDM volume 3, 2.5; EFER: 2.2.1.
 const CR0_PE: u64 = 1 << 0;
 const CR0_PG: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
 
+// Entries of page tables: Intel SDM volume 3, 4.5.
 const PAGE_PRESENT: u64 = 1 << 0;
 const PAGE_WRITABLE: u64 = 1 << 1;
 const PAGE_LARGE: u64 = 1 << 7;
+/// In bytes.
 const LARGE_PAGE_SIZE: u64 = 2 << 20;
 
 /// Bit 1 of RFLAGS always reads as one (Intel SDM volume 1, 3.4.3).

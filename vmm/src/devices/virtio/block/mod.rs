@@ -285,6 +285,7 @@ impl Block {
 
 /// The bytes that a request transfers, whatever its kind: all but the header and the status.
 fn transfer_len(pieces: &ChainPieces) -> u64 {
+    // `struct virtio_blk_req` up to its data (virtio 1.2, 5.2.6), in bytes.
     const HEADER_LEN: usize = 16;
     let output = pieces.readable_len().saturating_sub(HEADER_LEN);
     let input = pieces.writable_len().saturating_sub(1);

@@ -39,9 +39,10 @@ use blocks::{BlockState, Blocks};
 /// guest has to split one.
 pub const BLOCK_SIZE: u64 = 2 << 20;
 
-/// The driver does not touch unplugged blocks.
+/// The driver does not touch unplugged blocks (virtio 1.2, 5.15.3).
 const F_UNPLUGGED_INACCESSIBLE: u64 = 1 << 1;
 
+/// Descriptors of the queue.
 const QUEUE_SIZE: u16 = 64;
 /// A request is one buffer each way; more descriptors than these are no use to anybody.
 const MAX_DESCRIPTORS: usize = 8;
@@ -51,6 +52,7 @@ const REQUEST_SIZE: usize = 24;
 /// `struct virtio_mem_resp`: type, padding, state.
 const RESPONSE_SIZE: usize = 10;
 
+// Types of requests (virtio 1.2, 5.15.6).
 const REQUEST_PLUG: u16 = 0;
 const REQUEST_UNPLUG: u16 = 1;
 const REQUEST_UNPLUG_ALL: u16 = 2;

@@ -15,6 +15,7 @@ use super::state::{DeviceState, OwnState, RestoreError};
 use super::{Activation, ControlError, DeviceError, DeviceKind, Source, VirtioDevice};
 use crate::config::RngConfig;
 
+/// Descriptors of the queue.
 const QUEUE_SIZE: u16 = 64;
 
 /// The most bytes that one chain receives. The device may use less than a buffer holds
