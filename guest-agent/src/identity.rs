@@ -7,7 +7,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 use agent_protocol::{Resumed, ResumedRequest};
@@ -30,6 +30,8 @@ pub struct Itself {
     boot_id: BootId,
     /// Open from the start: what is to be done first after a restore shall touch little.
     clock: Option<HostClock>,
+    /// What it was connected by the last time.
+    card: Option<network::Card>,
 }
 
 impl Itself {
@@ -38,6 +40,7 @@ impl Itself {
         Self {
             boot_id: BootId::default(),
             clock: HostClock::open(),
+            card: None,
         }
     }
 
@@ -98,7 +101,7 @@ pub fn assume(request: &ResumedRequest, itself: &mut Itself) -> Resumed {
     let network = match &request.network {
         Some(network) => try_to(
             "the network card cannot be set up",
-            network::set_up(network).map(|address| {
+            network::set_up(network, &mut itself.card).map(|address| {
                 before = address;
                 true
             }),
@@ -174,8 +177,12 @@ fn seed(seed: &[u8]) -> io::Result<()> {
     }
 }
 
-/// Replaces `machine-id` in the directory `etc`, if it is there and differs. Whoever reads it finds
-/// the old one or the new one. Returns whether it has the id now.
+/// Replaces what is in `machine-id` in the directory `etc`, if it is there and differs. Returns whether
+/// it has the id now.
+///
+/// A file that holds an id already is written over: to make another in its place takes the disk, which
+/// a guest that was just restored would wait for. What is not an id yet, such as nothing, is replaced, so
+/// that whoever reads it finds that or the whole id.
 fn write_machine_id(etc: &Path, id: &str) -> io::Result<bool> {
     let path = etc.join("machine-id");
     let line = format!("{id}\n");
@@ -188,7 +195,17 @@ fn write_machine_id(etc: &Path, id: &str) -> io::Result<bool> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         Err(error) => return Err(error),
     };
-    if fs::read(&path)? == line.as_bytes() {
+    let before = fs::read(&path)?;
+    if before == line.as_bytes() {
+        return Ok(true);
+    }
+    if before.len() == line.len()
+        && let Ok(file) = OpenOptions::new()
+            .write(true)
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(&path)
+    {
+        file.write_all_at(line.as_bytes(), 0)?;
         return Ok(true);
     }
     let temporary = etc.join(".machine-id.new");
@@ -212,6 +229,8 @@ fn write_machine_id(etc: &Path, id: &str) -> io::Result<bool> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+
     use super::*;
 
     #[test]
@@ -232,6 +251,28 @@ mod tests {
             assert_eq!(mode & 0o777, 0o444);
         }
         assert_eq!(fs::read_dir(etc).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_machine_id_is_written_over_another_and_replaces_all_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let (etc, path) = (dir.path(), dir.path().join("machine-id"));
+        let (one, two) = ("1".repeat(32), "2".repeat(32));
+        for (before, is_written_over) in [
+            (format!("{one}\n"), true),
+            ("uninitialized\n".to_owned(), false),
+            (format!("{one}{one}\n"), false),
+        ] {
+            fs::write(&path, before).unwrap();
+            // Whoever has it open keeps its number from being given to the next one.
+            let opened = File::open(&path).unwrap();
+            assert!(write_machine_id(etc, &two).unwrap());
+            assert_eq!(fs::read_to_string(&path).unwrap(), format!("{two}\n"));
+            let number = |metadata: fs::Metadata| metadata.ino();
+            let (old, new) = (opened.metadata().unwrap(), fs::metadata(&path).unwrap());
+            assert_eq!(number(old) == number(new), is_written_over);
+            assert_eq!(fs::read_dir(etc).unwrap().count(), 1);
+        }
     }
 
     #[test]

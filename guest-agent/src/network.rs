@@ -15,26 +15,46 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 /// Ethernet, of `linux/if_arp.h`.
 const ARPHRD_ETHER: libc::sa_family_t = 1;
 
+/// A network card, as the kernel knows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Card {
+    name: String,
+    /// The kernel counts them upwards, and gives no number to a second one.
+    index: u64,
+}
+
 /// Gives the first network card its address and brings it up, and leads everything else to the
-/// gateway. Returns the address that it has had before, if that is another.
-pub fn set_up(network: &GuestNetwork) -> io::Result<Option<Ipv4Addr>> {
-    let name = first_card(Path::new("/sys/class/net"))?;
+/// gateway. Returns the address that it has had before, if that is another. `known` is the card that
+/// it was the last time: nothing comes before it as long as it is there, and to look through all of them
+/// takes a restored guest through much code that it has to get from the disk first.
+pub fn set_up(network: &GuestNetwork, known: &mut Option<Card>) -> io::Result<Option<Ipv4Addr>> {
     let control = Control::open()?;
-    let (mac, mtu) = (current_mac(&name)?, current_mtu(&name)?);
-    let flags = current_flags(&name)?;
+    let card = match known.take() {
+        Some(card)
+            if control
+                .index(&card.name)
+                .is_ok_and(|index| index == card.index) =>
+        {
+            card
+        }
+        _ => first_card(Path::new("/sys/class/net"))?,
+    };
+    let name = &known.insert(card).name;
+    let (mac, mtu) = (control.mac(name)?, control.mtu(name)?);
+    let flags = control.flags(name)?;
     if mac != network.mac {
         // Not every card can change it while it is up.
-        control.set_flags(&name, flags & !libc::IFF_UP)?;
-        control.set_mac(&name, network.mac)?;
+        control.set_flags(name, flags & !libc::IFF_UP)?;
+        control.set_mac(name, network.mac)?;
     }
-    if mtu != network.mtu {
-        control.set_mtu(&name, network.mtu)?;
+    if mtu != i32::from(network.mtu) {
+        control.set_mtu(name, network.mtu)?;
     }
-    control.set_flags(&name, flags | libc::IFF_UP)?;
+    control.set_flags(name, flags | libc::IFF_UP)?;
     let mask = Ipv4Addr::from_bits(u32::MAX << (32 - u32::from(network.prefix.clamp(1, 31))));
-    let before = control.address(&name)?;
-    control.set_address(&name, libc::SIOCSIFADDR, network.address)?;
-    control.set_address(&name, libc::SIOCSIFNETMASK, mask)?;
+    let before = control.address(name)?;
+    control.set_address(name, libc::SIOCSIFADDR, network.address)?;
+    control.set_address(name, libc::SIOCSIFNETMASK, mask)?;
     control.add_default_route(network.gateway)?;
     if !network.resolvers.is_empty() {
         write_resolvers(Path::new("/etc"), &network.resolvers)?;
@@ -42,8 +62,8 @@ pub fn set_up(network: &GuestNetwork) -> io::Result<Option<Ipv4Addr>> {
     Ok(before.filter(|before| *before != network.address))
 }
 
-/// The name of the network card that comes first by its number, in a directory as `/sys/class/net`.
-fn first_card(directory: &Path) -> io::Result<String> {
+/// The network card that comes first by its number, in a directory as `/sys/class/net`.
+fn first_card(directory: &Path) -> io::Result<Card> {
     let mut cards = Vec::new();
     for entry in fs::read_dir(directory)? {
         let entry = entry?;
@@ -53,14 +73,11 @@ fn first_card(directory: &Path) -> io::Result<String> {
             continue;
         }
         let index = number(&path.join("ifindex"))?;
-        cards.push((index, entry.file_name().to_string_lossy().into_owned()));
+        let name = entry.file_name().to_string_lossy().into_owned();
+        cards.push(Card { name, index });
     }
-    cards.sort_unstable();
-    let (_, name) = cards
-        .into_iter()
-        .next()
-        .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "there is no network card"))?;
-    Ok(name)
+    let first = cards.into_iter().min_by_key(|card| card.index);
+    first.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "there is no network card"))
 }
 
 fn number(path: &Path) -> io::Result<u64> {
@@ -68,27 +85,6 @@ fn number(path: &Path) -> io::Result<u64> {
     text.trim()
         .parse()
         .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
-}
-
-fn current_mac(name: &str) -> io::Result<[u8; 6]> {
-    let text = fs::read_to_string(format!("/sys/class/net/{name}/address"))?;
-    let mut mac = [0; 6];
-    for (to, digits) in mac.iter_mut().zip(text.trim().split(':')) {
-        *to = u8::from_str_radix(digits, 16)
-            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
-    }
-    Ok(mac)
-}
-
-fn current_flags(name: &str) -> io::Result<i32> {
-    let text = fs::read_to_string(format!("/sys/class/net/{name}/flags"))?;
-    i32::from_str_radix(text.trim().trim_start_matches("0x"), 16)
-        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
-}
-
-fn current_mtu(name: &str) -> io::Result<u16> {
-    let mtu = number(Path::new(&format!("/sys/class/net/{name}/mtu")))?;
-    Ok(u16::try_from(mtu).unwrap_or(u16::MAX))
 }
 
 /// A socket for requests.
@@ -103,6 +99,41 @@ impl Control {
             None,
         )?;
         Ok(Self(socket))
+    }
+
+    /// What is set of the card is asked for by `operation`.
+    fn ask(&self, name: &str, operation: libc::c_ulong) -> io::Result<libc::ifreq> {
+        let mut request = request(name);
+        self.send(operation, &raw mut request)?;
+        Ok(request)
+    }
+
+    fn index(&self, name: &str) -> io::Result<u64> {
+        let answer = self.ask(name, libc::SIOCGIFINDEX)?;
+        // SAFETY: the kernel has filled in a number, and any bytes are one.
+        let index = unsafe { answer.ifr_ifru.ifru_ifindex };
+        Ok(u64::from(index.unsigned_abs()))
+    }
+
+    fn mac(&self, name: &str) -> io::Result<[u8; 6]> {
+        let answer = self.ask(name, libc::SIOCGIFHWADDR)?;
+        // SAFETY: the kernel has filled in an address, and any bytes are one.
+        let [a, b, c, d, e, f, ..] = unsafe { answer.ifr_ifru.ifru_hwaddr }.sa_data;
+        Ok([a, b, c, d, e, f].map(|byte| byte.cast_unsigned()))
+    }
+
+    fn mtu(&self, name: &str) -> io::Result<i32> {
+        let answer = self.ask(name, libc::SIOCGIFMTU)?;
+        // SAFETY: the kernel has filled in a number, and any bytes are one.
+        Ok(unsafe { answer.ifr_ifru.ifru_mtu })
+    }
+
+    fn flags(&self, name: &str) -> io::Result<i32> {
+        let answer = self.ask(name, libc::SIOCGIFFLAGS)?;
+        // SAFETY: the kernel has filled in flags, and any bytes are some.
+        let flags = unsafe { answer.ifr_ifru.ifru_flags };
+        // Those that can be set are in these 16 bits.
+        Ok(i32::from(flags.cast_unsigned()))
     }
 
     fn set_flags(&self, name: &str, flags: i32) -> io::Result<()> {
@@ -131,16 +162,15 @@ impl Control {
 
     /// The card's address, if it has one.
     fn address(&self, name: &str) -> io::Result<Option<Ipv4Addr>> {
-        let mut request = request(name);
-        match self.send(libc::SIOCGIFADDR, &raw mut request) {
-            Ok(()) => {}
+        let answer = match self.ask(name, libc::SIOCGIFADDR) {
+            Ok(answer) => answer,
             Err(error) if error.raw_os_error() == Some(Errno::ADDRNOTAVAIL.raw_os_error()) => {
                 return Ok(None);
             }
             Err(error) => return Err(error),
-        }
+        };
         // SAFETY: the kernel has filled in an address, and any bytes are one.
-        let data = unsafe { request.ifr_ifru.ifru_addr }.sa_data;
+        let data = unsafe { answer.ifr_ifru.ifru_addr }.sa_data;
         // After the port, as in sockaddr_in.
         let [_, _, a, b, c, d, ..] = data.map(|byte| byte.cast_unsigned());
         Ok(Some(Ipv4Addr::new(a, b, c, d)))
@@ -255,7 +285,30 @@ mod tests {
         add("br0", "1\n", "2\n", false);
         add("eth0", "1\n", "10\n", true);
         add("eth1", "1\n", "9\n", true);
-        assert_eq!(first_card(dir.path()).unwrap(), "eth1");
+        let first = Card {
+            name: "eth1".to_owned(),
+            index: 9,
+        };
+        assert_eq!(first_card(dir.path()).unwrap(), first);
+    }
+
+    #[test]
+    fn a_card_tells_what_is_set_of_it() {
+        let control = Control::open().unwrap();
+        let read = |name: &str| {
+            let text = fs::read_to_string(Path::new("/sys/class/net/lo").join(name)).unwrap();
+            text.trim().to_owned()
+        };
+        assert_eq!(control.index("lo").unwrap().to_string(), read("ifindex"));
+        assert_eq!(control.mtu("lo").unwrap().to_string(), read("mtu"));
+        assert_eq!(control.mac("lo").unwrap(), [0; 6]);
+        let flags = control.flags("lo").unwrap();
+        let shown = i32::from_str_radix(read("flags").trim_start_matches("0x"), 16).unwrap();
+        let (loopback, up) = (libc::IFF_LOOPBACK, libc::IFF_UP);
+        assert_eq!(flags & (loopback | up), shown & (loopback | up));
+        assert_ne!(flags & loopback, 0);
+        let none = control.index("no-such-card").unwrap_err();
+        assert_eq!(none.raw_os_error(), Some(libc::ENODEV));
     }
 
     #[test]
