@@ -61,6 +61,10 @@ impl Bench {
     }
 
     async fn with_timeout(boot_timeout: Duration) -> Self {
+        Self::configured(boot_timeout, false).await
+    }
+
+    async fn configured(boot_timeout: Duration, prefetch: bool) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path();
         let template = path.join("minimal.ext4");
@@ -78,7 +82,7 @@ impl Bench {
             paths: Paths::new(&path.join("run"), &path.join("data")).unwrap(),
             boot_timeout,
             cmdline_extra: String::new(),
-            prefetch: false,
+            prefetch,
             jail: None,
             networks: None,
         });
@@ -91,12 +95,21 @@ impl Bench {
     }
 
     async fn start(&self, id: &SandboxId, layers: &Layers) -> Result<(), HostError> {
+        self.start_as(Start::Cold, id, layers).await
+    }
+
+    async fn start_as(
+        &self,
+        start: Start,
+        id: &SandboxId,
+        layers: &Layers,
+    ) -> Result<(), HostError> {
         let request = CreateRequest {
             id: id.clone(),
             shape: shape(),
             identity: identity(id),
             layers: layers.clone(),
-            start: Start::Cold,
+            start,
             nic: None,
             scratch_mb: None,
             disk_mb: None,
@@ -789,6 +802,24 @@ async fn a_working_set_is_added_to_the_layer_whole_or_not_at_all() {
     let all: Vec<_> = layers.all().cloned().collect();
     bench.host.discard(&all).await.unwrap();
     bench.assert_only(&Layers::default());
+}
+
+#[tokio::test]
+async fn clones_have_beforehand_what_another_of_the_same_snapshot_has_touched() {
+    let bench = Bench::configured(Duration::from_secs(60), true).await;
+    let layers = bench.paused().await;
+    let prefetches = async |start| {
+        let id = SandboxId::random();
+        bench.start_as(start, &id, &layers).await.unwrap();
+        let options = fs::read_to_string(bench.dir.path().join("restore")).unwrap();
+        (id, options.contains(",prefault=working-set"))
+    };
+    let (first, is_prefetched) = prefetches(Start::Fork).await;
+    assert!(!is_prefetched);
+    assert!(prefetches(Start::Resume).await.1, "that of a base will do");
+    bench.host.note_working_set(&first, &layers).await.unwrap();
+    assert!(prefetches(Start::Fork).await.1);
+    bench.host.shutdown(&BTreeSet::new()).await;
 }
 
 #[tokio::test]

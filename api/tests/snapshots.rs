@@ -256,6 +256,21 @@ async fn a_running_sandbox_is_forked_and_goes_on() {
 }
 
 #[tokio::test]
+async fn of_many_clones_one_tells_the_others_what_they_will_touch() {
+    let api = api().await;
+    let parent = api.create().await;
+    let fork = path(&parent, "/fork");
+    ok(&api, &fork, r#"{"count": 1}"#).await;
+    assert!(api.host.working_sets.lock().unwrap().is_empty());
+    // More than are started at a time on any host.
+    let forked = ok(&api, &fork, r#"{"count": 40}"#).await;
+    assert_eq!(forked["sandboxes"].as_array().unwrap().len(), 40);
+    let id = forked["sandboxes"][0]["id"].as_str().unwrap();
+    let clone = api.store.get(&id.parse().unwrap()).await.unwrap().unwrap();
+    assert_eq!(*api.host.working_sets.lock().unwrap(), [clone.layers]);
+}
+
+#[tokio::test]
 async fn sandboxes_of_a_fork_that_do_not_start_are_listed() {
     let api = api().await;
     let parent = api.create().await;

@@ -98,6 +98,11 @@ impl LayerFiles<'_> {
         Ok(WorkingSetDraft { file, draft, path })
     }
 
+    /// Whether a memory layer has a working set of its own.
+    pub fn has_working_set(&self, id: &LayerId) -> bool {
+        self.path(id).join(WORKING_SET).exists()
+    }
+
     /// Removes a layer; one that is not there is removed.
     pub fn remove(&self, id: &LayerId) -> io::Result<()> {
         let gone = self.0.join(format!("{id}{GONE}"));

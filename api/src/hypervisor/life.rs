@@ -28,6 +28,7 @@ use super::cgroup::Cgroup;
 use super::command::{Goes, Jail};
 use super::entry::{Claim, Entry, Order, Started, Then};
 use super::jail::User;
+use super::layers::LayerFiles;
 use super::machine::{Greeting, Launch, Machine, NotReady};
 use super::nic::Nic;
 use super::save::{SaveError, Saving};
@@ -237,9 +238,12 @@ impl Inner {
         begin: &mut Option<Begin>,
     ) -> Outcome {
         // Many clones of one parent cost memory first of all: each has pages of its own only where it
-        // has come to write.
+        // has come to write. So they are given beforehand what another one of just these has written.
         let is_clone =
             matches!(begin, Some(Begin::Now(greeting, _)) if greeting.start == Start::Fork);
+        let files = LayerFiles(self.config.paths.layers());
+        let top = request.layers.memory.last();
+        let prefetches = !is_clone || top.is_some_and(|top| files.has_working_set(top));
         let launch = Launch {
             config: &self.config,
             request: &request,
@@ -247,7 +251,7 @@ impl Inner {
                 Some(Begin::Held(_)) => Goes::WhenTold,
                 _ => Goes::On,
             },
-            prefetches: !is_clone,
+            prefetches,
             chain: &chain,
             jail: jail.map(|held| Jail {
                 user: held.user.as_ref().map(User::id),

@@ -160,6 +160,7 @@ impl Vmm {
         self.disk = fs::metadata(&images[0]).unwrap().ino();
         self.may_stop("stop-at-start");
         if let Some(options) = self.values.get("--restore").cloned() {
+            fs::write(self.dir.join("restore"), &options).unwrap();
             if self.has("refuse-restore") {
                 eprintln!("the snapshot is of another processor");
                 return 2;

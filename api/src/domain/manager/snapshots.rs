@@ -1,9 +1,12 @@
 //! Snapshots and forks.
 
+use std::num::NonZero;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use futures_util::StreamExt;
 use futures_util::stream;
 use jiff::Timestamp;
-use tracing::{Instrument, error, info};
+use tracing::{Instrument, debug, error, info};
 
 use super::super::error::{ForkError, SnapshotError};
 use super::super::events::Change;
@@ -20,8 +23,8 @@ use super::Manager;
 use super::create::Wishes;
 use crate::chain;
 
-/// How many sandboxes of one fork are started at a time.
-const STARTS_AT_A_TIME: usize = 16;
+/// How many sandboxes of one fork are started at a time, at most.
+const MAX_STARTS: usize = 16;
 
 /// What came of a fork.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,6 +49,14 @@ struct NewSnapshot {
 /// The name of a snapshot, or of one among those of its sandbox, is taken.
 fn name_taken(name: &str) -> SnapshotError {
     SnapshotError::NameTaken(name.rsplit('/').next().unwrap_or_default().to_owned())
+}
+
+/// How many sandboxes of one fork are started at a time: enough that no processor waits for another
+/// thing than the next start. More would take the processors from each other, and all the longer for
+/// the guests' own clocks, which tick meanwhile.
+fn starts_at_a_time() -> usize {
+    let cpus = std::thread::available_parallelism().map_or(MAX_STARTS, NonZero::get);
+    (2 * cpus + 2).min(MAX_STARTS)
 }
 
 impl Manager {
@@ -415,20 +426,29 @@ impl Manager {
         stall: Option<SaveTimings>,
     ) -> Forked {
         let _starting = self.inner.pool.starting();
-        let starts = pending.into_iter().map(|(sandbox, turn)| async move {
+        let at_a_time = starts_at_a_time();
+        // Those that are started later profit from what the first one is seen to touch.
+        let is_first_of_many = AtomicBool::new(pending.len() > at_a_time);
+        let starts = pending.into_iter().map(|(sandbox, turn)| async {
             let id = sandbox.id.clone();
-            let start = match sandbox.layers.memory.is_empty() {
+            let layers = sandbox.layers.clone();
+            let start = match layers.memory.is_empty() {
                 true => Start::Cold,
                 false => Start::Fork,
             };
             let started = self.start(sandbox, start).await;
+            if started.is_ok()
+                && start == Start::Fork
+                && is_first_of_many.swap(false, Ordering::Relaxed)
+                && let Err(source) = self.inner.host.note_working_set(&id, &layers).await
+            {
+                // Another may have noted it, for an earlier fork of the same snapshot.
+                debug!(sandbox = %id, error = %chain(&source), "its working set is not noted");
+            }
             drop(turn);
             started.map_err(|source| (id, chain(&source)))
         });
-        let results: Vec<_> = stream::iter(starts)
-            .buffered(STARTS_AT_A_TIME)
-            .collect()
-            .await;
+        let results: Vec<_> = stream::iter(starts).buffered(at_a_time).collect().await;
         let mut forked = Forked {
             sandboxes: Vec::new(),
             failed: Vec::new(),
