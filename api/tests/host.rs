@@ -20,7 +20,8 @@ use std::time::Duration;
 use agent_protocol::Ready;
 use api::domain::{
     CreateRequest, Created, End, ExecEvent, ExecRequest, ExitInfo, Host, HostError, HostEvent,
-    Identity, Layers, ReadFileRequest, Resources, SandboxId, Shape, Start, WriteFileRequest,
+    Identity, Layers, ReadFileRequest, Resources, SandboxId, Shape, Start, WalkCut, WalkSpec,
+    WalkStep, WriteFileRequest,
 };
 use api::hypervisor::{HostConfig, LocalHost, Paths};
 use api::images::Images;
@@ -424,6 +425,60 @@ async fn files_go_in_and_come_out_of_the_agent() {
         .write_file(&id, request, stream::empty().boxed())
         .await;
     assert!(matches!(error, Err(HostError::Invalid { .. })), "{error:?}");
+}
+
+#[tokio::test]
+async fn the_agent_walks_directories() {
+    let bench = Bench::new(&format!("echo up > $DIR/up; {UNTIL_TOLD}"), LONG).await;
+    let id = SandboxId::random();
+    let _agent = bench.create_with_agent(&id).await;
+    let root = bench.dir.path().join("tree");
+    let mut expected = BTreeSet::new();
+    for directory in 0..30 {
+        let directory = root.join(directory.to_string());
+        std::fs::create_dir_all(&directory).unwrap();
+        std::os::unix::fs::symlink(&root, directory.join("loop")).unwrap();
+        for file in 0..50 {
+            std::fs::write(directory.join(file.to_string()), "x").unwrap();
+            expected.insert(directory.join(file.to_string()));
+        }
+        expected.extend([directory.join("loop"), directory]);
+    }
+    let spec = WalkSpec {
+        path: root.to_str().unwrap().to_owned(),
+        max_entries: 2000,
+        max_depth: 5,
+        max_bytes: 1 << 20,
+        skip: Vec::new(),
+    };
+    let walk = async |spec: &WalkSpec| {
+        let steps = bench.host.walk(&id, spec).await.unwrap().unwrap();
+        let steps: Vec<_> = steps.map(Result::unwrap).collect().await;
+        let paths = steps.iter().filter_map(|step| match step {
+            WalkStep::Entry(entry) => Some(entry.path.clone().into()),
+            _ => None,
+        });
+        (paths.collect::<BTreeSet<_>>(), steps.last().cloned())
+    };
+    let (paths, last) = walk(&spec).await;
+    assert_eq!(paths, expected);
+    assert!(matches!(last, Some(WalkStep::Entry(_))), "{last:?}");
+    let few = WalkSpec {
+        max_entries: 100,
+        ..spec.clone()
+    };
+    let (paths, last) = walk(&few).await;
+    assert_eq!(paths.len(), 100);
+    assert_eq!(last, Some(WalkStep::Cut(WalkCut::Entries)));
+    let none = WalkSpec {
+        path: "/no/such/directory".to_owned(),
+        ..spec
+    };
+    let error = bench.host.walk(&id, &none).await.err();
+    assert!(
+        matches!(error, Some(HostError::FileNotFound { .. })),
+        "{error:?}"
+    );
 }
 
 #[tokio::test]

@@ -8,6 +8,9 @@
 
 mod support;
 
+use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
+
 use api::audit;
 use api::domain::{Change, News, Posture, Principal, Subscription, VmmPosture};
 use api::scan::{ScanKind, ScanSpec, Scans};
@@ -167,6 +170,39 @@ async fn a_weak_setting_is_found_and_a_good_one_is_not() {
     let risk = count(&weak, "risk_score") - count(&good, "risk_score");
     assert_eq!(risk, 25 + 10 + 10 + 5 + 5 + 10 + 5);
     assert!(time(&weak["completed_at"]) >= time(&weak["started_at"]));
+}
+
+#[tokio::test]
+async fn an_agent_that_walks_and_one_that_does_not_come_to_the_same() {
+    let bench = Bench::new().await;
+    bench.vm("test-vm", true).await;
+    bench.file("/srv/deep/down/file", "x");
+    bench.file("/mnt/file", "x");
+    bench.file(
+        "/proc/mounts",
+        "/dev/vda / ext4 rw 0 0\ntmpfs /mnt tmpfs rw 0 0\n",
+    );
+    let configuration = json!({"scan_type": "configuration", "target": "test-vm"});
+    let mut results = Vec::new();
+    for walks in [false, true] {
+        bench.api.host.walks.store(walks, Ordering::Relaxed);
+        let scan = bench.scan(configuration.clone()).await;
+        assert_eq!(scan["status"], "completed", "{scan}");
+        let unowned = &finding(&scan, "file.unowned").unwrap()["details"];
+        let unowned: BTreeSet<_> = unowned
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(Value::to_string)
+            .collect();
+        assert!(unowned.contains("\"/srv/deep/down/file\""), "{unowned:?}");
+        assert!(
+            !unowned.iter().any(|path| path.contains("/mnt/")),
+            "{unowned:?}"
+        );
+        results.push(unowned);
+    }
+    assert_eq!(results[0], results[1]);
 }
 
 #[tokio::test]

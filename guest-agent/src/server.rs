@@ -17,7 +17,7 @@ use agent_protocol::{
     AttachRequest, CONNECT_UPGRADE, ConnectRequest, EXEC_UPGRADE, ErrorBody, ErrorCode,
     ErrorDetail, ExecRequest, FREEZE_UPGRADE, FROZEN, FileQuery, FileQueryError, FreezeRequest,
     Health, MAX_JSON_BODY, NOT_FROZEN, PROCESS_UPGRADE, Resumed, ResumedRequest, ShutdownRequest,
-    SignalRequest, StartProcess,
+    SignalRequest, StartProcess, WalkRequest,
 };
 use bytes::{Bytes, BytesMut};
 use http_body_util::{BodyExt, Limited};
@@ -40,7 +40,7 @@ use crate::{
     body::Body,
     connect::{self, ConnectError, Connections},
     exec::{self, Cgroups, Running},
-    files::{self, FileError, Listing, Reading, write::Writing},
+    files::{self, FileError, Listing, Reading, walk::Walk, write::Writing},
     freeze::{FreezeError, Frozen},
     identity,
     log::{chain, warning},
@@ -106,6 +106,8 @@ enum RequestError {
     #[error(transparent)]
     Connect(#[from] ConnectError),
     #[error("{0}")]
+    Walk(&'static str),
+    #[error("{0}")]
     FreezeTime(&'static str),
     #[error(transparent)]
     Freeze(#[from] FreezeError),
@@ -134,6 +136,7 @@ impl RequestError {
             | Self::Json(_)
             | Self::Identity(_)
             | Self::FreezeTime(_)
+            | Self::Walk(_)
             | Self::NoFreezeUpgrade
             | Self::NotUpgraded { .. }
             | Self::NoUpgrade => ErrorCode::BadRequest,
@@ -200,6 +203,7 @@ impl Agent {
             (protocol::PATH_DIR, Method::PUT) => make_dir(&query(&request)?).await,
             (protocol::PATH_STAT, Method::GET) => stat(&query(&request)?).await,
             (protocol::PATH_DIR, Method::GET) => list(&query(&request)?).await,
+            (protocol::PATH_WALK, Method::POST) => walk(request).await,
             (protocol::PATH_RESUMED, Method::POST) => self.resumed(request).await,
             (protocol::PATH_FREEZE, Method::POST) => self.freeze(request).await,
             (protocol::PATH_SHUTDOWN, Method::POST) => self.shutdown(request).await,
@@ -213,6 +217,7 @@ impl Agent {
             (protocol::PATH_FILES, _) => Err(RequestError::Method(protocol::PATH_FILES)),
             (protocol::PATH_STAT, _) => Err(RequestError::Method(protocol::PATH_STAT)),
             (protocol::PATH_DIR, _) => Err(RequestError::Method(protocol::PATH_DIR)),
+            (protocol::PATH_WALK, _) => Err(RequestError::Method(protocol::PATH_WALK)),
             (protocol::PATH_RESUMED, _) => Err(RequestError::Method(protocol::PATH_RESUMED)),
             (protocol::PATH_FREEZE, _) => Err(RequestError::Method(protocol::PATH_FREEZE)),
             (protocol::PATH_SHUTDOWN, _) => Err(RequestError::Method(protocol::PATH_SHUTDOWN)),
@@ -521,6 +526,14 @@ async fn list(query: &FileQuery) -> Answer {
     let path = path(query);
     let mut listing = blocking(move || Listing::open(&path)).await?;
     let body = Body::stream(None, move || listing.next_lines());
+    Ok(respond(StatusCode::OK, JSON_LINES, body))
+}
+
+async fn walk(request: Request<Incoming>) -> Answer {
+    let order: WalkRequest = read_json(request.into_body()).await?;
+    order.check().map_err(RequestError::Walk)?;
+    let mut walk = blocking(move || Walk::open(&order)).await?;
+    let body = Body::stream(None, move || walk.next_lines());
     Ok(respond(StatusCode::OK, JSON_LINES, body))
 }
 

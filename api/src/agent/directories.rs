@@ -18,7 +18,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The longest line of a listing, in bytes: names and targets are bounded by the guest's kernel, and
 /// what their escapes make of them by 6 times as much.
-const MAX_LINE: usize = 64 << 10;
+pub(super) const MAX_LINE: usize = 64 << 10;
 
 impl AgentClient {
     /// What is in a directory; see [`Host::list_dir`](crate::domain::Host::list_dir).
@@ -107,14 +107,14 @@ impl AgentClient {
     }
 }
 
-async fn timely<T>(work: impl Future<Output = T>) -> Result<T, HostError> {
+pub(super) async fn timely<T>(work: impl Future<Output = T>) -> Result<T, HostError> {
     let done = tokio::time::timeout(PATIENCE, work).await;
     done.map_err(|_| HostError::AgentUnreachable {
         reason: format!("it did not answer within {} s", PATIENCE.as_secs()),
     })
 }
 
-fn info_in(directory: &str, entry: Entry) -> FileInfo {
+pub(super) fn info_in(directory: &str, entry: Entry) -> FileInfo {
     let directory = directory.trim_end_matches('/');
     info(format!("{directory}/{}", entry.name), entry)
 }

@@ -17,6 +17,7 @@ mod request;
 mod shutdown;
 mod upgrade;
 mod usage;
+mod walk;
 
 use std::io;
 use std::path::PathBuf;

@@ -40,7 +40,8 @@ pub use host::{
     AdoptRequest, Adopted, ClaimRequest, CreateRequest, Created, End, ExecEvent, ExecRequest,
     ExitInfo, FileContent, FileInfo, FileKind, Host, HostError, HostEvent, HostInfo, Identity,
     ImageInfo, KeepDiskRequest, KeptDisk, MergeRequest, Nic, PowerOffRequest, PrepareRequest,
-    Presence, ReadFileRequest, SaveRequest, Saved, Shape, WriteFileRequest,
+    Presence, ReadFileRequest, SaveRequest, Saved, Shape, WalkCut, WalkSpec, WalkStep, WalkSteps,
+    WriteFileRequest,
 };
 pub use id::{Id, KeyId, Kind, LayerId, ParseIdError, SandboxId, SnapshotId, TemplateId, UserId};
 pub use layer::{Layers, MAX_DISK};

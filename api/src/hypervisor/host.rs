@@ -28,7 +28,7 @@ use crate::domain::{
     ExecRequest, FileContent, FileInfo, Forward, ForwardSpec, Host, HostError, HostEvent, HostInfo,
     ImageInfo, KeepDiskRequest, KeptDisk, LayerId, Layers, LayersInfo, MergeRequest, Model,
     NetworkActivity, Posture, PowerOffRequest, PrepareRequest, Presence, ReadFileRequest,
-    ResizeRequest, SandboxId, SaveRequest, Saved, WriteFileRequest,
+    ResizeRequest, SandboxId, SaveRequest, Saved, WalkSpec, WalkSteps, WriteFileRequest,
 };
 use crate::network::ForwardError;
 
@@ -318,6 +318,12 @@ impl Host for LocalHost {
     ) -> Result<Vec<FileInfo>, HostError> {
         let entry = self.running(id)?;
         entry.unless_paused(entry.agent.list_dir(path, limit)).await
+    }
+
+    async fn walk(&self, id: &SandboxId, spec: &WalkSpec) -> Result<Option<WalkSteps>, HostError> {
+        let entry = self.running(id)?;
+        let steps = entry.unless_paused(entry.agent.walk(spec)).await?;
+        Ok(steps.map(|steps| entry.until_paused(steps, HostError::Paused)))
     }
 
     async fn make_dir(&self, id: &SandboxId, path: &str) -> Result<FileInfo, HostError> {

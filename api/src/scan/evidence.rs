@@ -2,12 +2,15 @@
 //! program can be looked into. The guest is hostile: all of it is bounded, and means nothing yet.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::path::Path;
 
 use futures_util::StreamExt;
 use futures_util::stream;
 
 use super::sysctl;
-use crate::domain::{FileInfo, FileKind, HostError, InUse, Manager};
+use crate::domain::{
+    FileInfo, FileKind, HostError, InUse, Manager, WalkCut, WalkSpec, WalkStep, WalkSteps,
+};
 
 /// The largest file of settings that is read, in bytes.
 const MAX_FILE: usize = 1 << 20;
@@ -15,9 +18,13 @@ const MAX_FILE: usize = 1 << 20;
 const MAX_PARTS: usize = 200;
 /// The most files and directories that are looked at.
 const MAX_ENTRIES: usize = 400_000;
+/// How many directories deep is looked.
+const MAX_DEPTH: u32 = 256;
+/// The most that a guest may send of what files it has, in bytes: room for names of usual lengths.
+const MAX_BYTES: u64 = MAX_ENTRIES as u64 * 512;
 /// The most of one kind that are remembered.
 const MAX_REMEMBERED: usize = 1000;
-/// How many directories are read at a time.
+/// How many directories are read at a time, if the agent is too old to walk them.
 const AT_A_TIME: usize = 4;
 /// Directories that are not on the disk.
 const NOT_ON_DISK: [&str; 4] = ["/proc", "/sys", "/dev", "/run"];
@@ -178,6 +185,29 @@ impl<'a> Reader<'a> {
             room: MAX_ENTRIES,
             files: Files::default(),
         };
+        let spec = WalkSpec {
+            path: "/".to_owned(),
+            max_entries: MAX_ENTRIES as u64 + 1,
+            max_depth: MAX_DEPTH,
+            max_bytes: MAX_BYTES,
+            skip: NOT_ON_DISK.map(str::to_owned).into(),
+        };
+        match self.manager.inspect_tree(self.in_use, &spec).await {
+            Ok(Some(steps)) => walk.follow(steps).await?,
+            Ok(None) => self.walk_each(&mut walk).await?,
+            Err(
+                HostError::Agent { .. }
+                | HostError::Invalid { .. }
+                | HostError::FileNotFound { .. }
+                | HostError::Conflict { .. },
+            ) => walk.leave_out("/"),
+            Err(source) => return Err(source),
+        }
+        Ok(walk.files)
+    }
+
+    /// The same, with a request for each directory.
+    async fn walk_each(&self, walk: &mut Walk) -> Result<(), HostError> {
         while !walk.waiting.is_empty() {
             let together: Vec<_> = (0..AT_A_TIME)
                 .map_while(|_| walk.waiting.pop_front())
@@ -200,7 +230,7 @@ impl<'a> Reader<'a> {
                 }
             }
         }
-        Ok(walk.files)
+        Ok(())
     }
 }
 
@@ -219,20 +249,67 @@ impl Walk {
         self.files.incomplete.get_or_insert_with(why);
     }
 
-    fn look_at(&mut self, entries: Vec<FileInfo>) {
-        for entry in entries {
-            if self.room == 0 {
+    /// Looks at what a walk comes to.
+    async fn follow(&mut self, mut steps: WalkSteps) -> Result<(), HostError> {
+        while let Some(step) = steps.next().await {
+            match step? {
+                WalkStep::Entry(entry) if self.is_below_a_mount(&entry.path) => {}
+                WalkStep::Entry(entry) => {
+                    if !self.has_room() {
+                        return Ok(());
+                    }
+                    self.look_at_one(&entry);
+                }
+                WalkStep::Unreadable(path) => self.leave_out(&path),
+                WalkStep::Cut(cut) => {
+                    let why = || match cut {
+                        WalkCut::Entries => format!("there are more than {MAX_ENTRIES} files"),
+                        WalkCut::Depth => format!("some lie deeper than {MAX_DEPTH} directories"),
+                        WalkCut::Size => "their names are too long together".to_owned(),
+                    };
+                    self.files.incomplete.get_or_insert_with(why);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether another mount than the root's hides what is at this path on the disk.
+    fn is_below_a_mount(&self, path: &str) -> bool {
+        let above = Path::new(path).ancestors().skip(1);
+        let mut above = above.filter_map(Path::to_str);
+        above.any(|directory| self.mounts.contains(directory))
+    }
+
+    /// Takes the room of one entry, if there is any left.
+    fn has_room(&mut self) -> bool {
+        match self.room.checked_sub(1) {
+            Some(room) => {
+                self.room = room;
+                true
+            }
+            None => {
                 let why = || format!("there are more than {MAX_ENTRIES} files");
                 self.files.incomplete.get_or_insert_with(why);
-                self.waiting.clear();
-                return;
+                false
             }
-            self.room -= 1;
-            self.look_at_one(entry);
         }
     }
 
-    fn look_at_one(&mut self, entry: FileInfo) {
+    fn look_at(&mut self, entries: Vec<FileInfo>) {
+        for entry in entries {
+            if !self.has_room() {
+                self.waiting.clear();
+                return;
+            }
+            if self.look_at_one(&entry) {
+                self.waiting.push_back(entry.path);
+            }
+        }
+    }
+
+    /// Whether it is a directory of the root file system.
+    fn look_at_one(&mut self, entry: &FileInfo) -> bool {
         let remember = |list: &mut Vec<String>| {
             if list.len() < MAX_REMEMBERED {
                 list.push(entry.path.clone());
@@ -241,7 +318,7 @@ impl Walk {
         let files = &mut self.files;
         let is_directory = entry.kind == FileKind::Directory;
         if is_directory && self.mounts.contains(&entry.path) {
-            return;
+            return false;
         }
         let is_file = entry.kind == FileKind::File;
         let is_sticky = entry.mode & 0o1000 != 0;
@@ -264,9 +341,7 @@ impl Walk {
         if is_file && is_secret && entry.mode & 0o007 != 0 {
             remember(&mut files.exposed);
         }
-        if is_directory {
-            self.waiting.push_back(entry.path);
-        }
+        is_directory
     }
 }
 

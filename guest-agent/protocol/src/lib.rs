@@ -26,6 +26,7 @@
 //! | `DELETE /v1/files?path=` | 204; a directory goes with all that is in it, a symbolic link alone |
 //! | `PUT /v1/dir?path=` | 201 (created, with its parents) or 200 (it was there), JSON [`Entry`] |
 //! | `GET /v1/dir?path=` | 200, one JSON [`Entry`] per line, in no order, without `.` and `..` |
+//! | `POST /v1/walk`, JSON [`WalkRequest`] | 200, one JSON [`WalkLine`] per line; see below |
 //! | `POST /v1/resumed`, JSON [`ResumedRequest`] | 200, JSON [`Resumed`] |
 //! | `POST /v1/freeze`, JSON [`FreezeRequest`] | 101, then one byte each way; see below |
 //! | `POST /v1/shutdown`, JSON [`ShutdownRequest`] | 202 with an empty body, then the guest goes down |
@@ -149,6 +150,15 @@
 //! `GET` sends as many bytes as the file had when it was opened, with `Content-Length`; for a
 //! file that reports size 0 (as those of `/proc` do) it sends all there is, chunked. Only regular
 //! files are read and written. A body that ends early means that the read failed.
+//!
+//! # Walks
+//!
+//! `POST /v1/walk` tells what is in a directory and in those below it, one directory after the other. Symbolic
+//! links are told and not followed; a directory of another file system is told and not entered, unless the
+//! request says so. The entries that follow a line `directory` are in that; a directory may be told more
+//! than once, each time with others of its entries. What cannot be listed is told, and the walk goes on. The last line is `end`, which
+//! tells whether a bound of the request has cut something off; without it, the walk broke off. An agent
+//! that does not know walks answers [`ErrorCode::UnknownOperation`]; the host then lists each directory.
 
 mod control;
 mod error;
@@ -158,6 +168,7 @@ mod frame;
 mod process;
 mod query;
 mod usage;
+mod walk;
 
 use std::time::Duration;
 
@@ -176,6 +187,10 @@ pub use process::{
 };
 pub use query::{percent_decode, percent_encode};
 pub use usage::Usage;
+pub use walk::{
+    MAX_WALK_BYTES, MAX_WALK_DEPTH, MAX_WALK_ENTRIES, MAX_WALK_SKIPPED, WalkCut, WalkLine,
+    WalkRequest,
+};
 
 /// The vsock port on which the agent serves.
 pub const AGENT_PORT: u32 = 1024;
@@ -219,6 +234,8 @@ pub const PATH_FILES: &str = "/v1/files";
 pub const PATH_STAT: &str = "/v1/stat";
 /// Path of listing a directory.
 pub const PATH_DIR: &str = "/v1/dir";
+/// Path of walking a tree of directories.
+pub const PATH_WALK: &str = "/v1/walk";
 /// Path of giving the guest its identity and the time.
 pub const PATH_RESUMED: &str = "/v1/resumed";
 /// Path of holding the root file system still.

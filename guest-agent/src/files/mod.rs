@@ -1,7 +1,9 @@
-//! Files: describe, list, read, remove, and make directories. Writing is in [`write`](mod@write).
+//! Files: describe, list, read, remove, and make directories. Writing is in [`write`](mod@write),
+//! and walking a tree in [`walk`].
 //!
 //! Everything here blocks and is to be called on a thread for blocking work.
 
+pub mod walk;
 pub mod write;
 
 use std::{

@@ -13,3 +13,4 @@ mod files;
 mod freeze;
 mod processes;
 mod usage;
+mod walk;

@@ -7,6 +7,7 @@
 mod guest;
 mod save;
 mod start;
+mod walk;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -33,6 +34,7 @@ pub use start::{
     AdoptRequest, Adopted, ClaimRequest, CreateRequest, Created, HostInfo, Identity, ImageInfo,
     Nic, PrepareRequest, Presence, Shape,
 };
+pub use walk::{WalkCut, WalkSpec, WalkStep, WalkSteps};
 
 /// A machine that runs sandboxes.
 #[async_trait]
@@ -249,6 +251,12 @@ pub trait Host: GuestHost + MeterHost {
         path: &str,
         limit: usize,
     ) -> Result<Vec<FileInfo>, HostError>;
+
+    /// Walks a directory and those below it; `None` if the sandbox's agent is too old to do that.
+    ///
+    /// # Errors
+    /// There is no such directory; later errors are in the stream.
+    async fn walk(&self, id: &SandboxId, spec: &WalkSpec) -> Result<Option<WalkSteps>, HostError>;
 
     /// Makes a directory and its parents, as far as they are not there.
     ///

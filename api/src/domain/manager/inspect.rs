@@ -2,7 +2,7 @@
 
 use futures_util::StreamExt;
 
-use super::super::host::{FileInfo, HostError, ReadFileRequest};
+use super::super::host::{FileInfo, HostError, ReadFileRequest, WalkSpec, WalkSteps};
 use super::super::id::LayerId;
 use super::super::posture::Posture;
 use super::super::sandbox::Sandbox;
@@ -77,6 +77,19 @@ impl Manager {
             Err(HostError::FileNotFound { .. }) => Ok(None),
             Err(source) => Err(source),
         }
+    }
+
+    /// What is in a directory in a sandbox and in those below it; `None` if its agent is too old to tell, and
+    /// the directories have to be inspected one by one.
+    ///
+    /// # Errors
+    /// It cannot be read; later errors are in the stream.
+    pub async fn inspect_tree(
+        &self,
+        in_use: &InUse,
+        spec: &WalkSpec,
+    ) -> Result<Option<WalkSteps>, HostError> {
+        self.inner.host.walk(&in_use.sandbox.id, spec).await
     }
 
     /// What holds a sandbox on the host, and who may read what it and its snapshots have there.

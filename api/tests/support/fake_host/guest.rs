@@ -8,7 +8,7 @@ use std::time::Duration;
 use api::domain::{
     ExecEvent, ExecRequest, ExitInfo, FileContent, FileInfo, FileKind, GuestHost, HostError,
     PortStream, Process, ProcessEvents, ProcessRef, ReadFileRequest, SandboxId, StartProcess,
-    TerminalInputs, WriteFileRequest,
+    TerminalInputs, WalkSpec, WalkStep, WalkSteps, WriteFileRequest,
 };
 use async_trait::async_trait;
 use axum::body::Bytes;
@@ -188,6 +188,25 @@ impl FakeHost {
             .into_iter()
             .map(|(path, is_dir)| file_info(path, is_dir))
             .collect())
+    }
+
+    /// All files, and the directories that they are in.
+    pub(super) fn walk_files(&self, spec: &WalkSpec) -> WalkSteps {
+        let mut found = BTreeSet::new();
+        for file in self.files.lock().unwrap().keys() {
+            for (end, _) in file.match_indices('/').skip(1) {
+                found.insert((file[..end].to_owned(), true));
+            }
+            found.insert((file.clone(), false));
+        }
+        let is_skipped = |path: &str| {
+            let mut skip = spec.skip.iter();
+            skip.any(|skip| path.starts_with(&format!("{skip}/")))
+        };
+        found.retain(|(path, _)| !is_skipped(path));
+        let entries = found.into_iter();
+        let entries = entries.map(|(path, is_dir)| Ok(WalkStep::Entry(file_info(path, is_dir))));
+        stream::iter(entries.collect::<Vec<_>>()).boxed()
     }
 }
 

@@ -10,7 +10,7 @@ use api::domain::{
     HostEvent, HostInfo, ImageInfo, KeepDiskRequest, KeptDisk, LayerId, Layers, LayersInfo,
     MergeRequest, Model, NetworkActivity, Posture, PowerOffRequest, PrepareRequest, Presence,
     ReadFileRequest, ResizeRequest, SandboxId, SaveRequest, Saved, Start, Timings, Traffic,
-    WriteFileRequest,
+    WalkSpec, WalkSteps, WriteFileRequest,
 };
 use async_trait::async_trait;
 use axum::body::Bytes;
@@ -447,5 +447,10 @@ impl Host for FakeHost {
         limit: usize,
     ) -> Result<Vec<FileInfo>, HostError> {
         self.list(path, limit)
+    }
+
+    async fn walk(&self, _id: &SandboxId, spec: &WalkSpec) -> Result<Option<WalkSteps>, HostError> {
+        let walks = self.walks.load(Ordering::Relaxed);
+        Ok(walks.then(|| self.walk_files(spec)))
     }
 }

@@ -100,6 +100,8 @@ pub struct FakeHost {
     pub egress: Mutex<Vec<(SandboxId, Egress)>>,
     /// Sandboxes that somebody else has cut off from their networks.
     pub cut_off: Mutex<Vec<SandboxId>>,
+    /// Whether agents know how to walk directories.
+    pub walks: AtomicBool,
     /// Whether somebody else has removed a bridge.
     pub has_no_bridge: AtomicBool,
     /// Ports that lead into sandboxes.
