@@ -10,37 +10,12 @@ mod support;
 
 use std::time::Duration;
 
-use api::domain::{
-    CreateSpec, NetworkSpec, PowerError, ResourceChange, Sandbox, Start, Status, StopSpec, Store,
-};
+use api::domain::{CreateSpec, PowerError, ResourceChange, Sandbox, Start, Status, Store};
+use support::kept::{STOP, is_tidy, spec};
 use support::{Api, Fault};
-
-const STOP: StopSpec = StopSpec {
-    force: false,
-    timeout: Duration::from_secs(5),
-};
-
-fn spec(name: &str) -> CreateSpec {
-    CreateSpec {
-        template: "minimal".into(),
-        vcpus: None,
-        memory_mb: None,
-        timeout_sec: 0,
-        network: NetworkSpec::default(),
-        name: Some(name.into()),
-        disk_mb: None,
-        is_kept: true,
-    }
-}
 
 fn start_of(sandbox: &Sandbox) -> Start {
     sandbox.timings.unwrap().start
-}
-
-/// The layers that are on the host are those that somebody holds.
-async fn is_tidy(api: &Api) {
-    let held = api.store.held_layers().await.unwrap();
-    assert_eq!(*api.host.layers.lock().unwrap(), held);
 }
 
 async fn warm_count(api: &Api) -> usize {

@@ -8,37 +8,11 @@
 
 mod support;
 
-use std::time::Duration;
-
 use api::domain::{
-    CreateError, CreateSpec, End, NetworkSpec, Page, PowerError, Sandbox, SnapshotSpec, SortBy,
-    Status, StopSpec, Store,
+    CreateError, End, Page, PowerError, Sandbox, SnapshotSpec, SortBy, Status, StopSpec,
 };
+use support::kept::{STOP, is_tidy, spec};
 use support::{Api, Fault};
-
-const STOP: StopSpec = StopSpec {
-    force: false,
-    timeout: Duration::from_secs(5),
-};
-
-fn spec(name: &str) -> CreateSpec {
-    CreateSpec {
-        template: "minimal".into(),
-        vcpus: None,
-        memory_mb: None,
-        timeout_sec: 0,
-        network: NetworkSpec::default(),
-        name: Some(name.into()),
-        disk_mb: None,
-        is_kept: true,
-    }
-}
-
-/// The layers that are on the host are those that somebody holds.
-async fn is_tidy(api: &Api) {
-    let held = api.store.held_layers().await.unwrap();
-    assert_eq!(*api.host.layers.lock().unwrap(), held);
-}
 
 async fn disk_of(api: &Api, name: &str) -> usize {
     api.manager.get(name).await.unwrap().layers.disk.len()

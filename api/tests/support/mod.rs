@@ -8,6 +8,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on may panic")]
 
 pub mod fake_host;
+pub mod kept;
 pub mod meter;
 pub mod saved;
 
