@@ -112,7 +112,8 @@ mod tests {
     fn what_is_beyond_the_bounds_is_refused() {
         assert_eq!(request().check(), Ok(()));
         let long = format!("/{}", "x".repeat(MAX_PATH));
-        let bad: [(&str, fn(&mut WalkRequest)); 4] = [
+        type Spoil = fn(&mut WalkRequest);
+        let bad: [(&str, Spoil); 4] = [
             ("max_entries", |it| it.max_entries += 1),
             ("max_depth", |it| it.max_depth += 1),
             ("max_bytes", |it| it.max_bytes += 1),
