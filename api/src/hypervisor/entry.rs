@@ -171,32 +171,65 @@ impl Entry {
         }
     }
 
-    /// What `work` in it comes to, if it is not paused before.
-    pub async fn unless_paused<T>(
+    /// What has ended, or is about to end, whatever is under way in it; `None` if it runs.
+    fn interruption(&self) -> Option<HostError> {
+        if self.paused.is_cancelled() {
+            Some(HostError::Paused)
+        } else if self.is_powering_off() {
+            Some(HostError::PoweredOff)
+        } else {
+            self.end.is_cancelled().then_some(HostError::Destroyed)
+        }
+    }
+
+    /// Waits until it is paused or ended.
+    async fn interrupted(&self) -> HostError {
+        tokio::select! {
+            () = self.paused.cancelled() => {}
+            () = self.end.cancelled() => {}
+        }
+        self.interruption().unwrap_or(HostError::Destroyed)
+    }
+
+    /// What `work` in it comes to, if it is not paused, powered off or destroyed before. A guest that is
+    /// shutting down may answer until its agent is gone.
+    pub async fn unless_interrupted<T>(
         &self,
         work: impl Future<Output = Result<T, HostError>>,
     ) -> Result<T, HostError> {
         tokio::select! {
             biased;
-            () = self.paused.cancelled() => Err(HostError::Paused),
-            result = work => result,
+            why = self.interrupted() => Err(why),
+            result = work => match result {
+                Err(HostError::AgentUnreachable { reason }) => {
+                    let unreachable = HostError::AgentUnreachable { reason };
+                    Err(self.interruption().unwrap_or(unreachable))
+                }
+                result => result,
+            },
         }
     }
 
-    /// The same stream, which ends with `error` when it is paused.
-    pub fn until_paused<T: Send + 'static, E: Send + 'static>(
-        &self,
+    /// The same stream, which ends with what `error` makes of it when it is paused, powered off or
+    /// destroyed.
+    pub fn until_interrupted<T: Send + 'static, E: Send + 'static>(
+        self: Arc<Self>,
         stream: BoxStream<'static, Result<T, E>>,
-        error: E,
+        error: fn(HostError) -> E,
     ) -> BoxStream<'static, Result<T, E>> {
-        let state = Some((stream, self.paused.clone(), error));
-        stream::unfold(state, async |state| {
-            let (mut stream, paused, error) = state?;
-            tokio::select! {
+        stream::unfold(Some((self, stream)), move |state| async move {
+            let (entry, mut stream): (Arc<Self>, BoxStream<'static, Result<T, E>>) = state?;
+            let item = tokio::select! {
                 biased;
-                () = paused.cancelled() => Some((Err(error), None)),
-                item = stream.next() => Some((item?, Some((stream, paused, error)))),
-            }
+                why = entry.interrupted() => Err(error(why)),
+                item = stream.next() => match item? {
+                    // Its agent goes before the machine does.
+                    Err(broken) => Err(entry.interruption().map_or(broken, error)),
+                    item => item,
+                },
+            };
+            let rest = item.is_ok().then_some((entry, stream));
+            Some((item, rest))
         })
         .boxed()
     }

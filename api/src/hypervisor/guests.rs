@@ -17,13 +17,13 @@ impl GuestHost for LocalHost {
     ) -> Result<Process, HostError> {
         let entry = self.running(id)?;
         entry
-            .unless_paused(entry.agent.start_process(request))
+            .unless_interrupted(entry.agent.start_process(request))
             .await
     }
 
     async fn processes(&self, id: &SandboxId) -> Result<Vec<Process>, HostError> {
         let entry = self.running(id)?;
-        entry.unless_paused(entry.agent.processes()).await
+        entry.unless_interrupted(entry.agent.processes()).await
     }
 
     async fn signal_process(
@@ -34,7 +34,7 @@ impl GuestHost for LocalHost {
     ) -> Result<(), HostError> {
         let entry = self.running(id)?;
         let sent = entry.agent.signal_process(process, signal);
-        entry.unless_paused(sent).await
+        entry.unless_interrupted(sent).await
     }
 
     async fn attach_process(
@@ -45,12 +45,14 @@ impl GuestHost for LocalHost {
     ) -> Result<ProcessEvents, HostError> {
         let entry = self.running(id)?;
         let attached = entry.agent.attach_process(process, input);
-        let events = entry.unless_paused(attached).await?;
-        Ok(entry.until_paused(events, HostError::Paused))
+        let events = entry.unless_interrupted(attached).await?;
+        Ok(entry.until_interrupted(events, |error| error))
     }
 
     async fn connect(&self, id: &SandboxId, port: u16) -> Result<PortStream, HostError> {
         let entry = self.running(id)?;
-        entry.unless_paused(entry.agent.connect_to_port(port)).await
+        entry
+            .unless_interrupted(entry.agent.connect_to_port(port))
+            .await
     }
 }

@@ -257,8 +257,8 @@ impl Host for LocalHost {
         request: ExecRequest,
     ) -> Result<BoxStream<'static, Result<ExecEvent, HostError>>, HostError> {
         let entry = self.running(id)?;
-        let events = entry.unless_paused(entry.agent.exec(request)).await?;
-        Ok(entry.until_paused(events, HostError::Paused))
+        let events = entry.unless_interrupted(entry.agent.exec(request)).await?;
+        Ok(entry.until_interrupted(events, |error| error))
     }
 
     async fn image(&self, name: &str, with_digest: bool) -> Result<ImageInfo, HostError> {
@@ -286,8 +286,8 @@ impl Host for LocalHost {
     ) -> Result<BoxStream<'static, Result<ExecEvent, HostError>>, HostError> {
         let entry = self.running(id)?;
         let started = entry.agent.exec_with_input(request, input);
-        let events = entry.unless_paused(started).await?;
-        Ok(entry.until_paused(events, HostError::Paused))
+        let events = entry.unless_interrupted(started).await?;
+        Ok(entry.until_interrupted(events, |error| error))
     }
 
     async fn console(&self, id: &SandboxId) -> Result<String, HostError> {
@@ -306,7 +306,7 @@ impl Host for LocalHost {
     ) -> Result<(), HostError> {
         let entry = self.running(id)?;
         entry
-            .unless_paused(entry.agent.write_file(request, content))
+            .unless_interrupted(entry.agent.write_file(request, content))
             .await
     }
 
@@ -317,23 +317,27 @@ impl Host for LocalHost {
         limit: usize,
     ) -> Result<Vec<FileInfo>, HostError> {
         let entry = self.running(id)?;
-        entry.unless_paused(entry.agent.list_dir(path, limit)).await
+        entry
+            .unless_interrupted(entry.agent.list_dir(path, limit))
+            .await
     }
 
     async fn walk(&self, id: &SandboxId, spec: &WalkSpec) -> Result<Option<WalkSteps>, HostError> {
         let entry = self.running(id)?;
-        let steps = entry.unless_paused(entry.agent.walk(spec)).await?;
-        Ok(steps.map(|steps| entry.until_paused(steps, HostError::Paused)))
+        let steps = entry.unless_interrupted(entry.agent.walk(spec)).await?;
+        Ok(steps.map(|steps| entry.until_interrupted(steps, |error| error)))
     }
 
     async fn make_dir(&self, id: &SandboxId, path: &str) -> Result<FileInfo, HostError> {
         let entry = self.running(id)?;
-        entry.unless_paused(entry.agent.make_dir(path)).await
+        entry.unless_interrupted(entry.agent.make_dir(path)).await
     }
 
     async fn remove_file(&self, id: &SandboxId, path: &str) -> Result<(), HostError> {
         let entry = self.running(id)?;
-        entry.unless_paused(entry.agent.remove_file(path)).await
+        entry
+            .unless_interrupted(entry.agent.remove_file(path))
+            .await
     }
 
     async fn read_file(
@@ -342,11 +346,12 @@ impl Host for LocalHost {
         request: ReadFileRequest,
     ) -> Result<FileContent, HostError> {
         let entry = self.running(id)?;
-        let file = entry.unless_paused(entry.agent.read_file(request)).await?;
-        let paused = std::io::Error::other(HostError::Paused);
+        let file = entry
+            .unless_interrupted(entry.agent.read_file(request))
+            .await?;
         Ok(FileContent {
             size: file.size,
-            content: entry.until_paused(file.content, paused),
+            content: entry.until_interrupted(file.content, std::io::Error::other),
         })
     }
 

@@ -160,7 +160,7 @@ impl LocalHost {
             return Ok(Some("the guest did not keep the limit of its memory"));
         }
         if let Some(vcpus) = desired.desired_vcpus {
-            let usage = match entry.unless_paused(entry.agent.usage()).await {
+            let usage = match entry.unless_interrupted(entry.agent.usage()).await {
                 Ok(usage) => usage,
                 // Its guest may be busy with just that.
                 Err(HostError::AgentUnreachable { .. }) => {

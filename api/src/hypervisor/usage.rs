@@ -230,7 +230,7 @@ impl MeterHost for LocalHost {
     async fn sandbox_usage(&self, id: &SandboxId) -> Result<SandboxUsage, HostError> {
         let entry = self.running(id)?;
         let control = Control::new(self.inner.config.paths.api(id));
-        let guest = entry.unless_paused(entry.agent.usage());
+        let guest = entry.unless_interrupted(entry.agent.usage());
         let (guest, counters) = tokio::join!(guest, control.counters());
         let guest: GuestUsage = guest?;
         let counters = counters.map_err(|error| HostError::Internal {

@@ -10,8 +10,8 @@ use tracing::warn;
 use super::error::{ApiError, FieldError};
 use crate::chain;
 use crate::domain::{
-    AddressError, CreateError, DestroyError, ExecError, FileError, HostError, LookupError,
-    NetworkChangeError, Problem, SnapshotError,
+    AddressError, CollectError, CreateError, DestroyError, ExecError, FileError, HostError,
+    LookupError, NetworkChangeError, Problem, SnapshotError,
 };
 
 impl From<Problem> for FieldError {
@@ -54,9 +54,8 @@ pub fn of_host(source: HostError) -> ApiError {
     match source {
         HostError::FileNotFound { .. } => ApiError::not_found(text),
         HostError::Invalid { .. } | HostError::Upload { .. } => ApiError::bad_request(text),
-        HostError::Paused | HostError::NotRunning { .. } | HostError::Destroyed => {
-            ApiError::conflict(text)
-        }
+        HostError::NotRunning { .. } => ApiError::conflict(text),
+        _ if source.is_interruption() => ApiError::conflict(text),
         HostError::Internal { .. } => ApiError::internal(&source),
         _ => agent(text),
     }
@@ -114,6 +113,9 @@ impl AtVm for ExecError {
             Self::NotRunning(status) => not_running(name, super::vms::word_of(status)),
             Self::Invalid(sentence) => wrong("command", sentence),
             Self::Host(source) => of_host(source),
+            Self::Collect(CollectError::Host(source)) if source.is_interruption() => {
+                of_host(source)
+            }
             Self::Collect(source) => agent(chain(&source)),
         }
     }

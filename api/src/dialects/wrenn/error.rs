@@ -95,7 +95,7 @@ impl ApiError {
             HostError::NoProcess { .. } => Self::new(StatusCode::NOT_FOUND, "not_found", text),
             HostError::Conflict { .. } => Self::conflict(text),
             HostError::Invalid { .. } | HostError::Upload { .. } => Self::invalid(text),
-            HostError::Paused => Self::state(text),
+            _ if source.is_interruption() => Self::state(text),
             _ => Self::agent(text),
         }
     }
@@ -297,7 +297,7 @@ impl From<ExecError> for ApiError {
             ExecError::NotRunning(_) => Self::state(source.to_string()),
             ExecError::Invalid(message) => Self::invalid(message),
             ExecError::Host(source) => Self::host(source),
-            ExecError::Collect(CollectError::Host(source @ HostError::Paused)) => {
+            ExecError::Collect(CollectError::Host(source)) if source.is_interruption() => {
                 Self::host(source)
             }
             ExecError::Collect(source) => Self::agent(chain(&source)),

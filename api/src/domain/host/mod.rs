@@ -394,6 +394,9 @@ pub enum HostError {
     /// It was destroyed in the meantime.
     #[error("the sandbox was destroyed in the meantime")]
     Destroyed,
+    /// It was powered off in the midst of it.
+    #[error("the sandbox was stopped in the meantime")]
+    PoweredOff,
     /// Somebody has the port.
     #[error("{reason}")]
     PortInUse {
@@ -454,4 +457,11 @@ pub enum HostError {
         /// Which.
         reason: String,
     },
+}
+
+impl HostError {
+    /// Whether the sandbox was taken from whatever was under way in it, as somebody had asked.
+    pub fn is_interruption(&self) -> bool {
+        matches!(self, Self::Paused | Self::PoweredOff | Self::Destroyed)
+    }
 }
