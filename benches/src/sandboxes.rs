@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use ureq::Agent;
 
+use crate::stage::{Stage, StageError};
 use crate::stream::{self, Latencies, StreamError};
 
 /// How long one request may take.
@@ -46,15 +47,21 @@ pub struct Programs {
 }
 
 impl Programs {
-    /// The same as absolute paths.
+    /// Copies of them in `stage`: a checkout that is shared with an emulated host is read anew for each
+    /// process, as no disk is.
     ///
     /// # Errors
-    /// One of them is not there.
-    pub fn canonicalize(&self) -> io::Result<Self> {
+    /// One of them cannot be copied.
+    pub fn copied_to(&self, stage: &Stage) -> Result<Self, StageError> {
+        let images = stage.directory().join("images");
+        std::fs::create_dir(&images).map_err(StageError::Directory)?;
+        for image in ["vmlinux", "initramfs.cpio", "minimal.ext4"] {
+            stage.copy(&self.images.join(image), &format!("images/{image}"))?;
+        }
         Ok(Self {
-            sandboxd: self.sandboxd.canonicalize()?,
-            vmm: self.vmm.canonicalize()?,
-            images: self.images.canonicalize()?,
+            sandboxd: stage.copy(&self.sandboxd, "sandboxd")?,
+            vmm: stage.copy(&self.vmm, "vmm")?,
+            images,
         })
     }
 }

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use benches::machine::Machine;
 use benches::sandboxes::{Created, Daemon, Programs, SandboxError, Starts, growth};
+use benches::stage::Stage;
 use benches::stats::Summary;
 use benches::{error_chain, interrupt, report};
 use clap::{Parser, ValueEnum};
@@ -94,7 +95,8 @@ fn main() -> ExitCode {
 fn run(cli: &Cli) -> Result<(), Box<dyn Error>> {
     interrupt::catch_signals()?;
     let machine = Machine::describe();
-    let programs = cli.programs.canonicalize()?;
+    let stage = Stage::new()?;
+    let programs = cli.programs.copied_to(&stage)?;
     let cold = Daemon::start(&programs, Starts::Cold)?;
     let bare = Daemon::start(&programs, Starts::Bare)?;
     let warm = Daemon::start(&programs, Starts::Warm)?;

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use benches::machine::Machine;
 use benches::sandboxes::{Daemon, Programs, SandboxError, Starts};
+use benches::stage::Stage;
 use benches::stats::Summary;
 use benches::thresholds::{Row, WANTED, deviation};
 use benches::{error_chain, interrupt, report};
@@ -53,7 +54,8 @@ fn main() -> ExitCode {
 fn run(cli: &Cli) -> Result<()> {
     interrupt::catch_signals()?;
     let machine = Machine::describe();
-    let programs = cli.programs.canonicalize()?;
+    let stage = Stage::new()?;
+    let programs = cli.programs.copied_to(&stage)?;
     let mut daemon = Daemon::start(&programs, Starts::Warm)?;
     daemon.log_in()?;
     let (rows, failures) = measure(&daemon, usize::from(cli.samples))?;
