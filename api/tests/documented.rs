@@ -23,7 +23,7 @@ use conformance::{Answer, Client};
 use operations::{Things, body_for};
 use place::Daemon;
 use rustix::process::{Pid, Signal, kill_process};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 const LIMITS: &str = "
 [auth]
@@ -95,14 +95,7 @@ fn what_operations_answer_when_the_agent_is_gone_is_in_their_descriptions() {
     fs::write(config.path(), LIMITS).unwrap();
     let config = format!("--config={}", config.path().display());
     let daemon = Daemon::start_with(noted_agent, &[&config]);
-    let user = json!({"username": "root", "password": "Correct-Horse-9", "role": "admin"});
-    let user = user.to_string();
-    assert_eq!(
-        daemon.call("POST", "/api/v1/auth/register", &user).status,
-        201
-    );
-    let login = daemon.call("POST", "/api/v1/auth/login", &user).json();
-    let token = format!("Bearer {}", login["access_token"].as_str().unwrap());
+    let token = daemon.administrator();
     let document: Value = serde_json::from_str(&api::http::json().unwrap()).unwrap();
     let (mut failed, mut undocumented) = (0, Vec::new());
     for (path, operations) in document["paths"].as_object().unwrap() {

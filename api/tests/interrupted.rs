@@ -26,15 +26,6 @@ fn as_a_vmm() {
     vmm::run();
 }
 
-fn administrator(daemon: &Daemon) -> String {
-    let user = json!({"username": "root", "password": "Correct-Horse-9", "role": "admin"});
-    let user = user.to_string();
-    let made = daemon.call("POST", "/api/v1/auth/register", &user);
-    assert_eq!(made.status, 201);
-    let answer = daemon.call("POST", "/api/v1/auth/login", &user).json();
-    format!("Bearer {}", answer["access_token"].as_str().unwrap())
-}
-
 /// What a command is answered that runs when the sandbox is taken away, and what that is answered.
 fn taken_away(
     daemon: &Daemon,
@@ -71,7 +62,7 @@ fn taken_away(
 #[test]
 fn a_command_hears_that_its_sandbox_was_stopped_or_deleted() {
     let daemon = Daemon::start(&[]);
-    let token = administrator(&daemon);
+    let token = daemon.administrator();
     let of_v1 = |script: &str| json!({"cmd": "sh", "args": ["-c", script], "timeout_sec": 900});
     let of_vms = |script: &str| json!({"command": script, "timeout_seconds": 900});
     let headers = [("Authorization", token.as_str())];

@@ -1,6 +1,5 @@
 //! A request for each operation that the API describes.
 
-#![allow(dead_code, reason = "each test binary uses a part of it")]
 #![allow(clippy::panic, reason = "a test that cannot go on may panic")]
 
 /// Ids of one user's things, or of nobody's.

@@ -16,7 +16,7 @@ use std::thread;
 
 use conformance::{Answer, Client};
 use rustix::process::{Pid, Signal, kill_process};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{agent, vmm};
 
@@ -121,6 +121,16 @@ impl Daemon {
     /// Waits until it has ended.
     pub fn wait(&mut self) {
         self.process.wait().unwrap();
+    }
+
+    /// The `Authorization` of a new administrator.
+    pub fn administrator(&self) -> String {
+        let user = json!({"username": "root", "password": "Correct-Horse-9", "role": "admin"});
+        let user = user.to_string();
+        let made = self.call("POST", "/api/v1/auth/register", &user);
+        assert_eq!(made.status, 201, "{:?}", made.json());
+        let answer = self.call("POST", "/api/v1/auth/login", &user).json();
+        format!("Bearer {}", answer["access_token"].as_str().unwrap())
     }
 
     /// The answer to a request with a JSON body, or none.
