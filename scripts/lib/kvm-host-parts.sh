@@ -147,8 +147,12 @@ prepare_kernel() {
     if ! part kernel "$(os_release ID) $(os_release VERSION_ID)" "$(declare -f prepare_kernel)"; then
         say "fetching a stock kernel"
         refresh_lists
-        local package
-        package=$(private_apt apt-cache depends linux-image-amd64 | awk '$1 == "Depends:" { if (!found++) print $2 }')
+        local package meta=linux-image-amd64 backports
+        backports=$(os_release VERSION_CODENAME)-backports
+        if private_apt apt-cache madison "$meta" | grep "$backports" >/dev/null; then
+            meta=$meta/$backports
+        fi
+        package=$(private_apt apt-cache depends "$meta" | awk '$1 == "Depends:" { if (!found++) print $2 }')
         [[ -n $package ]] || unsupported "no package linux-image-amd64 to be had"
         unpack "$part_dir.new" "$package" busybox-static
         version=${package#linux-image-}
