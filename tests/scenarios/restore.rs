@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use agent_protocol::ShutdownAction;
 use e2e_tests::images::write_second_qcow2_overlay;
@@ -304,6 +305,54 @@ fn save_to_descriptors(vmm: &Vmm, directory: &Path, keep: usize, again: bool) {
     let body = json!({"keep_base_layers": keep});
     let (status, answer) = call_with(vmm, "vm.snapshot", &body, &files);
     assert_eq!(status, 204, "{answer}");
+}
+
+/// Whether this host's KVM maps memory before the guest comes to it, as the VMM's doctor tells.
+fn kvm_prefaults() -> bool {
+    let doctor = Command::new(&setup().vmm)
+        .args(["doctor", "--json"])
+        .output()
+        .unwrap();
+    let report: Value = serde_json::from_slice(&doctor.stdout).unwrap();
+    let mut findings = report["findings"].as_array().unwrap().iter();
+    let finding = findings.find(|finding| finding["check"] == "prefault");
+    let detail = finding.unwrap()["detail"].as_str().unwrap();
+    detail.starts_with("KVM can ")
+}
+
+#[test]
+fn what_one_guest_touches_first_the_next_one_has_before_it_runs() {
+    let snapshots = scratch();
+    let mut first = Machine::new()
+        .cpus("boot=2")
+        .api(ApiSocket::Inherited)
+        .boot();
+    first.agent().must("echo kept > /run/file; sync");
+    let snapshot = directory(snapshots.path(), "s");
+    save(&first, &snapshot, 0);
+    let disk = root_of(&first);
+    stop(&mut first);
+    let from = |options: &str| {
+        Machine::without_disk()
+            .cpus("boot=2")
+            .disk(disk.clone())
+            .restore(&format!("source_url={}{options}", url(&snapshot)))
+            .arguments(&["-v"])
+            .api(ApiSocket::Inherited)
+    };
+    let mut one = from("").start().resumed();
+    one.agent().must("cat /run/file");
+    let body = json!({"destination_url": url(&snapshot)});
+    one.api().put("vm.working-set", Some(&body));
+    stop(&mut one);
+
+    let mut next = from(",prefault=working-set").jailed().start().resumed();
+    assert_eq!(next.agent().must("cat /run/file; nproc"), "kept\n2");
+    stop(&mut next);
+    let said = next.process.stderr.whole_text();
+    assert!(said.contains("prefetched the working set"), "{said}");
+    let is_in_kvm = said.contains("the working set is in KVM's page table");
+    assert_eq!(is_in_kvm, kvm_prefaults(), "{said}");
 }
 
 #[test]

@@ -25,6 +25,7 @@ use crate::devices::legacy::serial::SerialPort;
 use crate::devices::virtio::{ControlError, Counters, DeviceHandle};
 use crate::exit::{ExitReason, ExitSignal};
 use crate::gdb::Debugger;
+use crate::kvm::prefault::prefault;
 use crate::kvm::state::{self, Clocks};
 use crate::kvm::vcpu::{Buses, StoppedError, VcpuHandle};
 use crate::kvm::vm::Vm;
@@ -253,8 +254,21 @@ impl RunningMachine {
 
     /// Has what the machine, which has not run yet, touches first mapped, if that is known and wanted.
     pub fn prefetch(&mut self) {
-        if let Some(pages) = self.parts.working_set.take() {
-            pages.prefetch(self.parts.ram.memory());
+        let parts = &mut self.parts;
+        let Some(pages) = parts.working_set.take() else {
+            return;
+        };
+        let memory = parts.ram.memory();
+        pages.prefetch(memory);
+        let Some(vcpu) = parts.vcpus.first().filter(|_| parts.vm.can_prefault()) else {
+            return;
+        };
+        let runs = pages.guest_runs(memory);
+        match vcpu.with_fd(move |fd| prefault(fd, &runs)) {
+            Ok(Ok(())) => tracing::info!("the working set is in KVM's page table"),
+            Ok(Err(error)) => tracing::debug!(%error, "the working set is not in KVM's page table"),
+            // A machine that has ended needs no page.
+            Err(StoppedError) => {}
         }
     }
 

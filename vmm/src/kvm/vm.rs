@@ -206,6 +206,11 @@ impl Vm {
             })
     }
 
+    /// Whether [`prefault`](super::prefault::prefault) does anything on this host.
+    pub fn can_prefault(&self) -> bool {
+        super::prefault::is_supported(&self.kvm)
+    }
+
     /// What reads the state of a vCPU of this machine, on the vCPU's thread.
     pub fn vcpu_saver(&self) -> impl Fn(&VcpuFd) -> Result<VcpuState, StateError> + Clone + use<> {
         let (msr_indices, xsave) = (Arc::clone(&self.msr_indices), self.xsave);

@@ -291,7 +291,7 @@ type VisitChunk<'a> = &'a mut dyn FnMut(u64, &mut [u8]) -> io::Result<()>;
 /// A part of guest memory that lies in one region.
 pub(super) struct Piece {
     pub(super) offsets: Range<u64>,
-    guest: GuestAddress,
+    pub(super) guest: GuestAddress,
     pub(super) host: *mut u8,
 }
 

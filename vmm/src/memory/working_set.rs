@@ -6,12 +6,14 @@
 //! mapped beforehand, many with one call: those that are only read from the file, shared with
 //! everybody, and those that are written as copies of their own.
 //!
-//! KVM's own page table is filled page by page nevertheless, as the guest comes to them. Linux 6.12 can
-//! do that beforehand too (KVM_PRE_FAULT_MEMORY); hosts that this VMM is made for need not have it.
+//! KVM's own page table is filled from that of the VMM: beforehand too where KVM can do that (see
+//! [`prefault`](crate::kvm::prefault)), and page by page otherwise, as the guest comes to them.
 
 use std::io;
+use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
+use vm_memory::{Address, GuestAddress};
 
 use super::GuestMemory;
 use super::extents::Extents;
@@ -98,6 +100,16 @@ impl WorkingSet {
         Ok(())
     }
 
+    /// Where the guest has these pages.
+    pub fn guest_runs(&self, memory: &GuestMemory) -> Vec<Range<GuestAddress>> {
+        let all = self.read.iter().chain(self.written.iter());
+        Extents::of(all.collect())
+            .iter()
+            .flat_map(|run| pieces(memory, run))
+            .map(|piece| piece.guest..piece.guest.unchecked_add(piece.len() as u64))
+            .collect()
+    }
+
     /// Has these pages of `memory` mapped. The content of none changes. It is an advice: a kernel before
     /// 5.14 does not take it.
     pub fn prefetch(&self, memory: &GuestMemory) {
@@ -138,7 +150,7 @@ mod tests {
     use std::os::unix::fs::FileExt;
 
     use proptest::prelude::*;
-    use vm_memory::{Bytes, GuestAddress};
+    use vm_memory::Bytes;
 
     use super::super::layers::{Layer, Layers};
     use super::super::{PAGE_SIZE, allocate};
@@ -198,6 +210,31 @@ mod tests {
         for index in [5, 6, 7, 300, 511] {
             assert_eq!(next.read_obj::<u64>(page(index)).unwrap(), index);
         }
+    }
+
+    #[test]
+    fn the_guest_has_runs_where_its_memory_is() {
+        let at = |read, written| {
+            let set = WorkingSet {
+                read: Extents::of(read),
+                written: Extents::of(written),
+            };
+            // The part above 4 GiB comes after the hole that devices have below it.
+            let gib = 1_u64 << 30;
+            let regions = [(GuestAddress(0), 3 << 30), (GuestAddress(4 * gib), 1 << 30)];
+            let memory = GuestMemory::from_ranges(&regions).unwrap();
+            let runs = set.guest_runs(&memory);
+            runs.into_iter()
+                .map(|run| run.start.0 / PAGE_SIZE..run.end.0 / PAGE_SIZE)
+                .collect::<Vec<_>>()
+        };
+        let (hole, high) = ((3 << 30) / PAGE_SIZE, (4_u64 << 30) / PAGE_SIZE);
+        assert_eq!(at(vec![], vec![]), []);
+        // What is read and written side by side is one run.
+        assert_eq!(at(vec![run(1..3), run(5..7)], vec![run(3..5)]), [1..7]);
+        // One across the hole is two.
+        let across = at(vec![run(hole - 2..hole + 3)], vec![]);
+        assert_eq!(across, [hole - 2..hole, high..high + 3]);
     }
 
     #[test]

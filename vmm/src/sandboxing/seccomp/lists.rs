@@ -141,6 +141,7 @@ const VCPU_REQUESTS: &[u64] = &[
     0xa6, 0xa7, // KVM_GET_XCRS, KVM_SET_XCRS
     0xad, // KVM_KVMCLOCK_CTRL
     0xcf, // KVM_GET_XSAVE2
+    0xd5, // KVM_PRE_FAULT_MEMORY
 ];
 
 /// Requests to a virtual machine that runs: its memory, clock and interrupts.
