@@ -190,7 +190,7 @@ impl Agent {
         let method = request.method().clone();
         match (path.as_str(), method) {
             (protocol::PATH_HEALTH, Method::GET) => self.health(),
-            (protocol::PATH_USAGE, Method::GET) => usage().await,
+            (protocol::PATH_USAGE, Method::GET) => usage(),
             (protocol::PATH_EXEC, Method::POST) => self.exec(request).await,
             (protocol::PATH_PROCESSES, Method::POST) => self.start_process(request).await,
             (protocol::PATH_PROCESSES, Method::GET) => json(StatusCode::OK, &self.processes.list()),
@@ -357,9 +357,11 @@ impl Agent {
 }
 
 /// On a thread that may block: asking for a file system's size may wait for its disk.
-async fn usage() -> Answer {
-    let measured = tokio::task::spawn_blocking(usage::measure).await?;
-    json(StatusCode::OK, &measured.map_err(RequestError::Usage)?)
+fn usage() -> Answer {
+    json(
+        StatusCode::OK,
+        &usage::measure().map_err(RequestError::Usage)?,
+    )
 }
 
 /// The connection, taken from HTTP, and what the host has sent on it already; `None` if the host is

@@ -39,9 +39,9 @@ pub use exec::{CollectError, ExecEnd, ExecLimits, ExecOutput};
 pub use host::{
     AdoptRequest, Adopted, ClaimRequest, CreateRequest, Created, End, ExecEvent, ExecRequest,
     ExitInfo, FileContent, FileInfo, FileKind, Host, HostError, HostEvent, HostInfo, Identity,
-    ImageInfo, KeepDiskRequest, KeptDisk, MergeRequest, Nic, PowerOffRequest, PrepareRequest,
-    Presence, ReadFileRequest, SaveRequest, Saved, Shape, WalkCut, WalkSpec, WalkStep, WalkSteps,
-    WriteFileRequest,
+    ImageDigest, ImageInfo, KeepDiskRequest, KeptDisk, MergeRequest, Nic, PowerOffRequest,
+    PrepareRequest, Presence, ReadFileRequest, SaveRequest, Saved, Shape, WalkCut, WalkSpec,
+    WalkStep, WalkSteps, WriteFileRequest,
 };
 pub use id::{Id, KeyId, Kind, LayerId, ParseIdError, SandboxId, SnapshotId, TemplateId, UserId};
 pub use layer::{Layers, MAX_DISK};

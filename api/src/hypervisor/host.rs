@@ -26,8 +26,8 @@ use super::{Inner, LocalHost, ended_early, network_failed, posture, warm_key};
 use crate::domain::{
     AddressError, AdoptRequest, Adopted, ClaimRequest, CreateRequest, Created, Egress, ExecEvent,
     ExecRequest, FileContent, FileInfo, Forward, ForwardSpec, Host, HostError, HostEvent, HostInfo,
-    ImageInfo, KeepDiskRequest, KeptDisk, LayerId, Layers, LayersInfo, MergeRequest, Model,
-    NetworkActivity, Posture, PowerOffRequest, PrepareRequest, Presence, ReadFileRequest,
+    ImageDigest, ImageInfo, KeepDiskRequest, KeptDisk, LayerId, Layers, LayersInfo, MergeRequest,
+    Model, NetworkActivity, Posture, PowerOffRequest, PrepareRequest, Presence, ReadFileRequest,
     ResizeRequest, SandboxId, SaveRequest, Saved, WalkSpec, WalkSteps, WriteFileRequest,
 };
 use crate::network::ForwardError;
@@ -261,8 +261,8 @@ impl Host for LocalHost {
         Ok(entry.until_interrupted(events, |error| error))
     }
 
-    async fn image(&self, name: &str, with_digest: bool) -> Result<ImageInfo, HostError> {
-        self.inner.image(name, with_digest).await
+    async fn image(&self, name: &str, digest: ImageDigest) -> Result<ImageInfo, HostError> {
+        self.inner.image(name, digest).await
     }
 
     async fn keep_disk(&self, request: KeepDiskRequest) -> Result<KeptDisk, HostError> {

@@ -20,8 +20,8 @@ use super::Inner;
 use super::entry::Entry;
 use super::layers::LayerFiles;
 use crate::domain::{
-    CreateRequest, End, HostError, HostEvent, ImageInfo, KeepDiskRequest, KeptDisk, LayerId,
-    SandboxId,
+    CreateRequest, End, HostError, HostEvent, ImageDigest, ImageInfo, KeepDiskRequest, KeptDisk,
+    LayerId, SandboxId,
 };
 use crate::images::{Base, Chain};
 
@@ -119,14 +119,16 @@ impl Inner {
     pub async fn image(
         self: &Arc<Self>,
         name: &str,
-        with_digest: bool,
+        digest: ImageDigest,
     ) -> Result<ImageInfo, HostError> {
         let path = self.template(name)?.clone();
         let described = blocking(move || {
             let metadata = std::fs::metadata(&path)?;
-            let digest = match described_digest(&path, metadata.len()) {
-                None if with_digest => Some(sha256(&path)?),
-                digest => digest,
+            let known = || described_digest(&path, metadata.len());
+            let digest = match digest {
+                ImageDigest::Unasked => None,
+                ImageDigest::IfKnown => known(),
+                ImageDigest::Computed => Some(known().map_or_else(|| sha256(&path), Ok)?),
             };
             Ok(ImageInfo {
                 digest,

@@ -1,7 +1,7 @@
 //! What machines and this host take, by the files of proc(5).
 
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -57,9 +57,18 @@ struct Stat {
     pages: u64,
 }
 
+/// A short file of the kernel, which has no size that could be asked for first.
+fn read_short(path: &str) -> io::Result<String> {
+    let mut text = String::with_capacity(1024);
+    fs::File::open(path)?
+        .take(64 << 10)
+        .read_to_string(&mut text)?;
+    Ok(text)
+}
+
 impl Stat {
     fn of(pid: i32) -> io::Result<Self> {
-        let text = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+        let text = read_short(&format!("/proc/{pid}/stat"))?;
         Self::parse(&text).ok_or_else(|| io::ErrorKind::InvalidData.into())
     }
 
@@ -92,7 +101,7 @@ fn of_vmm(process: &ProcessId, disks: &[&Path]) -> io::Result<Option<VmmUsage>> 
         Ok(_) => return Ok(None),
         Err(error) => return gone(error),
     };
-    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+    let children = read_short(&format!("/proc/{pid}/task/{pid}/children"));
     let children = children.unwrap_or_default();
     let children = children
         .split_whitespace()

@@ -31,8 +31,8 @@ pub use guest::{
 };
 pub use save::{KeepDiskRequest, KeptDisk, MergeRequest, PowerOffRequest, SaveRequest, Saved};
 pub use start::{
-    AdoptRequest, Adopted, ClaimRequest, CreateRequest, Created, HostInfo, Identity, ImageInfo,
-    Nic, PrepareRequest, Presence, Shape,
+    AdoptRequest, Adopted, ClaimRequest, CreateRequest, Created, HostInfo, Identity, ImageDigest,
+    ImageInfo, Nic, PrepareRequest, Presence, Shape,
 };
 pub use walk::{WalkCut, WalkSpec, WalkStep, WalkSteps};
 
@@ -155,12 +155,11 @@ pub trait Host: GuestHost + MeterHost {
     /// It cannot tell.
     async fn warm_key(&self, model: &Model, disk: &[LayerId]) -> Result<String, HostError>;
 
-    /// What there is to say of an image on the host, by the name of its template. The digest is
-    /// computed if `with_digest`, which may take seconds; otherwise it is told if it is known.
+    /// What there is to say of an image on the host, by the name of its template.
     ///
     /// # Errors
     /// There is none of that name, or it cannot be read.
-    async fn image(&self, name: &str, with_digest: bool) -> Result<ImageInfo, HostError>;
+    async fn image(&self, name: &str, digest: ImageDigest) -> Result<ImageInfo, HostError>;
 
     /// Shuts a sandbox down in order, so that all that it has written is on its disk, and keeps one
     /// of its disks as a new layer. It goes on if the caller goes away.

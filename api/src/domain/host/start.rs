@@ -159,6 +159,17 @@ pub struct ClaimRequest {
     pub nic: Option<Nic>,
 }
 
+/// What is to be said of an image's digest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ImageDigest {
+    /// Nothing.
+    Unasked,
+    /// What is written beside the image, if it is.
+    IfKnown,
+    /// If need be, it is computed, which may take seconds.
+    Computed,
+}
+
 /// What there is to say of an image on the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageInfo {

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use super::Manager;
 use crate::domain::error::StartRefused;
-use crate::domain::host::HostError;
+use crate::domain::host::{HostError, ImageDigest};
 use crate::domain::id::{KeyId, SandboxId, UserId};
 use crate::domain::quota::{Quota, QuotaOf, Usage};
 use crate::domain::sandbox::{Sandbox, Spec};
@@ -120,7 +120,12 @@ impl Manager {
         let built = self.inner.store.find_template(&spec.template).await?;
         let bytes = match built.and_then(|template| template.content) {
             Some(content) => content.disk_bytes,
-            None => match self.inner.host.image(&spec.template, false).await {
+            None => match self
+                .inner
+                .host
+                .image(&spec.template, ImageDigest::Unasked)
+                .await
+            {
                 Ok(image) => image.disk_bytes,
                 // The template is not there any more.
                 Err(HostError::UnknownTemplate { .. }) => 0,

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use tracing::{info, warn};
 
 use super::super::error::{CreateError, LookupError, TemplateError};
-use super::super::host::{Created, ExecEvent, ExecRequest, HostError, HostInfo};
+use super::super::host::{Created, ExecEvent, ExecRequest, HostError, HostInfo, ImageDigest};
 use super::super::id::{SandboxId, TemplateId};
 use super::super::layer::Layers;
 use super::super::request::{self, SettingsSpec};
@@ -102,7 +102,7 @@ impl Manager {
         let least = match found.and_then(|template| template.content) {
             Some(content) => content.disk_bytes,
             None => {
-                let image = self.inner.host.image(template, false).await;
+                let image = self.inner.host.image(template, ImageDigest::Unasked).await;
                 image.map_err(CreateError::Describe)?.disk_bytes
             }
         };
@@ -270,7 +270,7 @@ impl Manager {
         let host = self.inner.host.describe().await;
         for name in host.map_err(TemplateError::Host)?.templates {
             if all.iter().all(|template| template.name != name) {
-                all.push(self.image(name, false).await?);
+                all.push(self.image(name, ImageDigest::IfKnown).await?);
             }
         }
         all.sort_by(|one, other| one.name.cmp(&other.name));
@@ -285,7 +285,7 @@ impl Manager {
         if let Some(template) = self.usable_template(name).await? {
             return Ok(template.into());
         }
-        self.image(name.to_owned(), true).await
+        self.image(name.to_owned(), ImageDigest::Computed).await
     }
 
     /// The template of this name, if it was built here and may be used.
@@ -294,8 +294,12 @@ impl Manager {
         Ok(found.filter(|template| self.may_use(template)))
     }
 
-    async fn image(&self, name: String, with_digest: bool) -> Result<TemplateInfo, TemplateError> {
-        let image = match self.inner.host.image(&name, with_digest).await {
+    async fn image(
+        &self,
+        name: String,
+        digest: ImageDigest,
+    ) -> Result<TemplateInfo, TemplateError> {
+        let image = match self.inner.host.image(&name, digest).await {
             Ok(image) => image,
             Err(HostError::UnknownTemplate { .. }) => return Err(TemplateError::NotFound),
             Err(source) => return Err(TemplateError::Host(source)),
@@ -329,7 +333,7 @@ impl Manager {
     async fn delete_template_now(&self, name: &str) -> Result<(), TemplateError> {
         let Some(template) = self.usable_template(name).await? else {
             // What the host has is not the daemon's.
-            return match self.image(name.to_owned(), false).await {
+            return match self.image(name.to_owned(), ImageDigest::Unasked).await {
                 Ok(_) => Err(TemplateError::Image(name.to_owned())),
                 Err(error) => Err(error),
             };

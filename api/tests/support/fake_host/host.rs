@@ -7,10 +7,10 @@ use std::sync::atomic::Ordering;
 use api::domain::{
     AdoptRequest, Adopted, ClaimRequest, Counter, CreateRequest, Created, Denied, DeniedWhat,
     Egress, ExecEvent, ExecRequest, FileContent, FileInfo, Forward, ForwardSpec, Host, HostError,
-    HostEvent, HostInfo, ImageInfo, KeepDiskRequest, KeptDisk, LayerId, Layers, LayersInfo,
-    MergeRequest, Model, NetworkActivity, Posture, PowerOffRequest, PrepareRequest, Presence,
-    ReadFileRequest, ResizeRequest, SandboxId, SaveRequest, Saved, Start, Timings, Traffic,
-    WalkSpec, WalkSteps, WriteFileRequest,
+    HostEvent, HostInfo, ImageDigest, ImageInfo, KeepDiskRequest, KeptDisk, LayerId, Layers,
+    LayersInfo, MergeRequest, Model, NetworkActivity, Posture, PowerOffRequest, PrepareRequest,
+    Presence, ReadFileRequest, ResizeRequest, SandboxId, SaveRequest, Saved, Start, Timings,
+    Traffic, WalkSpec, WalkSteps, WriteFileRequest,
 };
 use async_trait::async_trait;
 use axum::body::Bytes;
@@ -213,13 +213,13 @@ impl Host for FakeHost {
         Ok(format!("{model:?} {disk:?}"))
     }
 
-    async fn image(&self, name: &str, with_digest: bool) -> Result<ImageInfo, HostError> {
+    async fn image(&self, name: &str, digest: ImageDigest) -> Result<ImageInfo, HostError> {
         let info = self.describe().await?;
         if !info.templates.iter().any(|known| known == name) {
             return Err(HostError::UnknownTemplate { name: name.into() });
         }
         Ok(ImageInfo {
-            digest: with_digest.then(|| format!("digest of {name}")),
+            digest: (digest == ImageDigest::Computed).then(|| format!("digest of {name}")),
             size_bytes: 1000,
             disk_bytes: 2 << 30,
             modified_us: 5_000_000,

@@ -14,8 +14,8 @@ use crate::chain;
 use crate::domain::build::{OutputLines, Progress, Recipe};
 use crate::domain::error::{CreateError, SnapshotError};
 use crate::domain::host::{
-    CreateRequest, ExecEvent, ExecRequest, HostError, KeepDiskRequest, KeptDisk, Shape,
-    WriteFileRequest,
+    CreateRequest, ExecEvent, ExecRequest, HostError, ImageDigest, KeepDiskRequest, KeptDisk,
+    Shape, WriteFileRequest,
 };
 use crate::domain::id::{LayerId, SandboxId};
 use crate::domain::layer::Layers;
@@ -334,7 +334,13 @@ impl Manager {
     async fn digest_of(&self, name: &str) -> Result<String, BuildError> {
         let content = match self.inner.store.find_template(name).await? {
             Some(template) => template.content.and_then(|content| content.digest),
-            None => self.inner.host.image(name, true).await?.digest,
+            None => {
+                self.inner
+                    .host
+                    .image(name, ImageDigest::Computed)
+                    .await?
+                    .digest
+            }
         };
         Ok(content.unwrap_or_default())
     }
