@@ -160,7 +160,7 @@ mod tests {
         GuestAddress(index * PAGE_SIZE)
     }
 
-    fn run(pages: std::ops::Range<u64>) -> std::ops::Range<u64> {
+    fn run(pages: Range<u64>) -> Range<u64> {
         pages.start * PAGE_SIZE..pages.end * PAGE_SIZE
     }
 
@@ -225,16 +225,16 @@ mod tests {
             let memory = GuestMemory::from_ranges(&regions).unwrap();
             let runs = set.guest_runs(&memory);
             runs.into_iter()
-                .map(|run| run.start.0 / PAGE_SIZE..run.end.0 / PAGE_SIZE)
+                .map(|run| (run.start.0 / PAGE_SIZE, run.end.0 / PAGE_SIZE))
                 .collect::<Vec<_>>()
         };
         let (hole, high) = ((3 << 30) / PAGE_SIZE, (4_u64 << 30) / PAGE_SIZE);
         assert_eq!(at(vec![], vec![]), []);
         // What is read and written side by side is one run.
-        assert_eq!(at(vec![run(1..3), run(5..7)], vec![run(3..5)]), [1..7]);
+        assert_eq!(at(vec![run(1..3), run(5..7)], vec![run(3..5)]), [(1, 7)]);
         // One across the hole is two.
         let across = at(vec![run(hole - 2..hole + 3)], vec![]);
-        assert_eq!(across, [hole - 2..hole, high..high + 3]);
+        assert_eq!(across, [(hole - 2, hole), (high, high + 3)]);
     }
 
     #[test]
