@@ -141,18 +141,25 @@ use_unpacked_qemu() {
     ((${major:-0} >= 10))
 }
 
+# kernel_package PACKAGE[/RELEASE]: the kernel that this package of none in particular depends on.
+kernel_package() {
+    private_apt apt-cache depends "$1" | awk '$1 == "Depends:" { if (!found++) print $2 }'
+}
+
 prepare_kernel() {
     local version
     # The cached kernel stays until the release changes: a newer one is no better a KVM host.
     if ! part kernel "$(os_release ID) $(os_release VERSION_ID)" "$(declare -f prepare_kernel)"; then
         say "fetching a stock kernel"
         refresh_lists
-        local package meta=linux-image-amd64 backports
-        backports=$(os_release VERSION_CODENAME)-backports
-        if private_apt apt-cache madison "$meta" | grep "$backports" >/dev/null; then
-            meta=$meta/$backports
+        local package backports
+        package=$(kernel_package linux-image-amd64) || true
+        backports=linux-image-amd64/$(os_release VERSION_CODENAME)-backports
+        # From 6.12 on KVM maps guest memory beforehand (KVM_PRE_FAULT_MEMORY), as present hosts do.
+        if printf '%s\n' "$package" linux-image-6.12 | sort --check=quiet --version-sort &&
+            private_apt apt-cache madison "${backports%/*}" | grep -- "${backports#*/}" >/dev/null; then
+            package=$(kernel_package "$backports") || true
         fi
-        package=$(private_apt apt-cache depends "$meta" | awk '$1 == "Depends:" { if (!found++) print $2 }')
         [[ -n $package ]] || unsupported "no package linux-image-amd64 to be had"
         unpack "$part_dir.new" "$package" busybox-static
         version=${package#linux-image-}

@@ -87,11 +87,12 @@ type Step = fn(&Bench<'_>, &mut Vec<Row>) -> Result<()>;
 /// What was measured, and what was not and why.
 fn measure(daemon: &Daemon, samples: usize) -> Result<(Vec<Row>, Vec<String>)> {
     let (mut rows, mut failures) = (Vec::new(), Vec::new());
-    let steps: [(&str, Step); 7] = [
+    let steps: [(&str, Step); 8] = [
         ("boots", boots),
         ("stops", stops),
         ("shapes", shapes),
         ("many at once", many),
+        ("cleanup", cleanup),
         ("cycles", cycles),
         ("resources", resources),
         ("load", load),
@@ -176,16 +177,20 @@ impl Bench<'_> {
             .try_for_each(|id| self.delete(id))
     }
 
-    /// A machine from its creation to its first command.
-    fn boot(&self, name: &str, vcpus: u32, memory_mb: u32) -> Result<(), SandboxError> {
+    /// Creates a machine, and tells how long it takes from its start to its first command, in seconds.
+    fn boot(&self, name: &str, vcpus: u32, memory_mb: u32) -> Result<f64, SandboxError> {
         self.create(name, vcpus, memory_mb)?;
+        seconds(|| self.start_ready(name))
+    }
+
+    fn start_ready(&self, name: &str) -> Result<(), SandboxError> {
         self.start(name)?;
         self.execute(name, "echo ready").map(drop)
     }
 
-    /// The same of the first of its shape, in seconds. Those after it start warm.
+    /// The same of the first of its shape. Those after it start warm.
     fn first_boot(&self, name: &str, vcpus: u32, memory_mb: u32) -> Result<f64, SandboxError> {
-        let took = seconds(|| self.boot(name, vcpus, memory_mb))?;
+        let took = self.boot(name, vcpus, memory_mb)?;
         self.delete(name)?;
         self.daemon.wait_until_warm()?;
         Ok(took)
@@ -226,13 +231,13 @@ fn at_once<T: Sync>(
 
 fn boots(bench: &Bench<'_>, rows: &mut Vec<Row>) -> Result<()> {
     rows.push(Row::at_most(
-        "boot: created, started, `echo ready`; 2 vCPUs, 512 MiB; the first of its shape, s",
+        "boot: from its start to `echo ready`; 2 vCPUs, 512 MiB; the first of its shape, s",
         3.0,
         bench.first_boot("first", 2, 512)?,
     ));
     let mut all = Vec::new();
     for name in names("boot", bench.samples) {
-        all.push(seconds(|| bench.boot(&name, 2, 512))?);
+        all.push(bench.boot(&name, 2, 512)?);
         bench.delete(&name)?;
     }
     let mean = all.iter().sum::<f64>() / all.len() as f64;
@@ -262,10 +267,12 @@ fn boots(bench: &Bench<'_>, rows: &mut Vec<Row>) -> Result<()> {
         3.0,
         unnamed / bench.samples as f64,
     ));
+    bench.first_boot("first", 1, 256)?;
     let five = names("five", 5);
-    let took = seconds(|| at_once(&five, |name| bench.boot(name, 2, 512)))?;
+    at_once(&five, |name| bench.create(name, 1, 256).map(drop))?;
+    let took = seconds(|| at_once(&five, |name| bench.start_ready(name)))?;
     rows.push(Row::at_most(
-        "five boots at once, all together, s",
+        "five boots at once; 1 vCPU, 256 MiB; all together, s",
         10.0,
         took,
     ));
@@ -296,7 +303,7 @@ fn shapes(bench: &Bench<'_>, rows: &mut Vec<Row>) -> Result<()> {
     let later = |name: &str, vcpus, memory_mb| -> Result<f64> {
         let mut all = 0.0;
         for _ in 0..bench.samples {
-            all += seconds(|| bench.boot(name, vcpus, memory_mb))?;
+            all += bench.boot(name, vcpus, memory_mb)?;
             bench.delete(name)?;
         }
         Ok(all)
@@ -311,27 +318,33 @@ fn shapes(bench: &Bench<'_>, rows: &mut Vec<Row>) -> Result<()> {
 
 fn many(bench: &Bench<'_>, rows: &mut Vec<Row>) -> Result<()> {
     let ten = names("ten", 10);
-    let idle = host_cpu(REST)?;
-    let before = bench.daemon.vmm_pss()?;
-    let used = used_memory_kib()?;
-    let took = seconds(|| {
-        ten.iter()
-            .try_for_each(|name| bench.create(name, 1, 128).map(drop))
-    })?;
-    rows.push(Row::at_most("ten are created, s", 10.0, took));
+    let took = seconds(|| at_once(&ten, |name| bench.create(name, 1, 256).map(drop)))?;
+    rows.push(Row::at_most("ten are created at once, s", 10.0, took));
     let took = seconds(|| at_once(&ten[..8], |name| bench.start(name)))?;
-    rows.push(Row::at_most("eight of them are started, s", 16.0, took));
-    at_once(&ten[8..], |name| bench.start(name))?;
-    let took = seconds(|| at_once(&ten[..5], |name| bench.execute(name, "sleep 1").map(drop)))?;
+    rows.push(Row::at_most(
+        "eight of them are started at once, s",
+        16.0,
+        took,
+    ));
+    at_once(&ten, |name| bench.delete(name))?;
+
+    let five = names("five", 5);
+    at_once(&five, |name| bench.boot(name, 2, 512).map(drop))?;
+    thread::sleep(REST);
+    let took = seconds(|| at_once(&five, |name| bench.execute(name, "sleep 1").map(drop)))?;
     rows.push(
         Row::at_most("`sleep 1` in five at once, s", 2.5, took).limited("2.5: it sleeps for 1 s"),
     );
+    at_once(&five, |name| bench.delete(name))?;
 
-    let more = names("more", 10);
-    at_once(&more, |name| {
-        bench.create(name, 1, 128)?;
-        bench.start(name)
-    })?;
+    let before = bench.daemon.vmm_pss()?;
+    let twenty = names("twenty", 20);
+    for five in twenty.chunks(5) {
+        at_once(five, |name| {
+            bench.create(name, 1, 128)?;
+            bench.start(name)
+        })?;
+    }
     let running = bench
         .daemon
         .api("GET", "/vms?status=running&limit=1", None, 200)?;
@@ -357,23 +370,35 @@ fn many(bench: &Bench<'_>, rows: &mut Vec<Row>) -> Result<()> {
             summary.median,
         ));
     }
-    at_once(&[ten, more].concat(), |name| bench.delete(name))?;
-    let left = used_memory_kib()?;
+    Ok(at_once(&twenty, |name| bench.delete(name))?)
+}
+
+fn cleanup(bench: &Bench<'_>, rows: &mut Vec<Row>) -> Result<()> {
+    let ten = names("cleanup", 10);
+    let (used, busy) = (used_memory_percent()?, host_cpu(REST)?);
+    at_once(&ten, |name| {
+        bench.create(name, 1, 256)?;
+        bench.start(name)
+    })?;
+    thread::sleep(REST);
+    at_once(&ten, |name| bench.stop(name, false))?;
+    at_once(&ten, |name| bench.delete(name))?;
+    thread::sleep(REST);
     rows.push(Row::at_most(
-        "memory of the host after their end, to before: difference, %",
+        "memory of the host after the end of ten, to before: difference, % of all",
         5.0,
-        (left - used).abs() / used * 100.0,
+        (used_memory_percent()? - used).abs(),
     ));
     rows.push(Row::at_most(
         "CPU of the host after their end, to before: difference, % of all",
         20.0,
-        (host_cpu(REST)? - idle).abs(),
+        (host_cpu(REST)? - busy).abs(),
     ));
     Ok(())
 }
 
-/// Memory of the host that is neither free nor a cache, in KiB.
-fn used_memory_kib() -> Result<f64> {
+/// Memory of the host that is neither free nor a cache, in percent of all.
+fn used_memory_percent() -> Result<f64> {
     let text = std::fs::read_to_string("/proc/meminfo")?;
     let field = |name: &str| -> Option<f64> {
         let rest = text.lines().find_map(|line| line.strip_prefix(name))?;
@@ -381,7 +406,7 @@ fn used_memory_kib() -> Result<f64> {
     };
     let used = field("MemTotal:").zip(field("MemAvailable:"));
     let (total, available) = used.ok_or("/proc/meminfo has no MemAvailable")?;
-    Ok(total - available)
+    Ok((total - available) / total * 100.0)
 }
 
 /// How long the host is watched.
@@ -413,7 +438,7 @@ fn cycles(bench: &Bench<'_>, rows: &mut Vec<Row>) -> Result<()> {
     for _ in 0..3 {
         all.push(seconds(|| {
             at_once(&five, |name| {
-                bench.boot(name, 1, 128)?;
+                bench.boot(name, 1, 256)?;
                 bench.stop(name, false)?;
                 bench.delete(name)
             })
@@ -450,26 +475,18 @@ fn resources(bench: &Bench<'_>, rows: &mut Vec<Row>) -> Result<()> {
         )
         .limited("1.3: all of it"),
     );
-    bench.delete("memory")?;
-    // The first of its shape, as the next one is: the machine for its warm snapshot would be measured too.
-    bench.daemon.wait_until_warm()?;
-
-    bench.boot("resize", 1, 512)?;
-    bench.daemon.wait_until_warm()?;
-    let resources = "/vms/resize/resources";
-    let body = json!({"memory_mb": 1024});
-    let took = seconds(|| bench.daemon.api("PUT", resources, Some(&body), 200))?;
-    rows.push(Row::at_most("512 to 1024 MiB while it runs, s", 10.0, took));
     let body = json!({"cpu_limit_percent": 50});
-    bench.daemon.api("PUT", resources, Some(&body), 200)?;
+    bench
+        .daemon
+        .api("PUT", "/vms/memory/resources", Some(&body), 200)?;
     let cpu = || -> Result<f64> {
-        let metrics = bench.daemon.api("GET", "/vms/resize/metrics", None, 200)?;
+        let metrics = bench.daemon.api("GET", "/vms/memory/metrics", None, 200)?;
         let time = metrics["cpu"]["cpu_time_seconds"].as_f64();
         time.ok_or_else(|| "no cpu_time_seconds".into())
     };
     let before = cpu()?;
-    let took =
-        seconds(|| bench.execute("resize", "timeout 10 sh -c 'while :; do :; done' || true"))?;
+    let work = "timeout 10 sh -c 'while :; do :; done' || true";
+    let took = seconds(|| bench.execute("memory", work))?;
     let share = (cpu()? - before) / took * 100.0;
     rows.push(
         Row::at_most(
@@ -479,6 +496,13 @@ fn resources(bench: &Bench<'_>, rows: &mut Vec<Row>) -> Result<()> {
         )
         .limited("1.4: it takes its 50 %"),
     );
+    bench.delete("memory")?;
+
+    bench.boot("resize", 2, 512)?;
+    let resources = "/vms/resize/resources";
+    let body = json!({"memory_mb": 1024});
+    let took = seconds(|| bench.daemon.api("PUT", resources, Some(&body), 200))?;
+    rows.push(Row::at_most("512 to 1024 MiB while it runs, s", 10.0, took));
     let unseen = host_cpu(REST)?;
     let watched = AtomicBool::new(true);
     let seen = thread::scope(|scope| {
@@ -508,15 +532,20 @@ fn resources(bench: &Bench<'_>, rows: &mut Vec<Row>) -> Result<()> {
     bench.delete("resize")?;
 
     let ten = names("metrics", 10);
-    at_once(&ten, |name| bench.boot(name, 1, 128))?;
-    let took = seconds(|| {
-        ten.iter().try_for_each(|name| {
-            let path = format!("/vms/{name}/metrics");
-            bench.daemon.api("GET", &path, None, 200).map(drop)
-        })
-    })?;
-    rows.push(Row::at_most("metrics of ten, s", 2.0, took));
-    rows.push(Row::at_most("metrics of one, s", 0.1, took / 10.0));
+    at_once(&ten, |name| bench.boot(name, 1, 256).map(drop))?;
+    thread::sleep(REST);
+    let mut all = 0.0;
+    for _ in 0..bench.samples {
+        all += seconds(|| {
+            at_once(&ten, |name| {
+                let path = format!("/vms/{name}/metrics");
+                bench.daemon.api("GET", &path, None, 200).map(drop)
+            })
+        })?;
+    }
+    let took = all / bench.samples as f64;
+    rows.push(Row::at_most("metrics of ten at once, mean, s", 2.0, took));
+    rows.push(Row::at_most("a tenth of it, for one, s", 0.1, took / 10.0));
     Ok(at_once(&ten, |name| bench.delete(name))?)
 }
 
