@@ -149,7 +149,7 @@ kernel_package() {
 prepare_kernel() {
     local version
     # The cached kernel stays until the release changes: a newer one is no better a KVM host.
-    if ! part kernel "$(os_release ID) $(os_release VERSION_ID)" "$(declare -f prepare_kernel)"; then
+    if ! part kernel "$(os_release ID) $(os_release VERSION_ID)" "$(declare -f kernel_package prepare_kernel)"; then
         say "fetching a stock kernel"
         refresh_lists
         local package backports
