@@ -71,7 +71,7 @@ async fn a_machine_is_measured_as_the_host_tells() {
     let memory = json!({"allocated_mb": 512, "used_mb": 120, "usage_percent": 25.0,
         "available_mb": 360});
     assert_eq!(measured["memory"], memory);
-    let disk = json!({"allocated_gb": 10.0, "used_gb": 2.5, "usage_percent": 25.0,
+    let disk = json!({"allocated_gb": 12.0, "used_gb": 2.5, "usage_percent": 25.0,
         "available_gb": 7.5});
     assert_eq!(measured["disk"], disk);
     let network = json!({"bytes_in": 1000, "bytes_out": 2000, "packets_in": 10,
@@ -92,6 +92,16 @@ async fn a_machine_is_measured_as_the_host_tells() {
     assert_eq!(status, 200, "what is known is told: {silent}");
     assert!(silent.get("resource_usage").is_none());
     assert_eq!(get(&api, &token, "/api/v1/vms/other/metrics").await.0, 404);
+    let (_, known) = get(&api, &token, "/api/v1/vms/vm").await;
+    let by_id = format!("/api/v1/vms/{}", known["id"].as_str().unwrap());
+    let deleted = api.call_as("DELETE", &by_id, "", &headers).await;
+    assert_eq!(deleted.0, StatusCode::NO_CONTENT, "{}", deleted.1);
+    let (status, gone) = get(&api, &token, &format!("{by_id}/metrics")).await;
+    assert_eq!(
+        (status, &gone["error"]),
+        (404, &json!("not_found")),
+        "{gone}"
+    );
     let anonymous = api.call("GET", metrics, "").await;
     assert_eq!(anonymous.0, StatusCode::UNAUTHORIZED);
 }
@@ -212,7 +222,7 @@ async fn a_process_and_its_agent_are_measured() {
     assert!(usage.guest.memory_available < usage.guest.memory_total);
     assert!(usage.guest.disk_used < usage.guest.disk_total);
     assert_eq!(usage.card, None);
-    assert_eq!(measured.disk_mb, 1);
+    assert_eq!(usage.disk_size.div_ceil(MIB), 1);
     std::fs::write(served.dir.path().join("card"), "").unwrap();
     let card = served
         .manager
@@ -239,7 +249,8 @@ async fn a_process_and_its_agent_are_measured() {
     let (status, host) = served.call("GET", "/v1/sandboxes", &Value::Null).await;
     assert_eq!((status, host.as_array().unwrap().len()), (200, 1));
     let host = served.manager.measure_host().await.unwrap();
-    assert_eq!((host.total, host.running, host.vcpus), (1, 1, 1));
+    let totals = (host.totals.all, host.totals.running, host.totals.vcpus);
+    assert_eq!(totals, (1, 1, 1));
     assert!(host.usage.cpus > 0 && (0.0..=100.0).contains(&host.cpu_percent));
 
     let (status, _) = served.call("DELETE", &path, &Value::Null).await;

@@ -161,7 +161,7 @@ impl RequestError {
 type Answer = Result<Response<Body>, RequestError>;
 
 impl Agent {
-    /// Carries out the one request of a connection.
+    /// Carries out the one request of a connection, or several that ask for the usage.
     pub async fn serve(self: Rc<Self>, connection: UnixStream) {
         let service = service_fn(|request| {
             let agent = self.clone();
@@ -170,7 +170,6 @@ impl Agent {
         // An error is a host that went away or does not speak HTTP. It has had its answer, or
         // there is nobody left to tell.
         let _ = http1::Builder::new()
-            .keep_alive(false)
             .auto_date_header(false)
             .max_buf_size(CONNECTION_BUFFER)
             .serve_connection(TokioIo::new(connection), service)
@@ -179,10 +178,16 @@ impl Agent {
     }
 
     async fn answer(self: Rc<Self>, request: Request<Incoming>) -> Response<Body> {
-        match self.dispatch(request).await {
+        let is_last = request.uri().path() != protocol::PATH_USAGE;
+        let mut response = match self.dispatch(request).await {
             Ok(response) => response,
             Err(error) => refusal(error.detail()),
+        };
+        if is_last && response.status() != StatusCode::SWITCHING_PROTOCOLS {
+            let close = HeaderValue::from_static("close");
+            response.headers_mut().insert(CONNECTION, close);
         }
+        response
     }
 
     async fn dispatch(self: Rc<Self>, request: Request<Incoming>) -> Answer {

@@ -1,6 +1,6 @@
 //! Client of the guest agent.
 //!
-//! One connection for each operation: connect to the UNIX socket that the VMM serves for the
+//! One connection for each operation, but for what is asked regularly: connect to the UNIX socket that the VMM serves for the
 //! guest's vsock, say `CONNECT <port>`, read `OK <port>`, then speak HTTP/1.1. The agent is as
 //! untrusted as the rest of the guest: every length is bounded and every wait has a deadline.
 
@@ -21,6 +21,7 @@ mod walk;
 
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use agent_protocol::{ErrorBody, ErrorCode, ErrorDetail};
 use bytes::Bytes;
@@ -31,6 +32,7 @@ use hyper::body::Incoming;
 
 use crate::domain::HostError;
 pub use freeze::Freeze;
+use usage::Kept;
 
 /// The largest JSON answer that is read from an agent, in bytes.
 const MAX_JSON_ANSWER: usize = 64 * 1024;
@@ -44,12 +46,17 @@ type Body = UnsyncBoxBody<Bytes, io::Error>;
 #[derive(Debug, Clone)]
 pub struct AgentClient {
     socket: PathBuf,
+    /// The connection on which the usage is asked for.
+    kept: Arc<Kept>,
 }
 
 impl AgentClient {
     /// A client of the agent behind `socket`, the host's side of the guest's vsock.
     pub fn new(socket: PathBuf) -> Self {
-        Self { socket }
+        Self {
+            socket,
+            kept: Arc::default(),
+        }
     }
 }
 

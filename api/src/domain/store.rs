@@ -47,6 +47,12 @@ pub trait Store: Send + Sync {
     /// The store failed.
     async fn page(&self, page: &Page) -> Result<(Vec<Sandbox>, u64), StoreError>;
 
+    /// How many sandboxes there are of this user, or of everybody.
+    ///
+    /// # Errors
+    /// The store failed.
+    async fn totals(&self, owner: Option<&UserId>) -> Result<Totals, StoreError>;
+
     /// Replaces the record of a sandbox that is there. Returns the layers that it was the last to
     /// hold.
     ///
@@ -207,6 +213,19 @@ pub struct Page {
     pub limit: u32,
     /// How many come before.
     pub offset: u64,
+}
+
+/// Sandboxes, counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Totals {
+    /// How many are not deleted.
+    pub all: u64,
+    /// How many of them run.
+    pub running: u64,
+    /// vCPUs of those that run.
+    pub vcpus: u64,
+    /// Memory of those that run, in MiB.
+    pub memory_mb: u64,
 }
 
 /// What a list is sorted by.

@@ -4,10 +4,11 @@ use async_trait::async_trait;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::error::{LookupError, StartRefused};
+use super::error::LookupError;
 use super::host::HostError;
 use super::id::SandboxId;
 use super::sandbox::{Sandbox, Status};
+use super::store::Totals;
 
 /// What a running sandbox takes of its host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,6 +63,8 @@ pub struct SandboxUsage {
     pub guest: GuestUsage,
     /// What has passed its network card, if it has one.
     pub card: Option<CardUsage>,
+    /// Size of its disk, as its guest sees it, in bytes.
+    pub disk_size: u64,
 }
 
 /// What is taken of a host, by all that runs on it.
@@ -160,8 +163,6 @@ pub struct Measured {
     pub cpu_percent: f64,
     /// What it takes.
     pub usage: SandboxUsage,
-    /// Size of its disk, as its guest sees it, in MiB.
-    pub disk_mb: u64,
 }
 
 /// What was measured of a host just now, and of the sandboxes on it.
@@ -173,14 +174,8 @@ pub struct HostMeasured {
     pub cpu_percent: f64,
     /// What is taken of it.
     pub usage: HostUsage,
-    /// How many sandboxes there are that are not deleted.
-    pub total: u64,
-    /// How many of them run.
-    pub running: u64,
-    /// vCPUs of those that run.
-    pub vcpus: u64,
-    /// Memory of those that run, in MiB.
-    pub memory_mb: u64,
+    /// What there is on it.
+    pub totals: Totals,
 }
 
 /// Why nothing was measured.
@@ -192,9 +187,6 @@ pub enum MeasureError {
     /// It does not run.
     #[error("sandbox is not running (status: {0})")]
     NotRunning(Status),
-    /// The size of its disk is not known.
-    #[error("the size of its disk is not known")]
-    Disk(#[source] StartRefused),
     /// The host cannot tell.
     #[error(transparent)]
     Host(HostError),

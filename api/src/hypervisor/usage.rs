@@ -5,6 +5,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 use async_trait::async_trait;
 use tracing::debug;
@@ -225,7 +226,9 @@ impl MeterHost for LocalHost {
         let host = self.clone();
         let measure = move || {
             let mut usages = Vec::new();
+            let now = Instant::now();
             for (id, entry) in host.running_entries() {
+                entry.agent.close_unused(now);
                 match host.vmm_usage(&id, &entry) {
                     Ok(usage) => usages.extend(usage.map(|usage| (id, usage))),
                     Err(error) => debug!(sandbox = %id, %error, "sandbox is not measured"),
@@ -254,10 +257,16 @@ impl MeterHost for LocalHost {
                 sent_frames: get("tx_frames")?,
             })
         });
+        let disk_size = entry.base.disk_size();
         let (host, of) = (self.clone(), id.clone());
         let vmm = blocking("the sandbox", move || host.vmm_usage(&of, &entry)).await?;
         let vmm = vmm.ok_or_else(|| HostError::NotRunning { id: id.clone() })?;
-        Ok(SandboxUsage { vmm, guest, card })
+        Ok(SandboxUsage {
+            vmm,
+            guest,
+            card,
+            disk_size,
+        })
     }
 
     async fn health(&self) -> HostHealth {

@@ -27,7 +27,7 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 use crate::domain::{
     Desired, Id, KeyId, LayerId, Layers, Page, Quota, Run, Sandbox, SandboxId, Snapshot,
     SnapshotId, Spec, Status, Store, StoreError, Subnet, TakenAddresses, Template, TemplateId,
-    UserId, WarmSnapshot,
+    Totals, UserId, WarmSnapshot,
 };
 pub use migrations::MigrateError;
 
@@ -41,6 +41,9 @@ const COLUMNS: &str = "id, template, vcpus, memory_mb, timeout_sec, desired, sta
 pub struct SqliteStore {
     connection: Arc<Mutex<Connection>>,
 }
+
+/// How many statements stay prepared: more than there are here. To prepare one takes as long as to run it.
+const STATEMENTS: usize = 128;
 
 /// Why the store is not usable.
 #[derive(Debug, thiserror::Error)]
@@ -79,6 +82,7 @@ impl SqliteStore {
         connection
             .execute_batch("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;")
             .map_err(failed)?;
+        connection.set_prepared_statement_cache_capacity(STATEMENTS);
         migrations::run(&mut connection).map_err(|source| OpenError::Migrate {
             path: path.to_owned(),
             source,
@@ -155,6 +159,12 @@ impl Store for SqliteStore {
     async fn page(&self, page: &Page) -> Result<(Vec<Sandbox>, u64), StoreError> {
         let page = page.clone();
         self.with(move |connection| pages::read(connection, &page))
+            .await
+    }
+
+    async fn totals(&self, owner: Option<&UserId>) -> Result<Totals, StoreError> {
+        let owner = owner.cloned();
+        self.with(move |connection| pages::totals(connection, owner.as_ref()))
             .await
     }
 

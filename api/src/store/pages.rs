@@ -3,7 +3,7 @@
 use rusqlite::{Connection, params};
 
 use super::{COLUMNS, read as read_row};
-use crate::domain::{Page, Sandbox, SortBy, UserId};
+use crate::domain::{Page, Sandbox, SortBy, Totals, UserId};
 
 /// The sandboxes of a page, and how many there are on all pages.
 pub fn read(connection: &Connection, page: &Page) -> rusqlite::Result<(Vec<Sandbox>, u64)> {
@@ -44,4 +44,23 @@ pub fn read(connection: &Connection, page: &Page) -> rusqlite::Result<(Vec<Sandb
         )?
         .collect::<rusqlite::Result<_>>()?;
     Ok((sandboxes, total.cast_unsigned()))
+}
+
+/// How many sandboxes there are of this user, or of everybody.
+pub fn totals(connection: &Connection, owner: Option<&UserId>) -> rusqlite::Result<Totals> {
+    let sql = "SELECT count(*), count(*) FILTER (WHERE status = 'running'), \
+               coalesce(sum(vcpus) FILTER (WHERE status = 'running'), 0), \
+               coalesce(sum(memory_mb) FILTER (WHERE status = 'running'), 0) \
+               FROM sandboxes WHERE status <> 'stopped' AND (?1 IS NULL OR owner = ?1)";
+    connection
+        .prepare_cached(sql)?
+        .query_row([owner.map(UserId::as_str)], |row| {
+            let count = |column| row.get(column).map(i64::cast_unsigned);
+            Ok(Totals {
+                all: count(0)?,
+                running: count(1)?,
+                vcpus: count(2)?,
+                memory_mb: count(3)?,
+            })
+        })
 }

@@ -117,6 +117,7 @@ impl MeterHost for FakeHost {
             vmm: *self.meter.vmm.lock().unwrap(),
             guest: *self.meter.guest.lock().unwrap(),
             card: *self.meter.card.lock().unwrap(),
+            disk_size: 12 * GIB,
         })
     }
 

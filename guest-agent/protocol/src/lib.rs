@@ -3,9 +3,9 @@
 //! # Transport
 //!
 //! The agent listens on AF_VSOCK port [`AGENT_PORT`] and accepts connections from the host
-//! (CID 2) only. Each connection carries one HTTP/1.1 request and is closed after its response:
-//! a guest that is snapshotted between two operations holds no half-spoken stream. Once it
-//! serves, the agent connects once to CID 2, port [`READY_PORT`], writes one JSON [`Ready`]
+//! (CID 2) only. Each connection carries one HTTP/1.1 request and is closed after its response, unless
+//! the request is one for [`PATH_USAGE`], which may be followed by more of them: a guest that is snapshotted
+//! between two operations holds no half-spoken stream. Once it serves, the agent connects once to CID 2, port [`READY_PORT`], writes one JSON [`Ready`]
 //! followed by a newline, and closes; that nobody listens there is no error.
 //!
 //! # Operations

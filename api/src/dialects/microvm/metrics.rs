@@ -8,7 +8,7 @@ use super::at_vm::AtVm;
 use super::error::{ApiError, ErrorBody};
 use super::extract::Path;
 use super::rfc3339;
-use super::vms::{find, name_of};
+use super::vms::name_of;
 use crate::domain::{HostMeasured, Manager, MeasureError, Measured, Sandbox, Status};
 use crate::http::Caller;
 
@@ -150,11 +150,11 @@ impl AtVm for MeasureError {
     fn at_vm(self, name: &str) -> ApiError {
         match self {
             Self::Lookup(source) => source.at_vm(name),
+            Self::NotRunning(Status::Stopped) => super::at_vm::no_vm(name),
             Self::NotRunning(status) => {
                 super::at_vm::not_running(name, super::vms::word_of(status))
             }
             Self::Host(source) => super::at_vm::of_host(source),
-            Self::Disk(_) => ApiError::internal(&self),
         }
     }
 }
@@ -184,7 +184,6 @@ impl From<Measured> for VmMetricsBody {
             at,
             cpu_percent,
             usage,
-            disk_mb,
         } = measured;
         let guest = usage.guest;
         let used = guest.memory_total.saturating_sub(guest.memory_available);
@@ -203,7 +202,7 @@ impl From<Measured> for VmMetricsBody {
                 available_mb: guest.memory_available / MIB,
             },
             disk: VmDiskBody {
-                allocated_gb: gib(disk_mb.saturating_mul(MIB)),
+                allocated_gb: gib(usage.disk_size),
                 used_gb: gib(guest.disk_used),
                 usage_percent: percent(
                     guest.disk_used,
@@ -241,10 +240,10 @@ impl From<HostMeasured> for SystemMetricsBody {
                 ),
             },
             vms: VmCountsBody {
-                total_count: measured.total,
-                running_count: measured.running,
-                total_vcpus_allocated: measured.vcpus,
-                total_memory_allocated_gb: gib(measured.memory_mb.saturating_mul(MIB)),
+                total_count: measured.totals.all,
+                running_count: measured.totals.running,
+                total_vcpus_allocated: measured.totals.vcpus,
+                total_memory_allocated_gb: gib(measured.totals.memory_mb.saturating_mul(MIB)),
             },
         }
     }
@@ -284,8 +283,7 @@ pub async fn get(
     caller: Caller,
     Path(name): Path<String>,
 ) -> Result<Json<VmMetricsBody>, ApiError> {
-    let sandbox = find(&caller.manager, &name).await?;
-    let measured = caller.manager.measure(sandbox.id.as_str()).await;
+    let measured = caller.manager.measure(&name).await;
     let measured = measured.map_err(|error| error.at_vm(&name))?;
     Ok(Json(measured.into()))
 }

@@ -88,8 +88,8 @@ pub async fn status(
             rust_version: crate::RUST_VERSION,
         },
         statistics: StatisticsBody {
-            total_vms: measured.total,
-            running_vms: measured.running,
+            total_vms: measured.totals.all,
+            running_vms: measured.totals.running,
             total_snapshots: snapshots.len() as u64,
             api_requests_today: statistics.count,
             average_response_time_ms: (average * 1000.0).round() / 1000.0,

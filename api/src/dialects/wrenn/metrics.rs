@@ -70,7 +70,6 @@ impl From<MeasureError> for ApiError {
             MeasureError::Lookup(source) => source.into(),
             MeasureError::NotRunning(_) => Self::state(text),
             MeasureError::Host(source) => Self::host(source),
-            MeasureError::Disk(_) => Self::internal(crate::chain(&error)),
         }
     }
 }

@@ -15,7 +15,6 @@ use super::super::history::History;
 use super::super::host::HostError;
 use super::super::id::SandboxId;
 use super::super::sandbox::Status;
-use super::super::store::{Page, SortBy};
 use super::super::usage::{
     HostHealth, HostMeasured, HostUsage, MeasureError, Measured, Point, VmmUsage,
 };
@@ -151,12 +150,10 @@ impl Manager {
         }
         let usage = self.inner.host.sandbox_usage(&sandbox.id).await;
         let usage = usage.map_err(MeasureError::Host)?;
-        let disk_mb = self.disk_mb(&sandbox.spec, &mut HashMap::new()).await;
         Ok(Measured {
             at: Timestamp::now(),
             cpu_percent: self.share_of(&sandbox.id, usage.vmm, sandbox.spec.vcpus),
             usage,
-            disk_mb: disk_mb.map_err(MeasureError::Disk)?,
             sandbox,
         })
     }
@@ -223,26 +220,13 @@ impl Manager {
                     usage.cpu_total_us.saturating_sub(before.cpu_total_us),
                 )
             });
-        let every = Page {
-            owner: None,
-            statuses: None,
-            was_started: None,
-            sort: SortBy::CreatedAt,
-            is_descending: true,
-            limit: 1,
-            offset: 0,
-        };
-        let (_, count) = self.page(&every).await.map_err(LookupError::from)?;
-        let live = self.list().await.map_err(LookupError::from)?;
-        let running = || live.iter().filter(|it| it.status == Status::Running);
+        let owner = self.only_of();
+        let totals = self.inner.store.totals(owner.as_ref()).await;
         Ok(HostMeasured {
             at: Timestamp::now(),
             cpu_percent: percent(busy, total),
             usage,
-            total: count,
-            running: running().count() as u64,
-            vcpus: running().map(|it| u64::from(it.spec.vcpus)).sum(),
-            memory_mb: running().map(|it| u64::from(it.spec.memory_mb)).sum(),
+            totals: totals.map_err(LookupError::from)?,
         })
     }
 
