@@ -501,12 +501,19 @@ async fn the_vmm_is_started_as_agreed() {
     );
     let vsock = format!("cid=3,socket={}", bench.paths.vsock(&id).display());
     let serial = format!("file={}", bench.paths.console(&id).display());
-    let cmdline = "console=ttyS0 quiet loglevel=4 panic=1 random.trust_cpu=on root=/dev/vda \
-                   rootfstype=ext4 rw extra=1";
+    let clock = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
+    let counters = match std::fs::read_to_string(clock) {
+        Ok(clock) if clock == "tsc\n" => " tsc=reliable",
+        _ => "",
+    };
+    let cmdline = format!(
+        "console=ttyS0 quiet loglevel=4 panic=1 random.trust_cpu=on \
+         sysctl.vm.compaction_proactiveness=0 root=/dev/vda rootfstype=ext4 rw{counters} extra=1"
+    );
     for (flag, value) in [
         ("--kernel", "/the/kernel"),
         ("--initramfs", "/the/initramfs"),
-        ("--cmdline", cmdline),
+        ("--cmdline", &cmdline),
         ("--cpus", "boot=2"),
         ("--memory", "size=256M"),
         ("--disk", &disk),

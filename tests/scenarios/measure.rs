@@ -157,8 +157,13 @@ fn what_a_machine_takes_is_measured_and_what_it_has_changes_while_it_runs() {
         (2, "kept".to_owned())
     );
     assert!(mem_total(&sandbox) > small + 150);
+    // The connection that the agent is asked on was open when its guest was saved.
+    assert_eq!(metrics()["memory"]["allocated_mb"], 512);
+    assert_eq!(metrics()["cpu"]["vcpus"], 2);
     daemon = daemon.crash();
     let sandbox = daemon.sandbox(&id);
+    let adopted = admin.must(&daemon, "GET", "/vms/vm/metrics", &Value::Null);
+    assert_eq!(adopted["memory"]["allocated_mb"], 512);
     assert_eq!(
         (cpus(&sandbox), sandbox.must("cat /run/kept")),
         (2, "kept".to_owned())
@@ -237,6 +242,14 @@ fn a_machine_starts_warm_grows_and_boots_from_its_own_disk_after() {
     assert_eq!(cpus(&sandbox), 2);
     assert!(mem_total(&sandbox) > small + 150);
     sandbox.must("echo kept >/root/kept && echo there >/run/there");
+
+    // Nobody looks at its memory while it has nothing to do.
+    let looks = "sed -n 's/^voluntary.*:\\s*//p' \
+                 $(grep -l '^kcompactd0$' /proc/[0-9]*/comm 2>/dev/null | sed 's/comm$/status/')";
+    let looks = || sandbox.must(looks).parse::<u64>().unwrap();
+    let (before, ()) = (looks(), thread::sleep(Duration::from_secs(3)));
+    let after = looks();
+    assert!(after <= before + 1, "{before} times, then {after}");
 
     // A snapshot is of what it has become, on top of what it has started from.
     let taken = json!({"name": "grown", "include_memory": true});

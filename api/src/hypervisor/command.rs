@@ -1,6 +1,6 @@
 //! The command line of a VMM.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
 use std::process::Stdio;
@@ -13,10 +13,17 @@ use crate::domain::{Layers, PrepareRequest, Resources, Shape, withheld_mb};
 use crate::images::Chain;
 
 /// What every guest's kernel is told: console on the serial port and nearly silent, a reset one
-/// second after a panic that the VMM did not see, entropy from the CPU, and for the agent the
-/// root disk that it mounts.
+/// second after a panic that the VMM did not see, entropy from the CPU, no look at the
+/// fragmentation of memory twice a second, which is most of what an idle guest wakes up for, and for
+/// the agent the root disk that it mounts.
 const CMDLINE: &str = "console=ttyS0 quiet loglevel=4 panic=1 random.trust_cpu=on \
-                       root=/dev/vda rootfstype=ext4 rw";
+                       sysctl.vm.compaction_proactiveness=0 root=/dev/vda rootfstype=ext4 rw";
+
+/// That time stamp counters agree, and no two vCPUs have to spin to compare theirs when one is brought up.
+const COUNTERS_AGREE: &str = " tsc=reliable";
+
+/// What this machine tells the time by.
+const CLOCK: &str = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
 
 /// How much less than this daemon a merge is preferred: as little as there is (nice(2)).
 const LOWEST: i32 = 19;
@@ -75,11 +82,8 @@ pub fn command(
             command.args(["--restore", &options]);
         }
         None => {
-            let mut cmdline = CMDLINE.to_owned();
-            if !config.cmdline_extra.is_empty() {
-                cmdline.push(' ');
-                cmdline.push_str(&config.cmdline_extra);
-            }
+            let clock = fs::read_to_string(CLOCK).unwrap_or_default();
+            let cmdline = cmdline(&clock, &config.cmdline_extra);
             command
                 .arg("--kernel")
                 .arg(&config.images.kernel)
@@ -220,6 +224,20 @@ fn size_options(shape: &Shape, resources: Resources) -> Vec<String> {
     ]
 }
 
+/// What a guest's kernel is told on a machine that tells the time by `clock`. One whose time stamp counters do
+/// not agree, or that is itself a guest, tells it by another than those.
+fn cmdline(clock: &str, extra: &str) -> String {
+    let mut cmdline = CMDLINE.to_owned();
+    if clock.trim() == "tsc" {
+        cmdline.push_str(COUNTERS_AGREE);
+    }
+    if !extra.is_empty() {
+        cmdline.push(' ');
+        cmdline.push_str(extra);
+    }
+    cmdline
+}
+
 /// The value of the flag that restores a machine; `None` if it is to be booted.
 fn restore_options(
     files: LayerFiles<'_>,
@@ -275,6 +293,15 @@ mod tests {
     use super::*;
     use crate::domain::{Booted, LayerId};
     use crate::images::Base;
+
+    #[test]
+    fn counters_agree_where_the_host_tells_the_time_by_them() {
+        assert!(cmdline("tsc\n", "").ends_with(" rw tsc=reliable"));
+        assert!(cmdline("tsc\n", "a=b").ends_with(" rw tsc=reliable a=b"));
+        for clock in ["kvm-clock\n", "hpet\n", ""] {
+            assert!(cmdline(clock, "a=b").ends_with(" rw a=b"), "{clock}");
+        }
+    }
 
     #[test]
     fn a_machine_with_room_is_told_what_it_was_booted_with() {

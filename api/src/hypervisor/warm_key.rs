@@ -11,7 +11,7 @@ use super::HostConfig;
 use crate::domain::{Booted, LayerId, Model};
 
 /// Changed when a new version of the daemon makes other machines of the same parts.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// The processor and the kernel of this machine, as far as a snapshot depends on them.
 pub fn machine() -> io::Result<String> {

@@ -39,6 +39,10 @@ use super::create::{Wishes, identity_of, request_for, shape_of};
 use super::templates::Ground;
 use crate::chain;
 
+/// The first command in a machine that is made warm. With something to do after it, a shell does not become the
+/// program, but starts it, as it would any other. That reads what most programs read when they begin: their
+/// libraries, the locale, the time zone, the names of users.
+const FIRST_COMMAND: &str = "ls -l / >/dev/null 2>&1; :";
 /// How long the first command in a machine that is made warm may take, in seconds.
 const FIRST_COMMAND_SEC: u32 = 60;
 
@@ -438,11 +442,11 @@ impl Manager {
         }))
     }
 
-    /// Runs what nearly every command needs, so that it is in the guest's memory. Not every template
-    /// has a shell.
+    /// Runs what nearly every command needs, a shell that starts a program, so that it is in the guest's
+    /// memory. Not every template has a shell.
     async fn run_first_command(&self, id: &SandboxId) {
         let request = ExecRequest {
-            argv: vec!["/bin/sh".to_owned(), "-c".to_owned(), ":".to_owned()],
+            argv: ["/bin/sh", "-c", FIRST_COMMAND].map(str::to_owned).to_vec(),
             timeout_sec: FIRST_COMMAND_SEC,
             ..ExecRequest::default()
         };
