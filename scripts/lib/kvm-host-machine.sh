@@ -69,8 +69,8 @@ describe_machine() {
         mitigations=off nokaslr no_timer_check tsc=reliable clocksource=tsc random.trust_cpu=on
         audit=0 apparmor=0 cryptomgr.notests=1
     )
-    # The emulation takes REP STOSB and REP MOVSB byte by byte, and a store to where code was translated before
-    # costs a microsecond: without the flags that say they are fast, kernels use whole words.
+    # The emulation takes REP STOSB and REP MOVSB byte by byte, and each store to a page that held code takes a slow
+    # path: without the flags that say they are fast, kernels use whole words.
     local cpu=max,+svm,-erms,-fsrm
     description=(
         -nodefaults -no-user-config -display none -no-reboot

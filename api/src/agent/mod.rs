@@ -1,8 +1,9 @@
 //! Client of the guest agent.
 //!
-//! One connection for each operation, but for what is asked regularly: connect to the UNIX socket that the VMM serves for the
-//! guest's vsock, say `CONNECT <port>`, read `OK <port>`, then speak HTTP/1.1. The agent is as
-//! untrusted as the rest of the guest: every length is bounded and every wait has a deadline.
+//! One connection for each operation, but for what is asked regularly: connect to the UNIX socket
+//! that the VMM serves for the guest's vsock, say `CONNECT <port>`, read `OK <port>`, then speak
+//! HTTP/1.1. The agent is as untrusted as the rest of the guest: every length is bounded and every
+//! wait has a deadline.
 
 mod connect;
 mod directories;

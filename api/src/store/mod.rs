@@ -42,7 +42,7 @@ pub struct SqliteStore {
     connection: Arc<Mutex<Connection>>,
 }
 
-/// How many statements stay prepared: more than there are here. To prepare one takes as long as to run it.
+/// How many statements stay prepared: more than there are here. Any other is parsed anew each time.
 const STATEMENTS: usize = 128;
 
 /// Why the store is not usable.
