@@ -508,6 +508,7 @@ async fn the_vmm_is_started_as_agreed() {
     };
     let cmdline = format!(
         "console=ttyS0 quiet loglevel=4 panic=1 random.trust_cpu=on \
+         maxcpus=1 noreplace-smp rcupdate.rcu_expedited=1 \
          sysctl.vm.compaction_proactiveness=0 root=/dev/vda rootfstype=ext4 rw{counters} extra=1"
     );
     for (flag, value) in [

@@ -152,6 +152,7 @@ type Outcome = Result<(), Box<dyn std::error::Error>>;
 /// Serves as the first process of a guest; does not return but to fail.
 fn run_as_init(entered_us: u64) -> Outcome {
     init::run()?;
+    let added_cpus = init::online_cpus();
     let cgroups = Cgroups::new(init::CGROUPS.as_ref())
         .inspect_err(|error| warning!("no cgroups for execs: {error}"))
         .ok();
@@ -159,7 +160,8 @@ fn run_as_init(entered_us: u64) -> Outcome {
         let listener = vsock::Listener::bind(AGENT_PORT)?;
         tokio::task::spawn_local(report_ready(entered_us));
         tokio::task::spawn_local(async {
-            if let Err(error) = init::online_cpus().await {
+            let followed = async { init::online_added_cpus(added_cpus?).await };
+            if let Err(error) = followed.await {
                 warning!("CPUs that are added will not be used: {error}");
             }
         });

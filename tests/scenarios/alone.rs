@@ -4,8 +4,8 @@ use e2e_tests::vmm::Machine;
 
 use crate::boot::assert_vcpus;
 
-/// The kernel starts one vCPU, and the agent then the others, one after the other: while they start
-/// they spin and tick, and thirty-two of them at a time leave one emulated CPU no time for anything
+/// The kernel starts one vCPU, and the agent then the others, one after the other, before it serves: while they
+/// start they spin and tick, and thirty-two of them at a time leave one emulated CPU no time for anything
 /// else, sometimes for minutes.
 #[test]
 fn thirty_two_vcpus_come_online() {

@@ -13,10 +13,12 @@ use crate::domain::{Layers, PrepareRequest, Resources, Shape, withheld_mb};
 use crate::images::Chain;
 
 /// What every guest's kernel is told: console on the serial port and nearly silent, a reset one
-/// second after a panic that the VMM did not see, entropy from the CPU, no look at the
-/// fragmentation of memory twice a second, which is most of what an idle guest wakes up for, and for
-/// the agent the root disk that it mounts.
+/// second after a panic that the VMM did not see, entropy from the CPU, one CPU to boot with (the
+/// agent brings up the others) in code that is right for more, grace periods of RCU that do not wait for
+/// ticks, no look at the fragmentation of memory twice a second, which is most of what an idle guest
+/// wakes up for, and for the agent the root disk that it mounts.
 const CMDLINE: &str = "console=ttyS0 quiet loglevel=4 panic=1 random.trust_cpu=on \
+                       maxcpus=1 noreplace-smp rcupdate.rcu_expedited=1 \
                        sysctl.vm.compaction_proactiveness=0 root=/dev/vda rootfstype=ext4 rw";
 
 /// That time stamp counters agree, and no two vCPUs have to spin to compare theirs when one is brought up.
@@ -82,14 +84,12 @@ pub fn command(
             command.args(["--restore", &options]);
         }
         None => {
-            let clock = fs::read_to_string(CLOCK).unwrap_or_default();
-            let cmdline = cmdline(&clock, &config.cmdline_extra);
             command
                 .arg("--kernel")
                 .arg(&config.images.kernel)
                 .arg("--initramfs")
                 .arg(&config.images.initramfs)
-                .args(["--cmdline", &cmdline]);
+                .args(["--cmdline", &guest_cmdline(config)]);
         }
     }
     command
@@ -222,6 +222,12 @@ fn size_options(shape: &Shape, resources: Resources) -> Vec<String> {
         "--balloon".to_owned(),
         format!("size={withheld}M"),
     ]
+}
+
+/// What a guest's kernel is told that is booted now.
+pub fn guest_cmdline(config: &HostConfig) -> String {
+    let clock = fs::read_to_string(CLOCK).unwrap_or_default();
+    cmdline(&clock, &config.cmdline_extra)
 }
 
 /// What a guest's kernel is told on a machine that tells the time by `clock`. One whose time stamp counters do

@@ -8,6 +8,7 @@ use std::path::Path;
 use sha2::{Digest, Sha256};
 
 use super::HostConfig;
+use super::command::guest_cmdline;
 use crate::domain::{Booted, LayerId, Model};
 
 /// Changed when a new version of the daemon makes other machines of the same parts.
@@ -52,7 +53,10 @@ pub fn key(
     let shape = &model.shape;
     let mut text = format!(
         "{FORMAT}\n{}\n{}\n{}\n{}\n{machine}",
-        shape.template, shape.vcpus, shape.memory_mb, config.cmdline_extra
+        shape.template,
+        shape.vcpus,
+        shape.memory_mb,
+        guest_cmdline(config)
     );
     if let Some(networks) = &config.networks {
         let _ = writeln!(text, "{}", networks.key());

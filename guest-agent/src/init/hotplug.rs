@@ -3,7 +3,7 @@
 //! Memory the kernel takes into use by itself, once it was told to. CPUs it only announces.
 
 use std::{
-    fs::{self, OpenOptions},
+    fs::{self, DirEntry, OpenOptions},
     io::{self, Write},
     path::{Path, PathBuf},
 };
@@ -38,17 +38,27 @@ fn online_memory_in(sysfs: &Path) {
     }
 }
 
-/// Brings CPUs into use as they are added, and those that were added already.
+/// Brings every CPU into use that is there. The kernel may have left them for now: while it boots it interrupts all
+/// that are in use hundreds of times, which more vCPUs than the host has CPUs keep it waiting for.
+///
+/// # Errors
+/// The kernel's announcements of CPUs that come later cannot be read.
+pub fn online_cpus() -> io::Result<Uevents> {
+    // Before the look at what is there, so that none is missed.
+    let uevents = Uevents::subscribe();
+    online_cpus_in(Path::new(SYSFS), None);
+    uevents
+}
+
+/// Brings CPUs into use as they are added.
 ///
 /// # Errors
 /// The kernel's announcements cannot be read.
-pub async fn online_cpus() -> io::Result<()> {
-    let uevents = Uevents::subscribe()?;
-    // After the subscription, so that none is missed. Bringing a CPU up takes a while.
+pub async fn online_added_cpus(uevents: Uevents) -> io::Result<()> {
+    // Bringing a CPU up takes a while.
     let bring_up = |cpu| async move {
         let _ = tokio::task::spawn_blocking(move || online_cpus_in(Path::new(SYSFS), cpu)).await;
     };
-    bring_up(None).await;
     let mut announcements = uevents.listen()?;
     loop {
         match announcements.next().await? {
@@ -80,20 +90,21 @@ fn online_cpus_in(sysfs: &Path, cpu: Option<u32>) {
     }
 }
 
-/// The directories of these names with a number behind.
+/// The directories of these names with a number behind, in the order of their numbers.
 fn numbered(directory: &Path, prefix: &str) -> Vec<PathBuf> {
     let Ok(entries) = fs::read_dir(directory) else {
         return Vec::new();
     };
-    let is_numbered = |name: &str| {
-        name.strip_prefix(prefix)
-            .is_some_and(|rest| rest.parse::<u32>().is_ok())
+    let number = |entry: &DirEntry| -> Option<u32> {
+        let name = entry.file_name();
+        name.to_str()?.strip_prefix(prefix)?.parse().ok()
     };
-    entries
+    let mut found: Vec<_> = entries
         .filter_map(Result::ok)
-        .filter(|entry| entry.file_name().to_str().is_some_and(is_numbered))
-        .map(|entry| entry.path())
-        .collect()
+        .filter_map(|entry| Some((number(&entry)?, entry.path())))
+        .collect();
+    found.sort_unstable();
+    found.into_iter().map(|(_, path)| path).collect()
 }
 
 fn set_if(file: &Path, current: &str, value: &str) {

@@ -26,7 +26,7 @@ use std::{
 };
 
 use cmdline::BootOptions;
-pub use hotplug::online_cpus;
+pub use hotplug::{online_added_cpus, online_cpus};
 use rustix::{
     io::Errno,
     mount::{MountFlags, mount, mount_move},
