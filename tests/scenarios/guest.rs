@@ -90,6 +90,17 @@ fn programs_get_what_they_were_given_and_end_as_they_did() {
     // FIPS 180-4, the example for "abc".
     let digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad  -";
     assert_eq!(exec.finish().text(), digest);
+    // Input that a program leaves unread, and that is still on its way, takes nothing of its end.
+    for _ in 0..20 {
+        let exec = agent.exec(&ExecRequest {
+            stdin: true,
+            ..sh("echo said; exit 7")
+        });
+        exec.feed(io::repeat(b'x'));
+        let output = exec.finish();
+        assert_eq!(output.text(), "said");
+        assert_eq!(output.exit.code, 7);
+    }
 
     // In a guest, programs live in a system as they expect it.
     assert_eq!(agent.must("readlink /proc/1/exe"), "/init");
