@@ -17,14 +17,13 @@ use rustix::fs::FlockOperation;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
-use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::audit::{self, AuditError, AuditLog};
 use crate::chain;
 use crate::config::{Config, NetworkMode};
 use crate::domain::{ExecLimits, Host, Limits, Manager, OnStop, PoolLimits, Quotas, RecoverError};
-use crate::http::{self, Access, AppState, OpenApiError, RateLimiter, Rates, Sockets};
+use crate::http::{self, Access, AppState, OpenApiError, RateLimiter, Rates, Sockets, Stop};
 use crate::hypervisor::{
     HostConfig, HostNetwork, HostNetworks, LeftoverError, LocalHost, Paths, PathsError,
 };
@@ -243,18 +242,17 @@ pub async fn serve(config: Config) -> Result<Ended, DaemonError> {
         max_archive: config.limits.template_archive_bytes,
     };
     let router = http::router(state)?;
-    let closing = CancellationToken::new();
+    let stop = Stop::default();
     let mut servers = JoinSet::new();
     for listener in listeners {
         if let Ok(address) = listener.local_addr() {
             info!(%address, "listening");
         }
-        let closing = closing.clone();
         servers.spawn(http::serve(
             listener,
             router.clone(),
             patience.head,
-            closing,
+            stop.clone(),
         ));
     }
     info!(version = env!("CARGO_PKG_VERSION"), "sandboxd is ready");
@@ -264,7 +262,7 @@ pub async fn serve(config: Config) -> Result<Ended, DaemonError> {
         _ = interrupt.recv() => "SIGINT",
     };
     info!(signal = name, "shutting down");
-    closing.cancel();
+    stop.closing.cancel();
     let in_flight = async { while servers.join_next().await.is_some() {} };
     let patience = Duration::from_secs(config.shutdown_timeout_sec);
     tokio::select! {
@@ -275,6 +273,8 @@ pub async fn serve(config: Config) -> Result<Ended, DaemonError> {
         _ = terminate.recv() => warn!("asked again; ending requests in flight"),
         _ = interrupt.recv() => warn!("asked again; ending requests in flight"),
     }
+    stop.ending.cancel();
+    while servers.join_next().await.is_some() {}
     scans.shutdown().await;
     if config.on_stop == OnStop::Pause {
         tokio::select! {

@@ -4,6 +4,8 @@
 
 mod support;
 
+use std::time::Duration;
+
 use api::audit::{self, AuditError};
 use api::http::Rates;
 use axum::body::Body;
@@ -142,11 +144,16 @@ async fn filters_and_who_may_read() {
         actions(&api, &root, "?end_time=2100-01-01T00:00:00Z")
             .await
             .len(),
-        5
+        7
+    );
+    assert_eq!(
+        actions(&api, &root, "?resource_type=security").await,
+        ["security_audit_logs_read"; 2],
+        "who may not read is on record"
     );
     let (_, two) = logs(&api, &root, "?limit=2").await;
     assert_eq!(two["logs"].as_array().unwrap().len(), 2);
-    assert_eq!(two["total"], 5);
+    assert_eq!(two["total"], 7);
     for bad in [
         "?limit=0",
         "?limit=x",
@@ -263,7 +270,7 @@ async fn who_knocks_without_end_does_not_fill_the_log() {
         2,
         "the first of each kind"
     );
-    tokio::time::sleep(std::time::Duration::from_secs(61)).await;
+    tokio::time::sleep(Duration::from_secs(61)).await;
     api.audit.flush().await;
     assert_eq!(
         audit::verify(&path).unwrap().records,
@@ -285,4 +292,128 @@ async fn who_knocks_without_end_does_not_fill_the_log() {
     let (_, answer) = logs(&api, &root, "?action_type=snapshot_delete").await;
     assert_eq!(answer["total"], 4);
     assert_eq!(answer["logs"][0]["details"]["repeated"], 2);
+}
+
+const HANGS: &str = r#"{"cmd": "/bin/sh", "args": ["-c", "hang"], "timeout_sec": 3600}"#;
+
+/// What the records of a filter say of their ends: outcome, status, and why there was no answer.
+async fn ends(api: &Api, token: &str, query: &str) -> Vec<[Value; 3]> {
+    let (_, answer) = logs(api, token, query).await;
+    let records = answer["logs"].as_array().unwrap().iter().rev();
+    let end = |record: &Value| {
+        let details = &record["details"];
+        let (status, why) = (&details["status"], &details["unanswered"]);
+        [record["outcome"].clone(), status.clone(), why.clone()]
+    };
+    records.map(end).collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_not_answered_is_on_record() {
+    let api = Api::new(1, 1 << 20).await;
+    let root = api.user("root", "admin").await;
+    let id = api.create().await;
+    let path = format!("/v1/sandboxes/{id}/exec");
+    let of_exec = "?action_type=vm_exec";
+    let unanswered = |why: &str| [json!("unanswered"), Value::Null, json!(why)];
+
+    let call = api.call("POST", &path, HANGS);
+    tokio::select! {
+        biased;
+        answer = call => panic!("it does not hang: {answer:?}"),
+        () = has_run(&api, 1) => {}
+    }
+    api.audit.flush().await;
+    let gone = unanswered("the connection ended");
+    assert_eq!(
+        ends(&api, &root, of_exec).await,
+        std::slice::from_ref(&gone)
+    );
+
+    let call = api.call("POST", &path, HANGS);
+    let long = tokio::time::timeout(Duration::from_secs(30), call).await;
+    assert!(long.is_err(), "it does not hang: {long:?}");
+    api.audit.flush().await;
+    let under_way = unanswered("under way");
+    assert_eq!(
+        ends(&api, &root, of_exec).await,
+        [gone.clone(), under_way, gone]
+    );
+
+    let run = r#"{"cmd": "echo"}"#;
+    assert_eq!(api.call("POST", &path, run).await.0, StatusCode::OK);
+    let all = ends(&api, &root, of_exec).await;
+    assert_eq!(all.len(), 4, "what is answered at once has one record");
+    assert_eq!(all[3], [json!("success"), json!(200), Value::Null]);
+}
+
+/// Waits until this many commands have begun.
+async fn has_run(api: &Api, count: usize) {
+    while api.host.commands.lock().unwrap().len() < count {
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
+async fn who_guesses_and_hangs_up_is_on_record_with_the_name() {
+    let api = Api::new(1, 1).await;
+    let root = api.user("root", "admin").await;
+    let wrong = json!({"username": "root", "password": "Wrong-horse-7"}).to_string();
+    let mut login = Box::pin(api.call("POST", "/api/v1/auth/login", &wrong));
+    assert!(futures_util::poll!(&mut login).is_pending());
+    drop(login);
+    let record = loop {
+        let (_, answer) = logs(&api, &root, "?action_type=user_login").await;
+        match answer["total"].as_u64() {
+            Some(1) => tokio::task::yield_now().await,
+            _ => break answer["logs"][0].clone(),
+        }
+    };
+    assert_eq!(record["outcome"], "denied");
+    assert_eq!(record["details"]["username"], "root");
+}
+
+#[tokio::test]
+async fn refusals_are_on_record_and_made_up_paths_are_one_kind() {
+    let api = Api::new(1, 1).await;
+    let root = api.user("root", "admin").await;
+    let forged = [("x-api-key", "mvs_no")];
+    for number in 0..50 {
+        for base in ["", "/v1", "/v1/auth", "/auth", "/api/v1/auth", "/api/v1"] {
+            let path = format!("{base}/made-up-{number}");
+            let (status, _) = api.call_as("POST", &path, "", &forged).await;
+            assert_eq!(status, StatusCode::UNAUTHORIZED);
+        }
+        let (status, _) = api.call_as("GET", "/api/v1/vms", "", &forged).await;
+        assert_eq!(status, StatusCode::UNAUTHORIZED);
+        let at_port = [
+            forged[0],
+            ("x-sandbox-id", "sb-1"),
+            ("x-sandbox-port", "80"),
+        ];
+        let (status, _) = api.call_as("POST", "/made-up", "", &at_port).await;
+        assert_eq!(status, StatusCode::UNAUTHORIZED);
+        let path = format!("/v1/made-up-{number}");
+        let (status, _) = api.call("POST", &path, "").await;
+        assert_eq!(status, StatusCode::NOT_FOUND);
+    }
+    assert_eq!(
+        actions(&api, &root, "").await,
+        [
+            "user_register",
+            "user_login",
+            "not_served",
+            "vm_read",
+            "vm_ports"
+        ]
+    );
+    api.audit.flush().await;
+    let (_, answer) = logs(&api, &root, "").await;
+    let mut repeated: Vec<_> = answer["logs"].as_array().unwrap()[..3]
+        .iter()
+        .map(|record| record["details"]["repeated"].as_u64().unwrap())
+        .collect();
+    repeated.sort_unstable();
+    assert_eq!(repeated, [49, 49, 299]);
+    assert!(!answer.to_string().contains("made-up"), "{answer}");
 }

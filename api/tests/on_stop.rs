@@ -10,9 +10,14 @@ mod daemon;
 #[path = "support/vmm.rs"]
 mod vmm;
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{BufRead, Read};
+use std::net::TcpStream;
 
+use api::audit;
 use daemon::{Daemon, Place, answer, runs};
+use rusqlite::Connection;
+use rustix::fs::FileType;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
@@ -134,4 +139,52 @@ fn what_cannot_be_paused_runs_on() {
         assert_eq!(daemon.get(sandbox)["status"], "running");
     }
     daemon.signal(Signal::TERM);
+}
+
+/// A command that runs on and on, once it does: until somebody hangs up, it holds the second of the two
+/// fifos open.
+fn run_on(daemon: &Daemon, place: &Place, sandbox: &str, name: &str) -> (TcpStream, File) {
+    let [begun, held] = ["begun", "held"].map(|what| place.path(&format!("{name}-{what}")));
+    for fifo in [&begun, &held] {
+        rustix::fs::mknodat(rustix::fs::CWD, fifo, FileType::Fifo, 0o600.into(), 0).unwrap();
+    }
+    let script = format!(
+        "exec 3>{held}; echo yes >{begun}; exec sleep 1000",
+        held = held.display(),
+        begun = begun.display()
+    );
+    let exec = json!({"cmd": "/bin/sh", "args": ["-c", script], "timeout_sec": 3600});
+    let stream = daemon.send("POST", &format!("{sandbox}/exec"), &exec.to_string());
+    let held = File::open(held).unwrap();
+    assert_eq!(fs::read(begun).unwrap(), b"yes\n");
+    (stream, held)
+}
+
+#[test]
+fn a_command_whose_connection_ends_is_on_record() {
+    let place = place();
+    let mut daemon = Daemon::start(&place);
+    let sandbox = create(&daemon);
+    let (gone, mut held) = run_on(&daemon, &place, &sandbox, "gone");
+    drop(gone);
+    // It ends with its caller.
+    assert_eq!(held.read_to_end(&mut Vec::new()).unwrap(), 0);
+    let _ends_with_the_daemon = run_on(&daemon, &place, &sandbox, "late");
+    // In order, and at once.
+    daemon.signal(Signal::TERM);
+    let mut log = daemon.stderr.take().unwrap().lines();
+    log.find(|line| line.as_ref().unwrap().contains("shutting down"))
+        .unwrap()
+        .unwrap();
+    stop(&mut daemon, Signal::TERM);
+    let records = Connection::open(place.path("data").join(audit::FILE)).unwrap();
+    let sql = "SELECT action_type, outcome, details ->> 'unanswered' FROM records";
+    let mut statement = records.prepare(sql).unwrap();
+    let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)));
+    let rows: Vec<(String, String, Option<String>)> =
+        rows.unwrap().collect::<Result<_, _>>().unwrap();
+    let ended = Some("the connection ended".to_owned());
+    let exec = ("vm_exec".to_owned(), "unanswered".to_owned(), ended);
+    let create = ("vm_create".to_owned(), "success".to_owned(), None);
+    assert_eq!(rows, [create, exec.clone(), exec]);
 }

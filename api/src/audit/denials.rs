@@ -18,8 +18,9 @@ use crate::chain;
 
 /// How long refusals are counted together.
 const TOGETHER: Duration = Duration::from_secs(60);
-/// From how many sources refusals are told apart; those from more are counted as from anywhere.
-const MAX_SOURCES: usize = 4096;
+/// How many kinds of refusals are counted at once with their callers told apart; those beyond are counted as
+/// from anywhere. There are only so many actions and statuses, so this bounds the number of kinds.
+const MAX_KINDS: usize = 4096;
 
 /// What refusals have in common that are counted together.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -59,7 +60,7 @@ impl Denials {
         };
         {
             let mut kinds = self.lock();
-            if kinds.len() >= MAX_SOURCES && !kinds.contains_key(&kind) {
+            if kinds.len() >= MAX_KINDS && !kinds.contains_key(&kind) {
                 kind.source = None;
                 kind.user_id = "anonymous".to_owned();
                 (entry.source_ip, entry.user_id) = (None, kind.user_id.clone());

@@ -9,11 +9,13 @@
 //! another; see [`denials`].
 //!
 //! A record is on the disk before the answer of its call begins. One task writes; all that wait
-//! while it writes are written together next, in one transaction.
+//! while it writes are written together next, in one transaction. A call that is not answered, since its
+//! caller hung up or the daemon ends, has a record that says so; see [`UnderWay`].
 
 mod chain;
 mod compliance;
 mod denials;
+mod under_way;
 mod writer;
 
 use std::path::{Path, PathBuf};
@@ -22,10 +24,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use jiff::Timestamp;
 use rusqlite::{Connection, OpenFlags, Row, params};
 use serde_json::Value;
+use tokio::task::JoinHandle;
+use tokio_util::task::TaskTracker;
 
 pub use chain::{Broken, Intact};
 pub use compliance::frameworks;
 use denials::Denials;
+pub use under_way::{UNANSWERED, UnderWay};
 use writer::Writer;
 
 /// Name of the file in the data directory.
@@ -51,7 +56,7 @@ pub struct Entry {
     pub user_id: String,
     /// From which address.
     pub source_ip: Option<String>,
-    /// `success`, `denied` (no credentials, no right to it, or too much), or `failure`.
+    /// `success`, `denied` (no credentials, no right to it, or too much), `failure`, or [`UNANSWERED`].
     pub outcome: String,
     /// More of it. Never a secret, the content of a file, or the environment of a command.
     pub details: Value,
@@ -102,6 +107,8 @@ pub struct AuditLog {
     path: Arc<PathBuf>,
     writer: Writer,
     denials: Denials,
+    /// What is being written. It goes on if who wanted it written goes away.
+    writes: TaskTracker,
     reader: Arc<Mutex<Connection>>,
 }
 
@@ -122,6 +129,7 @@ impl AuditLog {
             path: Arc::new(path.to_owned()),
             writer,
             denials: Denials::default(),
+            writes: TaskTracker::new(),
             reader: Arc::new(Mutex::new(reader)),
         })
     }
@@ -131,12 +139,18 @@ impl AuditLog {
         &self.path
     }
 
-    /// Writes down what was done. When this returns it is on the disk.
+    /// Writes down what was done. When this returns it is on the disk; it will be there too if this does
+    /// not return, since the caller went away.
     ///
     /// # Errors
     /// It is not.
     pub async fn record(&self, entry: Entry) -> Result<(), AuditError> {
-        self.writer.write(entry).await
+        written(self.write(entry)).await
+    }
+
+    fn write(&self, entry: Entry) -> JoinHandle<Result<(), AuditError>> {
+        let writer = self.writer.clone();
+        self.writes.spawn(async move { writer.write(entry).await })
     }
 
     /// Whether it can be read, and what was to be written last is on the disk. The error is a sentence.
@@ -168,12 +182,17 @@ impl AuditLog {
     /// # Errors
     /// It is not.
     pub async fn record_denied(&self, entry: Entry) -> Result<(), AuditError> {
-        self.denials.record(&self.writer, entry).await
+        let (denials, writer) = (self.denials.clone(), self.writer.clone());
+        let write = async move { denials.record(&writer, entry).await };
+        written(self.writes.spawn(write)).await
     }
 
-    /// Writes down how many refusals there were until now.
+    /// Writes down how many refusals there were until now, and waits for what is being written.
     pub async fn flush(&self) {
         self.denials.flush(&self.writer).await;
+        self.writes.close();
+        self.writes.wait().await;
+        self.writes.reopen();
     }
 
     /// The latest records of a filter, latest first, and how many there are in all.
@@ -192,6 +211,10 @@ impl AuditLog {
             source,
         })
     }
+}
+
+async fn written(task: JoinHandle<Result<(), AuditError>>) -> Result<(), AuditError> {
+    task.await.unwrap_or(Err(AuditError::Ended))
 }
 
 /// Checks the chain of the log in the file `path`, which a daemon may be writing to.

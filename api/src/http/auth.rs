@@ -10,6 +10,8 @@
 //! than it thinks.
 
 use std::net::{IpAddr, SocketAddr};
+use std::panic::resume_unwind;
+use std::pin::pin;
 use std::time::Instant;
 
 use axum::extract::{ConnectInfo, FromRequestParts, MatchedPath, OriginalUri, Request, State};
@@ -17,10 +19,12 @@ use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use tracing::error;
+use tokio::task::JoinError;
+use tracing::{Instrument, error};
 
-use super::record::Act;
+use super::record::{Act, Record};
 use super::{AppState, BEARER, refuse};
+use crate::audit::{AuditError, UnderWay};
 use crate::chain;
 use crate::dialects::microvm;
 use crate::domain::{Manager, Principal};
@@ -105,13 +109,8 @@ const NO_CREDENTIALS: &str = "Authentication required";
 
 /// Finds out who calls, lets nobody else in, counts requests, and has written down what was done
 /// before the answer begins.
-pub async fn authenticate(
-    State(state): State<AppState>,
-    mut request: Request,
-    next: Next,
-) -> Response {
-    let connection = request.extensions().get::<ConnectInfo<SocketAddr>>();
-    let source = connection.map(|info| info.0.ip().to_canonical());
+pub async fn authenticate(State(state): State<AppState>, request: Request, next: Next) -> Response {
+    let source = source_of(&request);
     let identified = identify(&state, request.headers(), request.uri().path()).await;
     let (principal, refused) = match identified {
         Ok(principal) => (principal, None),
@@ -119,6 +118,36 @@ pub async fn authenticate(
     };
     let who = Identified { principal, source };
     let act = Act::of(&request);
+    let goes_on = act.is_of_accounts();
+    let path = request.uri().path().to_owned();
+    let answer = answer(state, who, act, refused, request, next);
+    if !goes_on {
+        return answer.await;
+    }
+    // Whoever guesses passwords and hangs up is on record with the name that was tried.
+    let answered = tokio::spawn(answer.in_current_span()).await;
+    match answered.map_err(JoinError::try_into_panic) {
+        Ok(response) => response,
+        Err(Ok(panic)) => resume_unwind(panic),
+        Err(Err(_)) => {
+            let status = StatusCode::SERVICE_UNAVAILABLE;
+            refuse(&path, status, "service_unavailable", "the daemon is ending")
+        }
+    }
+}
+
+/// Answers, and has it on record.
+async fn answer(
+    state: AppState,
+    who: Identified,
+    act: Act,
+    refused: Option<Box<Response>>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    let under_way = act
+        .changes()
+        .then(|| UnderWay::new(state.audit.clone(), act.begun(&who)));
     let is_limited = is_microvm(request.uri().path());
     let path = request.uri().path().to_owned();
     let (method, route) = (method_word(request.method()), route_of(&request));
@@ -132,10 +161,13 @@ pub async fn authenticate(
             }
         }
     };
-    let response = match is_limited {
-        true => state.rates.limit(&who, answer).await,
-        false => answer.await,
+    let answer = async {
+        match is_limited {
+            true => state.rates.limit(&who, answer).await,
+            false => answer.await,
+        }
     };
+    let response = while_on_record(under_way.as_ref(), answer).await;
     let answered = Answered {
         method,
         route,
@@ -143,25 +175,74 @@ pub async fn authenticate(
         took: began.elapsed(),
     };
     state.metrics.answered(who.principal.as_ref(), answered);
-    let Some(act) = act else {
+    let record = act.record_for(response.status());
+    if record == Record::None {
         return response;
-    };
-    let is_knock = act.is_knock(response.status());
+    }
     let (entry, response) = act.record(&who, response).await;
-    let recorded = match is_knock {
-        true => state.audit.record_denied(entry).await,
-        false => state.audit.record(entry).await,
+    // What is being written now is written even if the caller hangs up.
+    if let Some(under_way) = under_way {
+        under_way.answered();
+    }
+    let recorded = match record {
+        Record::Together => state.audit.record_denied(entry).await,
+        Record::Own | Record::None => state.audit.record(entry).await,
     };
     match recorded {
         Ok(()) => response,
-        // It may have been done; that it was is not on record, which must not go unnoticed.
-        Err(source) => {
-            error!(error = chain(&source), "an act is not on record");
-            let status = StatusCode::INTERNAL_SERVER_ERROR;
-            let message = "the audit log cannot be written; what was asked for may have been done";
-            refuse(&path, status, "internal_error", message)
+        Err(source) => not_on_record(&path, &source),
+    }
+}
+
+/// Waits for the answer, and has it on record meanwhile that the act is under way if it takes long.
+async fn while_on_record<T>(under_way: Option<&UnderWay>, answer: impl Future<Output = T>) -> T {
+    let mut answer = pin!(answer);
+    let Some(under_way) = under_way else {
+        return answer.await;
+    };
+    tokio::select! {
+        biased;
+        answer = answer.as_mut() => answer,
+        recorded = under_way.on_record() => {
+            if let Err(source) = recorded {
+                error!(error = chain(&source), "an act that is under way is not on record");
+            }
+            answer.await
         }
     }
+}
+
+/// It may have been done; that it was is not on record, which must not go unnoticed.
+fn not_on_record(path: &str, source: &AuditError) -> Response {
+    error!(error = chain(source), "an act is not on record");
+    let status = StatusCode::INTERNAL_SERVER_ERROR;
+    let message = "the audit log cannot be written; what was asked for may have been done";
+    refuse(path, status, "internal_error", message)
+}
+
+/// The refusal of a request that goes to a port of a sandbox by headers, once it is on record.
+pub async fn refused_at_port(
+    state: &AppState,
+    request: Request,
+    sandbox: &str,
+    refusal: Response,
+) -> Response {
+    let who = Identified {
+        principal: None,
+        source: source_of(&request),
+    };
+    let act = Act::on_port(request.method(), sandbox);
+    let (entry, refusal) = act.record(&who, refusal).await;
+    match state.audit.record_denied(entry).await {
+        Ok(()) => refusal,
+        Err(source) => not_on_record(request.uri().path(), &source),
+    }
+}
+
+/// Address of the other end of the connection.
+fn source_of(request: &Request) -> Option<IpAddr> {
+    let connection = request.extensions().get::<ConnectInfo<SocketAddr>>();
+    connection.map(|info| info.0.ip().to_canonical())
 }
 
 /// The path with the names of its parameters; there are as many paths that are none as anybody cares to

@@ -24,13 +24,13 @@ use axum::{Json, Router, middleware};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-pub use auth::{API_KEY, Access, Caller, Identified, OPEN, identify};
+pub use auth::{API_KEY, Access, Caller, Identified, OPEN, identify, refused_at_port};
 pub use error::{ErrorBody, ErrorDetail, error_response};
 pub use openapi::{OpenApiError, document, json, yaml};
 
 pub use rate::{RateLimiter, Rates};
 pub use record::LoggedIn;
-pub use serve::serve;
+pub use serve::{Stop, serve};
 pub use slow::{Pace, Patience};
 pub use sockets::{BEARER, MAX_SOCKETS, SocketPermit, Sockets};
 pub use trace::RequestId;

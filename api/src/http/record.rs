@@ -9,10 +9,12 @@ use jiff::Timestamp;
 use serde_json::{Map, Value};
 
 use super::auth::Identified;
-use crate::audit::{Entry, frameworks};
+use crate::audit::{Entry, UNANSWERED, frameworks};
 
 /// The largest answer that is looked into for the name of what was made, in bytes.
 const MAX_ANSWER: u64 = 64 * 1024;
+/// The action, and the path, of a request at a path where nothing is served.
+const NOT_SERVED: &str = "not_served";
 /// What is taken from an answer that tells of a new thing.
 const TOLD: [&str; 5] = ["name", "username", "role", "template", "sandbox_id"];
 /// What is taken from one that tells of a new machine, as its `vm_config`.
@@ -27,7 +29,7 @@ pub struct LoggedIn {
     pub username: String,
 }
 
-/// What a request would do.
+/// What a request would do, or asks for.
 #[derive(Debug, Clone)]
 pub struct Act {
     method: Method,
@@ -35,54 +37,127 @@ pub struct Act {
     action_type: String,
     resource_type: &'static str,
     resource_id: Option<String>,
+    changes: bool,
+}
+
+/// What becomes of an act in the audit log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Record {
+    /// A record of its own.
+    Own,
+    /// One together with others: it was refused, which its caller can cause without end.
+    Together,
+    /// None: nothing was changed, and nobody refused.
+    None,
 }
 
 impl Act {
-    /// What this request would do; `None` if it only asks.
-    pub fn of(request: &Request) -> Option<Self> {
+    /// What this request would do.
+    pub fn of(request: &Request) -> Self {
         let method = request.method();
-        let is_socket = request.headers().contains_key(header::UPGRADE);
-        if matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS) && !is_socket {
-            return None;
-        }
         let path = request.uri().path();
         let matched = request.extensions().get::<MatchedPath>();
-        let matched = matched.map_or(path, MatchedPath::as_str);
-        let (action_type, resource_type) = name(method, matched);
-        Some(Self {
-            method: method.clone(),
-            resource_id: first_parameter(matched, path),
-            path: matched.to_owned(),
-            action_type,
-            resource_type,
-        })
+        let is_socket = request.headers().contains_key(header::UPGRADE);
+        let only_asks =
+            matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS) && !is_socket;
+        match matched.map(MatchedPath::as_str) {
+            Some(matched) => {
+                let (action_type, resource_type) = name(method, matched, only_asks);
+                Self {
+                    method: method.clone(),
+                    resource_id: first_parameter(matched, path),
+                    path: matched.to_owned(),
+                    action_type,
+                    resource_type,
+                    changes: !only_asks,
+                }
+            }
+            // Its path is whatever anybody cares to make up.
+            None => Self {
+                method: method.clone(),
+                path: NOT_SERVED.to_owned(),
+                action_type: NOT_SERVED.to_owned(),
+                resource_type: "service",
+                resource_id: None,
+                changes: false,
+            },
+        }
     }
 
-    /// Whether this answer to it is one that the caller can cause without end: no or bad credentials, and
-    /// too many requests. Those at `auth` with 401 are failed logins, whose number is limited.
-    pub fn is_knock(&self, status: StatusCode) -> bool {
+    /// A request for a port of this sandbox by headers, whose path is that of a program in it.
+    pub fn on_port(method: &Method, sandbox: &str) -> Self {
+        Self {
+            method: method.clone(),
+            path: "x-sandbox-id, x-sandbox-port".to_owned(),
+            action_type: "vm_ports".to_owned(),
+            resource_type: "vm",
+            resource_id: Some(shortened(sandbox)),
+            changes: false,
+        }
+    }
+
+    /// Whether it may change something.
+    pub fn changes(&self) -> bool {
+        self.changes
+    }
+
+    /// Whether it is about who may come in, such as a login.
+    pub fn is_of_accounts(&self) -> bool {
+        self.changes && self.resource_type == "user"
+    }
+
+    /// What becomes of it with this answer. Failed logins each have a record, since their number is limited.
+    pub fn record_for(&self, status: StatusCode) -> Record {
         match status {
-            StatusCode::TOO_MANY_REQUESTS => true,
-            StatusCode::UNAUTHORIZED => self.resource_type != "user",
-            _ => false,
+            StatusCode::UNAUTHORIZED if self.is_of_accounts() => Record::Own,
+            StatusCode::UNAUTHORIZED => Record::Together,
+            StatusCode::TOO_MANY_REQUESTS if self.changes => Record::Together,
+            StatusCode::FORBIDDEN if !self.changes => Record::Together,
+            _ if self.changes => Record::Own,
+            _ => Record::None,
+        }
+    }
+
+    /// The record of it as long as it has no answer.
+    pub fn begun(&self, who: &Identified) -> Entry {
+        self.entry(who, UNANSWERED)
+    }
+
+    fn entry(&self, who: &Identified, outcome: &str) -> Entry {
+        let mut details = Map::new();
+        details.insert("method".into(), self.method.as_str().into());
+        details.insert("path".into(), self.path.clone().into());
+        if let Some(key) = who.principal.as_ref().and_then(|by| by.key()) {
+            details.insert("api_key".into(), key.as_str().into());
+        }
+        let user_id = match &who.principal {
+            Some(principal) => principal.to_string(),
+            None => "anonymous".to_owned(),
+        };
+        let frameworks = frameworks(&self.action_type, self.resource_type, outcome);
+        Entry {
+            time: Timestamp::now(),
+            action_type: self.action_type.clone(),
+            resource_type: self.resource_type.to_owned(),
+            resource_id: self.resource_id.clone(),
+            user_id,
+            source_ip: who.source.map(|address| address.to_string()),
+            outcome: outcome.to_owned(),
+            details: details.into(),
+            frameworks: frameworks.iter().map(|name| (*name).to_owned()).collect(),
         }
     }
 
     /// The record of it, and the answer, which may have been read for it.
-    pub async fn record(self, who: &Identified, response: Response) -> (Entry, Response) {
+    pub async fn record(&self, who: &Identified, response: Response) -> (Entry, Response) {
         let status = response.status();
         let (told, response) = match status {
             StatusCode::CREATED | StatusCode::ACCEPTED => look_into(response).await,
             _ => (None, response),
         };
+        let mut entry = self.entry(who, outcome(status));
         let mut details = Map::new();
-        details.insert("method".into(), self.method.as_str().into());
-        details.insert("path".into(), self.path.into());
         details.insert("status".into(), status.as_u16().into());
-        if let Some(key) = who.principal.as_ref().and_then(|by| by.key()) {
-            details.insert("api_key".into(), key.as_str().into());
-        }
-        let mut resource_id = self.resource_id;
         if let Some(told) = &told {
             details.extend(fields(told, &TOLD));
             let shape: Map<_, _> = fields(told, &SHAPE).collect();
@@ -92,41 +167,31 @@ impl Act {
             let id = ["id", "user_id", "scan_id", "name"]
                 .into_iter()
                 .find_map(|field| told.get(field));
-            if let (None, Some(Value::String(id))) = (&resource_id, id) {
-                resource_id = Some(id.clone());
+            if let (None, Some(Value::String(id))) = (&entry.resource_id, id) {
+                entry.resource_id = Some(id.clone());
             }
         }
-        let mut user_id = match &who.principal {
-            Some(principal) => principal.to_string(),
-            None => "anonymous".to_owned(),
-        };
         if let Some(login) = response.extensions().get::<LoggedIn>() {
             details.insert("username".into(), login.username.clone().into());
             if let Some(id) = &login.user_id {
-                user_id.clone_from(id);
-                resource_id = Some(id.clone());
+                entry.user_id.clone_from(id);
+                entry.resource_id = Some(id.clone());
             }
         }
-        let outcome = match status {
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::TOO_MANY_REQUESTS => {
-                "denied"
-            }
-            status if status.is_client_error() || status.is_server_error() => "failure",
-            _ => "success",
-        };
-        let frameworks = frameworks(&self.action_type, self.resource_type, outcome);
-        let entry = Entry {
-            time: Timestamp::now(),
-            action_type: self.action_type,
-            resource_type: self.resource_type.to_owned(),
-            resource_id,
-            user_id,
-            source_ip: who.source.map(|address| address.to_string()),
-            outcome: outcome.to_owned(),
-            details: details.into(),
-            frameworks: frameworks.iter().map(|name| (*name).to_owned()).collect(),
-        };
+        if let Value::Object(all) = &mut entry.details {
+            all.extend(details);
+        }
         (entry, response)
+    }
+}
+
+fn outcome(status: StatusCode) -> &'static str {
+    match status {
+        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::TOO_MANY_REQUESTS => {
+            "denied"
+        }
+        status if status.is_client_error() || status.is_server_error() => "failure",
+        _ => "success",
     }
 }
 
@@ -141,8 +206,9 @@ fn fields(
 }
 
 /// What is done to what kind of thing, made of the path, so that no endpoint can be forgotten: the
-/// kind of thing, and the words behind its name, or what the method means without such.
-fn name(method: &Method, matched: &str) -> (String, &'static str) {
+/// kind of thing, and the words behind its name, or what the method means without such; `read` at the end
+/// of what only asks.
+fn name(method: &Method, matched: &str, only_asks: bool) -> (String, &'static str) {
     let path = matched
         .strip_prefix("/api/v1/")
         .or(matched.strip_prefix("/v1/"));
@@ -165,6 +231,7 @@ fn name(method: &Method, matched: &str) -> (String, &'static str) {
         .map(|word| word.replace('-', "_"))
         .collect();
     let verb = match *method {
+        _ if only_asks => Some("read"),
         Method::DELETE => Some("delete"),
         Method::PUT | Method::PATCH => Some("update"),
         Method::POST if words.is_empty() => Some("create"),
@@ -179,7 +246,11 @@ fn name(method: &Method, matched: &str) -> (String, &'static str) {
 fn first_parameter(matched: &str, path: &str) -> Option<String> {
     let mut pairs = matched.split('/').zip(path.split('/'));
     let (_, value) = pairs.find(|(pattern, _)| pattern.starts_with('{'))?;
-    Some(value.chars().take(128).collect())
+    Some(shortened(value))
+}
+
+fn shortened(name: &str) -> String {
+    name.chars().take(128).collect()
 }
 
 /// The fields of an answer that is a small JSON object, and the same answer.
@@ -235,10 +306,11 @@ mod tests {
             (Method::POST, "/v1/snapshots/{id}/fork", "snapshot_fork"),
             (Method::DELETE, "/v1/api-keys/{id}", "api_key_delete"),
             (Method::POST, "/api/v1/auth/login", "user_login"),
-            (Method::POST, "/somewhere", "service_create"),
         ] {
-            assert_eq!(name(&method, path).0, action);
+            assert_eq!(name(&method, path, false).0, action);
         }
+        let (action, _) = name(&Method::GET, "/api/v1/security/audit-logs", true);
+        assert_eq!(action, "security_audit_logs_read");
         let id = first_parameter("/v1/sandboxes/{id}/exec", "/v1/sandboxes/sb-1/exec");
         assert_eq!(id.as_deref(), Some("sb-1"));
         assert_eq!(first_parameter("/v1/sandboxes", "/v1/sandboxes"), None);

@@ -20,30 +20,28 @@ use tokio_util::task::TaskTracker;
 use tower::ServiceExt;
 use tracing::debug;
 
-/// Serves all who connect until it is told to close; then answers the requests that are being served, and
-/// returns. A connection on which no request has begun, or only the beginning of one has come, is closed
+/// When to stop serving.
+#[derive(Debug, Clone, Default)]
+pub struct Stop {
+    /// Nobody is let in any more, and what is being served is served to its end.
+    pub closing: CancellationToken,
+    /// What is still being served then is left.
+    pub ending: CancellationToken,
+}
+
+/// Serves all who connect until it is told to close; then answers the requests that are being served, until
+/// it is told to end, and returns. A connection on which no request has begun, or only the beginning of one has come, is closed
 /// when it was so for `head_time`.
-pub async fn serve(
-    mut listener: TcpListener,
-    router: Router,
-    head_time: Duration,
-    closing: CancellationToken,
-) {
+pub async fn serve(mut listener: TcpListener, router: Router, head_time: Duration, stop: Stop) {
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(head_time);
     let connections = TaskTracker::new();
     loop {
         let (stream, address) = tokio::select! {
             accepted = Listener::accept(&mut listener) => accepted,
-            () = closing.cancelled() => break,
+            () = stop.closing.cancelled() => break,
         };
-        let connection = carry(
-            http.clone(),
-            stream,
-            address,
-            router.clone(),
-            closing.clone(),
-        );
+        let connection = carry(http.clone(), stream, address, router.clone(), stop.clone());
         connections.spawn(connection);
     }
     drop(listener);
@@ -57,7 +55,7 @@ async fn carry(
     stream: TcpStream,
     address: SocketAddr,
     router: Router,
-    closing: CancellationToken,
+    stop: Stop,
 ) {
     let service = service_fn(|request| answer(router.clone(), request, address));
     let connection = http
@@ -66,9 +64,12 @@ async fn carry(
     let mut connection = std::pin::pin!(connection);
     let served = tokio::select! {
         served = connection.as_mut() => served,
-        () = closing.cancelled() => {
+        () = stop.closing.cancelled() => {
             connection.as_mut().graceful_shutdown();
-            connection.await
+            tokio::select! {
+                served = connection => served,
+                () = stop.ending.cancelled() => return,
+            }
         }
     };
     if let Err(error) = served {

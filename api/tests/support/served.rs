@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use api::audit::{self, AuditLog};
 use api::domain::{ExecLimits, Host, Limits, Manager, PoolLimits, Quotas, WhenIdle};
-use api::http::{Access, AppState, Patience, RateLimiter, Rates, Sockets, router, serve};
+use api::http::{Access, AppState, Patience, RateLimiter, Rates, Sockets, Stop, router, serve};
 use api::hypervisor::{HostConfig, LocalHost, Paths};
 use api::identity::{Identity, Registration, Tokens};
 use api::images::Images;
@@ -32,7 +32,6 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::tungstenite::{Error, Message};
 use tokio_tungstenite::{WebSocketStream, client_async_with_config};
-use tokio_util::sync::CancellationToken;
 
 /// Clients that may take as long as they like.
 pub const PATIENT: Patience = Patience {
@@ -126,12 +125,7 @@ impl Served {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let router = router(state).unwrap();
-        tokio::spawn(serve(
-            listener,
-            router,
-            patience.head,
-            CancellationToken::new(),
-        ));
+        tokio::spawn(serve(listener, router, patience.head, Stop::default()));
         Self {
             address,
             host,

@@ -35,7 +35,7 @@ use percent_encoding::percent_decode_str;
 
 use super::error::ApiError;
 use crate::domain::Principal;
-use crate::http::{Access, AppState, Caller, ErrorBody, identify};
+use crate::http::{Access, AppState, Caller, ErrorBody, identify, refused_at_port};
 use forward::{Route, forward};
 use origin::{Fetch, GuestHost};
 
@@ -112,7 +112,7 @@ pub async fn by_header(State(state): State<AppState>, request: Request, next: Ne
     let manager = match identify(&state, request.headers(), BASE).await {
         Ok(Some(principal)) => state.manager.acting_for(principal),
         Ok(None) => return next.run(request).await,
-        Err(refusal) => return *refusal,
+        Err(refusal) => return refused_at_port(&state, request, &id, *refusal).await,
     };
     let served = async {
         let port = port_of(&port)?;
