@@ -6,7 +6,7 @@ mod support;
 
 use std::time::Duration;
 
-use api::audit::{self, AuditError};
+use api::audit::{self, AuditError, Broken};
 use api::http::Rates;
 use axum::body::Body;
 use axum::http::{Request, StatusCode};
@@ -191,10 +191,11 @@ async fn a_changed_record_shows_and_what_was_answered_is_there_after_a_crash() {
             .execute_batch("DROP TRIGGER no_update; DROP TRIGGER no_delete;")
             .unwrap();
         connection.execute_batch(sql).unwrap();
+        std::fs::copy(path.with_extension("head"), copy.with_extension("head")).unwrap();
         let result = audit::verify(&copy);
         std::fs::remove_file(&copy).unwrap();
         match result {
-            Err(AuditError::Broken(broken)) => broken.seq,
+            Err(AuditError::Broken(Broken::Record { seq })) => seq,
             other => panic!("{sql}: {other:?}"),
         }
     };
@@ -213,6 +214,60 @@ async fn a_changed_record_shows_and_what_was_answered_is_there_after_a_crash() {
     );
     assert_eq!(tamper("DELETE FROM records WHERE seq = 5"), 5);
     assert_eq!(tamper("DELETE FROM records WHERE seq = 1"), 1);
+}
+
+#[tokio::test]
+async fn a_log_that_is_cut_off_shows_and_stays_so() {
+    let api = Api::new(1, 1).await;
+    for _ in 0..5 {
+        api.create().await;
+    }
+    let path = api.dir.path().join(audit::FILE);
+    let broken = || match audit::verify(&path) {
+        Err(AuditError::Broken(broken)) => Some(broken),
+        Ok(_) => None,
+        Err(other) => panic!("{other}"),
+    };
+    let cut = "DROP TRIGGER no_delete; DELETE FROM records WHERE seq > 3;";
+    Connection::open(&path).unwrap().execute_batch(cut).unwrap();
+    let (records, last) = (3, 5);
+    assert_eq!(broken(), Some(Broken::CutOff { records, last }));
+    let api = api.restart().await;
+    api.create().await;
+    assert_eq!(broken(), Some(Broken::WasCutOff { records }));
+    let root = api.user("root", "admin").await;
+    let (_, answer) = logs(&api, &root, "?action_type=audit_log_cut_off").await;
+    assert_eq!(answer["total"], 1);
+    assert_eq!(
+        answer["logs"][0]["details"],
+        json!({"records": 3, "went_to": 5})
+    );
+
+    let head = path.with_extension("head");
+    std::fs::write(&head, "0").unwrap();
+    assert_eq!(broken(), Some(Broken::Head));
+    std::fs::remove_file(head).unwrap();
+    assert_eq!(broken(), Some(Broken::Head));
+}
+
+#[tokio::test]
+async fn a_log_that_is_gone_shows() {
+    let api = Api::new(1, 1).await;
+    api.create().await;
+    let path = api.dir.path().join(audit::FILE);
+    for name in ["audit.db", "audit.db-wal", "audit.db-shm"] {
+        let _ = std::fs::remove_file(path.with_file_name(name));
+    }
+    let api = api.restart().await;
+    api.create().await;
+    let result = audit::verify(&path);
+    assert!(
+        matches!(
+            result,
+            Err(AuditError::Broken(Broken::WasCutOff { records: 0 }))
+        ),
+        "{result:?}"
+    );
 }
 
 #[tokio::test]

@@ -2,8 +2,8 @@
 //! event of accounts.
 //!
 //! Records are a chain: each has the SHA-256 of itself and of the hash before it, so that one that is
-//! changed, removed or put in between shows. What is missing at the end does not show in the chain
-//! alone: keep the last hash elsewhere to compare.
+//! changed, removed or put in between shows. What is missing at the end shows by the file beside it that
+//! says how far it went; see [`head`].
 //!
 //! Of refusals that anybody can cause without end, the first is a record, and the number of the others
 //! another; see [`denials`].
@@ -15,6 +15,7 @@
 mod chain;
 mod compliance;
 mod denials;
+mod head;
 mod under_way;
 mod writer;
 
@@ -93,6 +94,15 @@ pub enum AuditError {
         #[source]
         source: rusqlite::Error,
     },
+    /// The file beside it cannot be read or written that says how far it went.
+    #[error("{path}, which says how far the audit log went, cannot be used", path = path.display())]
+    Head {
+        /// Where it is.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
     /// It is broken.
     #[error(transparent)]
     Broken(#[from] Broken),
@@ -122,7 +132,7 @@ impl AuditLog {
             path: path.to_owned(),
             source,
         };
-        let writer = Writer::start(path).map_err(failed)?;
+        let writer = Writer::start(path)?;
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let reader = Connection::open_with_flags(path, flags).map_err(failed)?;
         Ok(Self {
@@ -226,9 +236,16 @@ pub fn verify(path: &Path) -> Result<Intact, AuditError> {
         path: path.to_owned(),
         source,
     };
+    // First, for the log may go on meanwhile.
+    let told = head::read(path).map_err(|source| head_failed(path, source))?;
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = Connection::open_with_flags(path, flags).map_err(failed)?;
-    Ok(chain::verify(&connection).map_err(failed)??)
+    Ok(chain::verify(&connection, told).map_err(failed)??)
+}
+
+fn head_failed(log: &Path, source: std::io::Error) -> AuditError {
+    let path = head::path_of(log);
+    AuditError::Head { path, source }
 }
 
 fn read(connection: &Connection, filter: &Filter) -> rusqlite::Result<(Vec<Entry>, u64)> {

@@ -5,12 +5,16 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use jiff::Timestamp;
 use rusqlite::{Connection, OptionalExtension, params};
+use serde_json::json;
 use tokio::sync::{Semaphore, oneshot};
 use tracing::error;
 
-use super::chain::{START, hash};
-use super::{AuditError, Entry};
+use super::chain::{CUT_OFF, hash};
+use super::head::{self, Head, HeadFile, Told};
+use super::{AuditError, Entry, frameworks, head_failed};
+use crate::chain;
 
 /// How many records may wait; who has one more waits to wait.
 const MAX_WAITING: usize = 1024;
@@ -32,7 +36,13 @@ struct AuditFile {
     /// Whether what was to be written last is not.
     has_failed: AtomicBool,
     /// Held by the task that writes.
-    open: Mutex<(Connection, Head)>,
+    open: Mutex<Open>,
+}
+
+struct Open {
+    connection: Connection,
+    head: Head,
+    head_file: HeadFile,
 }
 
 #[derive(Default)]
@@ -42,16 +52,9 @@ struct Queue {
     is_written: bool,
 }
 
-/// Where the chain stands.
-#[derive(Clone, Copy)]
-struct Head {
-    seq: u64,
-    hash: [u8; 32],
-}
-
 impl Writer {
     /// Opens the file.
-    pub fn start(path: &Path) -> rusqlite::Result<Self> {
+    pub fn start(path: &Path) -> Result<Self, AuditError> {
         let file = AuditFile {
             path: path.to_owned(),
             waiting: Mutex::default(),
@@ -104,14 +107,68 @@ impl AuditFile {
                 queue.waiting.drain(..count).collect()
             };
             let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-            let (connection, head) = &mut *open;
-            let is_written = write(connection, head, together, &self.path);
+            let is_written = write(&mut open, together, &self.path);
             self.has_failed.store(!is_written, Ordering::Relaxed);
         }
     }
 }
 
-fn open(path: &Path) -> rusqlite::Result<(Connection, Head)> {
+/// Opens the log and what says how far it went. If it does not go that far, a record says so from here on.
+fn open(path: &Path) -> Result<Open, AuditError> {
+    let failed = |source| AuditError::File {
+        path: path.to_owned(),
+        source,
+    };
+    let told = head::read(path).map_err(|source| head_failed(path, source))?;
+    let (mut connection, mut head) = open_log(path).map_err(failed)?;
+    if let Some(cut_off) = cut_off(&connection, head, told).map_err(failed)? {
+        error!(details = %cut_off.details, "the audit log was cut off at its end");
+        head = insert(&mut connection, head, &[cut_off]).map_err(failed)?;
+    }
+    let head_file = HeadFile::create(path, head).map_err(|source| head_failed(path, source))?;
+    Ok(Open {
+        connection,
+        head,
+        head_file,
+    })
+}
+
+/// What is to be on record if the log does not go as far as it went.
+fn cut_off(connection: &Connection, head: Head, told: Told) -> rusqlite::Result<Option<Entry>> {
+    let went_to = match told {
+        // A new log has none, nor has one that was written before there were such files.
+        Told::Nothing => return Ok(None),
+        Told::Head(went) => {
+            let hash = connection.query_row(
+                "SELECT hash FROM records WHERE seq = ?1",
+                [went.seq.cast_signed()],
+                |row| row.get::<_, [u8; 32]>(0),
+            );
+            if went == Head::start() || hash.optional()? == Some(went.hash) {
+                return Ok(None);
+            }
+            Some(went.seq)
+        }
+        Told::Garbage => None,
+    };
+    let outcome = "failure";
+    Ok(Some(Entry {
+        time: Timestamp::now(),
+        action_type: CUT_OFF.to_owned(),
+        resource_type: "service".to_owned(),
+        resource_id: None,
+        user_id: "daemon".to_owned(),
+        source_ip: None,
+        outcome: outcome.to_owned(),
+        details: json!({"records": head.seq, "went_to": went_to}),
+        frameworks: frameworks(CUT_OFF, "service", outcome)
+            .iter()
+            .map(|name| (*name).to_owned())
+            .collect(),
+    }))
+}
+
+fn open_log(path: &Path) -> rusqlite::Result<(Connection, Head)> {
     let connection = Connection::open(path)?;
     connection.execute_batch(
         "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;
@@ -141,24 +198,25 @@ fn open(path: &Path) -> rusqlite::Result<(Connection, Head)> {
             |row| Ok((row.get::<_, i64>(0)?, row.get(1)?)),
         )
         .optional()?;
-    let head = last.map_or((0, START), |(seq, hash)| (seq.cast_unsigned(), hash));
-    let (seq, hash) = head;
-    Ok((connection, Head { seq, hash }))
+    let head = last.map_or(Head::start(), |(seq, hash)| Head {
+        seq: seq.cast_unsigned(),
+        hash,
+    });
+    Ok((connection, head))
 }
 
 /// Returns whether they are on the disk.
-fn write(
-    connection: &mut Connection,
-    head: &mut Head,
-    together: Vec<Waiting>,
-    path: &Path,
-) -> bool {
+fn write(open: &mut Open, together: Vec<Waiting>, path: &Path) -> bool {
     let (entries, waiting): (Vec<_>, Vec<_>) = together.into_iter().unzip();
-    let result = insert(connection, *head, &entries);
+    let result = insert(&mut open.connection, open.head, &entries);
     let is_written = result.is_ok();
     match result {
         Ok(next) => {
-            *head = next;
+            open.head = next;
+            if let Err(source) = open.head_file.write(next) {
+                // It tells of an earlier record then, which is as true.
+                error!(error = chain(&source), "audit.head is not written");
+            }
             for done in waiting {
                 // Who has gone away needs no answer.
                 let _ = done.send(Ok(()));
