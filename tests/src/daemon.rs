@@ -295,7 +295,7 @@ impl Daemon {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             // Templates are made of layers, and of empty file systems.
             let empty = self.directory.path().join("data/empty");
-            let is_own = ["sandboxd.", "audit.db", "token.key"]
+            let is_own = ["sandboxd.", "audit.", "token.key"]
                 .iter()
                 .any(|own| name.starts_with(own));
             !is_own && !path.starts_with(self.layers_directory()) && !path.starts_with(empty)
