@@ -273,8 +273,6 @@ pub async fn serve(config: Config) -> Result<Ended, DaemonError> {
         _ = terminate.recv() => warn!("asked again; ending requests in flight"),
         _ = interrupt.recv() => warn!("asked again; ending requests in flight"),
     }
-    stop.ending.cancel();
-    while servers.join_next().await.is_some() {}
     scans.shutdown().await;
     if config.on_stop == OnStop::Pause {
         tokio::select! {
@@ -284,6 +282,9 @@ pub async fn serve(config: Config) -> Result<Ended, DaemonError> {
         }
     }
     let runs_on = manager.shutdown(config.on_stop != OnStop::Delete).await;
+    // What is not answered until here is on record as such.
+    stop.ending.cancel();
+    while servers.join_next().await.is_some() {}
     audit.flush().await;
     sockets.closed(GOODBYE).await;
     info!("sandboxd has shut down");

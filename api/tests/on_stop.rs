@@ -163,7 +163,7 @@ fn run_on(daemon: &Daemon, place: &Place, sandbox: &str, name: &str) -> (TcpStre
 #[test]
 fn a_command_whose_connection_ends_is_on_record() {
     let place = place();
-    let mut daemon = Daemon::start(&place);
+    let mut daemon = Daemon::start_with(&place, &["--on-stop=keep"]);
     let sandbox = create(&daemon);
     let (gone, mut held) = run_on(&daemon, &place, &sandbox, "gone");
     drop(gone);
@@ -187,4 +187,6 @@ fn a_command_whose_connection_ends_is_on_record() {
     let exec = ("vm_exec".to_owned(), "unanswered".to_owned(), ended);
     let create = ("vm_create".to_owned(), "success".to_owned(), None);
     assert_eq!(rows, [create, exec.clone(), exec]);
+    // It takes the sandbox with it.
+    stop(&mut Daemon::start(&place), Signal::TERM);
 }
