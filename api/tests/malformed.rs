@@ -7,7 +7,8 @@ mod support;
 
 use axum::body::Body;
 use axum::http::{Request, StatusCode};
-use serde_json::Value;
+use http_body_util::BodyExt;
+use serde_json::{Value, json};
 use support::{Api, read_json};
 use tower::ServiceExt;
 
@@ -66,6 +67,22 @@ struct Client {
 }
 
 impl Client {
+    /// How many bytes the answer has, which must tell that the client was wrong.
+    async fn told(&self, method: &str, path: &str, body: &str) -> usize {
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header("host", "localhost:8000")
+            .header("authorization", &self.token)
+            .body(Body::from(body.to_owned()))
+            .unwrap();
+        let response = self.api.router.clone().oneshot(request).await.unwrap();
+        let status = response.status();
+        assert!(status.is_client_error(), "{path}: {status}");
+        let body = response.into_body().collect().await.unwrap();
+        body.to_bytes().len()
+    }
+
     async fn new() -> Self {
         let api = Api::new(1 << 20, 1 << 20).await;
         let token = api.user("root", "admin").await;
@@ -139,6 +156,56 @@ async fn what_makes_no_sense_in_a_query_is_an_error_of_the_dialect() {
         }
     }
     assert!(checked > 80 && refused > 20, "{refused} of {checked}");
+}
+
+#[tokio::test]
+async fn errors_do_not_grow_with_the_body() {
+    const MOST: usize = 32 << 10;
+    let client = Client::new().await;
+    client.api.create().await;
+    let long = "x".repeat(900 << 10);
+    let words = vec![""; 300_000];
+    let numbers: serde_json::Map<_, _> = (0..60_000)
+        .map(|number| (format!("V{number}"), 1.into()))
+        .collect();
+    let scan = |fields: Value| {
+        let mut body = json!({"scan_type": "configuration", "target": "all"});
+        body.as_object_mut()
+            .unwrap()
+            .extend(fields.as_object().unwrap().clone());
+        body
+    };
+    let bodies = [
+        ("/api/v1/security/scan", scan(json!({"frameworks": words}))),
+        ("/api/v1/security/scan", scan(json!({"target": long}))),
+        (
+            "/api/v1/vms/none/execute",
+            json!({"command": "x", "environment": numbers}),
+        ),
+        (
+            "/api/v1/vms/none/guest/command",
+            json!({"command": "x", "env": numbers}),
+        ),
+        (
+            "/api/v1/vms",
+            json!({"os_type": long, "template": long, "name": long}),
+        ),
+        (
+            "/api/v1/auth/register",
+            json!({"username": long, "password": long}),
+        ),
+        ("/v1/sandboxes", json!({"template": long})),
+        ("/v1/sandboxes", json!({"vcpus": long})),
+        ("/v1/snapshots", json!({"sandbox_id": long})),
+        (
+            "/v1/templates",
+            json!({"name": "x", "recipe": {"base": long, "steps": []}}),
+        ),
+    ];
+    for (path, body) in bodies {
+        let told = client.told("POST", path, &body.to_string()).await;
+        assert!(told < MOST, "{path}: {told} bytes");
+    }
 }
 
 #[tokio::test]

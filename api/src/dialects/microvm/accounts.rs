@@ -128,7 +128,7 @@ impl From<RegisterError> for ApiError {
                 for weakness in password {
                     fields.wrong("password", weakness.to_string());
                 }
-                Self::validation(fields.errors())
+                fields.into_error()
             }
             RegisterError::Forbidden(_) => Self::forbidden(source.to_string()),
             RegisterError::NameTaken(_) => Self::conflict(source.to_string()),

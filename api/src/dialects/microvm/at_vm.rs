@@ -16,10 +16,7 @@ use crate::domain::{
 
 impl From<Problem> for FieldError {
     fn from(problem: Problem) -> Self {
-        Self {
-            field: problem.field.to_owned(),
-            error: problem.sentence,
-        }
+        Self::new(problem.field, problem.sentence)
     }
 }
 
@@ -30,10 +27,7 @@ pub fn no_vm(name: &str) -> ApiError {
 
 /// One field of the body is wrong.
 pub fn wrong(field: &str, error: impl Into<String>) -> ApiError {
-    ApiError::validation(&[FieldError {
-        field: field.to_owned(),
-        error: error.into(),
-    }])
+    ApiError::validation(&[FieldError::new(field, error)], 0)
 }
 
 /// The upload or output is too large.

@@ -10,7 +10,7 @@
 //! | 408 | `request_timeout` | the body came too slowly | |
 //! | 409 | `conflict` | it clashes with what is there, or its state does not allow it | |
 //! | 413 | `payload_too_large` | the body is too large | |
-//! | 422 | `validation_error` | fields of the body make no sense: all of them at once | `details`: a list of `field` and `error` |
+//! | 422 | `validation_error` | fields of the body make no sense: the first 32 reasons at once | `details`: a list of `field` and `error` |
 //! | 429 | `rate_limit_exceeded` | too many requests, failures or things | `retry_after_seconds`, if waiting helps |
 //! | 500 | `internal_error` | the daemon failed; its log says why under the id | `request_id` |
 //! | 503 | `service_unavailable` | it cannot serve now | |
@@ -26,6 +26,7 @@ use tracing::error;
 use utoipa::ToSchema;
 
 use crate::chain;
+use crate::dialects::brief;
 use crate::domain::StoreError;
 use crate::http::RequestId;
 
@@ -53,6 +54,11 @@ pub struct ErrorBody {
     pub request_id: Option<String>,
 }
 
+/// The longest name of a field that is told, in bytes. Names may be the client's, as those of variables are.
+const MAX_FIELD: usize = 128;
+/// The longest sentence about a field, in bytes. It may quote what the field has.
+const MAX_SENTENCE: usize = 512;
+
 /// One field of a body that makes no sense.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct FieldError {
@@ -60,6 +66,16 @@ pub struct FieldError {
     pub field: String,
     /// What was expected.
     pub error: String,
+}
+
+impl FieldError {
+    /// That this field makes no sense. What is too long to be read is shortened.
+    pub fn new(field: impl Into<String>, error: impl Into<String>) -> Self {
+        Self {
+            field: brief::shortened(field.into(), MAX_FIELD),
+            error: brief::shortened(error.into(), MAX_SENTENCE),
+        }
+    }
 }
 
 /// An error as this dialect tells it.
@@ -78,7 +94,7 @@ impl ApiError {
         Self {
             status,
             error,
-            message: message.into(),
+            message: brief::message(message.into()),
             details: None,
             retry_after_seconds: None,
         }
@@ -98,8 +114,9 @@ impl ApiError {
 
     /// A parameter makes no sense.
     pub fn bad_parameter(field: &str, issue: impl Into<String>) -> Self {
+        let FieldError { field, error } = FieldError::new(field, issue);
         Self::bad_request("Invalid request parameters")
-            .with_details(json!({"field": field, "issue": issue.into()}))
+            .with_details(json!({"field": field, "issue": error}))
     }
 
     /// No credentials, or not good ones.
@@ -122,11 +139,18 @@ impl ApiError {
         Self::new(StatusCode::CONFLICT, "conflict", message)
     }
 
-    /// Fields of the body make no sense.
-    pub fn validation(fields: &[FieldError]) -> Self {
-        let status = StatusCode::UNPROCESSABLE_ENTITY;
-        Self::new(status, "validation_error", "Request validation failed")
-            .with_details(json!(fields))
+    /// Fields of the body make no sense: these, and `untold` more.
+    pub fn validation(fields: &[FieldError], untold: usize) -> Self {
+        let message = match untold {
+            0 => "Request validation failed".to_owned(),
+            more => format!("Request validation failed; {more} more problems are not told"),
+        };
+        Self::new(
+            StatusCode::UNPROCESSABLE_ENTITY,
+            "validation_error",
+            message,
+        )
+        .with_details(json!(fields))
     }
 
     /// Too many; with `None`, waiting does not help.

@@ -1,4 +1,4 @@
-//! Reading JSON bodies: everything that is wrong with one is told at once.
+//! Reading JSON bodies: what is wrong with one is told at once.
 
 use std::ops::RangeInclusive;
 
@@ -9,6 +9,9 @@ use serde_json::{Map, Value};
 
 use super::error::{ApiError, FieldError};
 
+/// The most errors of a body that are told; the others are counted.
+const MAX_TOLD: usize = 32;
+
 /// The fields of a JSON object. What is read and makes no sense is noted, and told by
 /// [`Fields::finish`]; a field that is missing or null is not there, and unknown ones do not matter.
 #[derive(Debug, Default)]
@@ -16,7 +19,10 @@ pub struct Fields {
     fields: Map<String, Value>,
     /// Names of what these are in, each with a dot behind.
     within: String,
+    /// No two are the same.
     errors: Vec<FieldError>,
+    /// How many there are beside these.
+    untold: usize,
 }
 
 impl Fields {
@@ -56,12 +62,16 @@ impl Fields {
         }
     }
 
-    /// Notes that a field makes no sense.
+    /// Notes that a field makes no sense. A body may have any number of reasons for that.
     pub fn wrong(&mut self, field: &str, error: impl Into<String>) {
-        self.errors.push(FieldError {
-            field: format!("{}{field}", self.within),
-            error: error.into(),
-        });
+        let error = FieldError::new(format!("{}{field}", self.within), error);
+        if self.errors.contains(&error) {
+            return;
+        }
+        match self.errors.len() < MAX_TOLD {
+            true => self.errors.push(error),
+            false => self.untold = self.untold.saturating_add(1),
+        }
     }
 
     /// A field that must be there; what its reader says if it is missing is that it is required.
@@ -134,10 +144,12 @@ impl Fields {
                 let mut inner = Self {
                     fields: fields.clone(),
                     within: format!("{}{field}.", self.within),
-                    errors: Vec::new(),
+                    errors: std::mem::take(&mut self.errors),
+                    untold: self.untold,
                 };
                 let value = read(&mut inner);
-                self.errors.append(&mut inner.errors);
+                self.errors = inner.errors;
+                self.untold = inner.untold;
                 Some(value)
             }
             other => {
@@ -166,9 +178,9 @@ impl Fields {
         (!value.is_null()).then(|| value.clone())
     }
 
-    /// What was noted until now.
-    pub fn errors(&self) -> &[FieldError] {
-        &self.errors
+    /// The answer that tells what was noted.
+    pub fn into_error(self) -> ApiError {
+        ApiError::validation(&self.errors, self.untold)
     }
 
     fn not_a<T>(&mut self, field: &str, is_there: bool, what: &str) -> Option<T> {
@@ -185,7 +197,7 @@ impl Fields {
     pub fn finish<T>(self, value: Option<T>) -> Result<T, ApiError> {
         match value {
             Some(value) if self.errors.is_empty() => Ok(value),
-            _ => Err(ApiError::validation(&self.errors)),
+            _ => Err(self.into_error()),
         }
     }
 }
@@ -241,6 +253,26 @@ mod tests {
             ]
         );
         assert!(fields.finish(Some(())).is_err());
+    }
+
+    #[test]
+    fn what_is_told_does_not_grow_with_the_body() {
+        let mut fields = of(&json!({"env": {"K".repeat(1 << 10): 1}}));
+        for _ in 0..100_000 {
+            fields.wrong("frameworks", "must be of these");
+        }
+        fields.wrong("name", "x".repeat(1 << 20));
+        fields.strings("env");
+        let first: Vec<_> = fields.errors.iter().map(|it| it.field.len()).collect();
+        assert_eq!(first, ["frameworks".len(), "name".len(), 127]);
+        for number in 0..1000 {
+            fields.wrong(&number.to_string(), "must be a string");
+        }
+        assert_eq!((fields.errors.len(), fields.untold), (MAX_TOLD, 971));
+        let longest = fields.errors.iter().map(|it| it.error.len()).max();
+        assert!(longest.is_some_and(|length| length <= 512), "{longest:?}");
+        fields.object("env", |env| env.wrong("A", "must be a string"));
+        assert_eq!((fields.errors.len(), fields.untold), (MAX_TOLD, 972));
     }
 
     #[test]

@@ -20,6 +20,7 @@ use serde::de::DeserializeOwned;
 use tracing::{error, warn};
 
 use crate::chain;
+use crate::dialects::brief;
 use crate::domain::{
     AddressError, CollectError, CreateError, DestroyError, ExecError, FileError, ForkError,
     HostError, LookupError, NetworkChangeError, PauseError, QuotaExceeded, ResumeError,
@@ -83,7 +84,7 @@ impl ApiError {
         Self {
             status,
             code,
-            message: message.into(),
+            message: brief::message(message.into()),
         }
     }
 

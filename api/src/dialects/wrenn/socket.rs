@@ -13,6 +13,7 @@ use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 
 use super::error::ApiError;
+use crate::dialects::brief;
 
 /// How long a client may take to say what it wants.
 pub const START_TIMEOUT: Duration = Duration::from_secs(30);
@@ -143,7 +144,8 @@ impl Socket {
 }
 
 fn parse<T: DeserializeOwned>(text: &[u8]) -> Result<T, String> {
-    serde_json::from_slice(text).map_err(|source| format!("invalid message: {source}"))
+    serde_json::from_slice(text)
+        .map_err(|source| brief::message(format!("invalid message: {source}")))
 }
 
 /// Output. What is not UTF-8 is base64, and says so.
