@@ -220,8 +220,16 @@ pub async fn name_failures(request: Request, next: Next) -> Response {
     match (response.extensions_mut().remove::<Unnamed>(), id) {
         (Some(Unnamed(mut body)), Some(id)) => {
             body.request_id = Some(id.0);
-            (response.status(), Json(body)).into_response()
+            with_body(response, &body)
         }
         _ => response,
     }
+}
+
+/// The answer with another body. Its other headers stay: they are about the caller.
+fn with_body(response: Response, body: &ErrorBody) -> Response {
+    let (mut parts, _) = response.into_parts();
+    // Those that are about the old body are its length, and its type, which is the new one's too.
+    parts.headers.remove(header::CONTENT_LENGTH);
+    (parts, Json(body)).into_response()
 }
