@@ -5,10 +5,10 @@
 //! earlier daemon left, settle the records, serve. End: take no more requests, wait for those in
 //! flight, end every sandbox that runs, write that down.
 
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,6 +31,7 @@ use crate::identity::{HashError, Identity, KeyFileError, Tokens};
 use crate::images::{ImageError, Images};
 use crate::metrics::Metrics;
 use crate::network::{Network, NetworkError};
+use crate::private;
 use crate::scan::Scans;
 use crate::store::{OpenError, SqliteStore};
 
@@ -69,8 +70,8 @@ pub enum DaemonError {
     /// A directory is not usable.
     #[error(transparent)]
     Paths(#[from] PathsError),
-    /// A directory cannot be made.
-    #[error("the directory {path} cannot be made", path = path.display())]
+    /// A directory cannot be made, or be kept from others.
+    #[error("the directory {path} cannot be made, or not be kept from others", path = path.display())]
     Directory {
         /// Where it should be.
         path: PathBuf,
@@ -158,7 +159,10 @@ pub async fn serve(config: Config) -> Result<Ended, DaemonError> {
     let paths = Paths::new(&runtime_dir, &data_dir)?;
     let _locks = (lock(&data_dir)?, lock(&runtime_dir)?);
     let spool_dir = data_dir.join("spool");
-    make_dir(&spool_dir)?;
+    private::directory(&spool_dir).map_err(|source| DaemonError::Directory {
+        path: spool_dir.clone(),
+        source,
+    })?;
     let mut listeners = Vec::new();
     for &address in &config.listen {
         let failed = |source| DaemonError::Listen { address, source };
@@ -352,17 +356,6 @@ fn absolute(path: &Path) -> Result<PathBuf, DaemonError> {
         path: path.to_owned(),
         source,
     })
-}
-
-fn make_dir(path: &Path) -> Result<(), DaemonError> {
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(path)
-        .map_err(|source| DaemonError::Directory {
-            path: path.to_owned(),
-            source,
-        })
 }
 
 /// Holds `dir` for this process until the file is closed, at the latest by the process's end.

@@ -20,6 +20,7 @@ pub mod images;
 pub mod metrics;
 pub mod network;
 pub mod oci;
+mod private;
 pub mod scan;
 pub mod store;
 

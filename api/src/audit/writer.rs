@@ -169,7 +169,7 @@ fn cut_off(connection: &Connection, head: Head, told: Told) -> rusqlite::Result<
 }
 
 fn open_log(path: &Path) -> rusqlite::Result<(Connection, Head)> {
-    let connection = Connection::open(path)?;
+    let connection = crate::store::open_file(path)?;
     connection.execute_batch(
         "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;
          CREATE TABLE IF NOT EXISTS records (

@@ -23,6 +23,7 @@ use std::path::{Path, PathBuf};
 use agent_protocol::READY_PORT;
 
 use crate::domain::SandboxId;
+use crate::private;
 
 /// The longest path of a UNIX socket in bytes: `sun_path` of unix(7) without its zero byte.
 const MAX_SOCKET_PATH: usize = 107;
@@ -62,8 +63,8 @@ pub enum PathsError {
         /// The directory.
         path: PathBuf,
     },
-    /// It cannot be made.
-    #[error("{what} {path} cannot be made", path = path.display())]
+    /// It cannot be made, or be kept from others.
+    #[error("{what} {path} cannot be made, or not be kept from others", path = path.display())]
     Make {
         /// Which directory.
         what: &'static str,
@@ -76,7 +77,8 @@ pub enum PathsError {
 }
 
 impl Paths {
-    /// Sandboxes below these directories, which are made if they are not there.
+    /// Sandboxes below these directories, which are made if they are not there. What is directly in them
+    /// is kept from others, so that the directories themselves may have any mode.
     ///
     /// # Errors
     /// They are not usable.
@@ -112,15 +114,11 @@ impl Paths {
             ("data_dir", &paths.layers),
             ("data_dir", &paths.empty),
         ] {
-            DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(path)
-                .map_err(|source| PathsError::Make {
-                    what,
-                    path: path.clone(),
-                    source,
-                })?;
+            private::directory(path).map_err(|source| PathsError::Make {
+                what,
+                path: path.clone(),
+                source,
+            })?;
         }
         Ok(paths)
     }
@@ -278,6 +276,22 @@ mod tests {
             paths.make(&id, None).is_err(),
             "a directory that is there belongs to someone"
         );
+    }
+
+    #[test]
+    fn directories_that_somebody_has_made_are_closed_to_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let (run, data) = (dir.path().join("run"), dir.path().join("data"));
+        let kept = ["sandboxes", "layers", "empty"].map(|name| data.join(name));
+        for path in &kept {
+            std::fs::create_dir_all(path).unwrap();
+            std::fs::set_permissions(path, Permissions::from_mode(0o755)).unwrap();
+        }
+        Paths::new(&run, &data).unwrap();
+        for path in &kept {
+            let mode = std::fs::metadata(path).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o700, "{}", path.display());
+        }
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! told.
 
 mod accounts;
+mod file;
 mod layers;
 mod migrations;
 mod pages;
@@ -29,6 +30,7 @@ use crate::domain::{
     SnapshotId, Spec, Status, Store, StoreError, Subnet, TakenAddresses, Template, TemplateId,
     Totals, UserId, WarmSnapshot,
 };
+pub use file::open as open_file;
 pub use migrations::MigrateError;
 
 const COLUMNS: &str = "id, template, vcpus, memory_mb, timeout_sec, desired, status, \
@@ -78,7 +80,7 @@ impl SqliteStore {
             path: path.to_owned(),
             source,
         };
-        let mut connection = Connection::open(path).map_err(failed)?;
+        let mut connection = open_file(path).map_err(failed)?;
         connection
             .execute_batch("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;")
             .map_err(failed)?;
