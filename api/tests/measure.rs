@@ -15,6 +15,9 @@ mod support;
 #[path = "support/vmm.rs"]
 mod vmm;
 
+use std::fs::File;
+use std::sync::Arc;
+
 use api::http::Access;
 use axum::http::StatusCode;
 use serde_json::{Value, json};
@@ -284,9 +287,11 @@ async fn each_part_is_asked_how_it_is() {
     }
     assert_eq!(health["components"].as_object().unwrap().len(), parts.len());
 
+    let administrator = api.user("alice", "admin").await;
+    let user = api.user("bob", "user").await;
     let break_part = |part: &str| {
         let mut health = api.host.meter.health.lock().unwrap();
-        let reason = || format!("{part} is broken");
+        let reason = || format!("/srv/{part} is broken");
         match part {
             "cloud_hypervisor" => health.vmm = Err(reason()),
             "network" => health.network = Some(Err(reason())),
@@ -302,7 +307,18 @@ async fn each_part_is_asked_how_it_is() {
         assert_eq!(health["components"][part], "unhealthy");
         assert_eq!(health["error"], "service_unavailable");
         let message = health["message"].as_str().unwrap();
-        assert!(message.contains(&format!("{part} is broken")), "{message}");
+        assert!(
+            !message.is_empty() && !message.contains("/srv"),
+            "{message}"
+        );
+        let (_, to_user) = get(&api, &user, "/api/v1/health").await;
+        assert_eq!(to_user["message"], *message);
+        let (_, told) = get(&api, &administrator, "/api/v1/health").await;
+        let message = told["message"].as_str().unwrap();
+        assert!(
+            message.contains(&format!("/srv/{part} is broken")),
+            "{message}"
+        );
         assert_eq!(
             api.call("GET", "/health", "").await.0,
             StatusCode::OK,
@@ -312,6 +328,36 @@ async fn each_part_is_asked_how_it_is() {
     api.host.meter.health.lock().unwrap().network = None;
     let (_, health) = api.call("GET", "/api/v1/health", "").await;
     assert_eq!(health["components"]["network"], "disabled");
+}
+
+#[tokio::test]
+async fn the_log_tells_once_that_a_part_is_unhealthy_and_that_it_is_healthy_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("log");
+    let log = tracing_subscriber::fmt()
+        .with_ansi(false)
+        .with_writer(Arc::new(File::create(&path).unwrap()))
+        .finish();
+    let _logging = tracing::subscriber::set_default(log);
+    let api = Api::new(1, 1).await;
+    let ask = async |disk: Result<(), String>| {
+        api.host.meter.health.lock().unwrap().disk = disk;
+        api.call("GET", "/api/v1/health", "").await;
+    };
+    for left in [9, 8, 7] {
+        ask(Err(format!("{left} MiB are free"))).await;
+    }
+    ask(Ok(())).await;
+    ask(Ok(())).await;
+    ask(Err("6 MiB are free".to_owned())).await;
+    let log = std::fs::read_to_string(path).unwrap();
+    let told = |text: &str| log.matches(text).count();
+    assert_eq!(
+        (told("9 MiB"), told("6 MiB"), told("MiB")),
+        (1, 1, 2),
+        "{log}"
+    );
+    assert_eq!(told("healthy again"), 1, "{log}");
 }
 
 #[tokio::test]

@@ -1,16 +1,20 @@
 //! Health: each part is asked.
 
-use axum::Json;
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, PoisonError};
+
 use axum::extract::State;
 use axum::http::StatusCode;
+use axum::routing::{MethodRouter, get};
+use axum::{Extension, Json};
 use jiff::Timestamp;
 use serde::Serialize;
-use tracing::warn;
+use tracing::{info, warn};
 use utoipa::ToSchema;
 
 use super::rfc3339;
 use crate::domain::{PartHealth, Principal};
-use crate::http::AppState;
+use crate::http::{AppState, Identified};
 
 const HEALTHY: &str = "healthy";
 const UNHEALTHY: &str = "unhealthy";
@@ -39,7 +43,8 @@ pub struct HealthBody {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub error: Option<&'static str>,
-    /// With 503: a sentence for each part that is unhealthy.
+    /// With 503: a sentence for each part that is unhealthy. Administrators are told why; it may name files
+    /// of the host.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     pub message: Option<String>,
@@ -65,26 +70,104 @@ pub struct ComponentsBody {
     pub audit_log: &'static str,
 }
 
-/// Parts that were asked.
-#[derive(Debug, Default)]
-struct Asked {
-    problems: Vec<String>,
+/// A part that is asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Part {
+    Database,
+    Vmm,
+    Network,
+    Disk,
+    Images,
+    AuditLog,
 }
 
-impl Asked {
-    /// The word for a part.
-    fn word(&mut self, part: PartHealth) -> &'static str {
-        match part {
-            Ok(()) => HEALTHY,
-            Err(problem) => {
-                self.problems.push(problem);
-                UNHEALTHY
-            }
+impl Part {
+    /// Its name among the components.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Database => "database",
+            Self::Vmm => "cloud_hypervisor",
+            Self::Network => "network",
+            Self::Disk => "disk",
+            Self::Images => "images",
+            Self::AuditLog => "audit_log",
+        }
+    }
+
+    /// What is wrong with it, for anybody.
+    fn in_general(self) -> &'static str {
+        match self {
+            Self::Database => "the records cannot be read",
+            Self::Vmm => "machines cannot be started: KVM or the VMM does not answer",
+            Self::Network => "the network of machines is not as it was set up",
+            Self::Disk => "there is no room for disks of machines",
+            Self::Images => "kernel, agent or templates of machines cannot be read",
+            Self::AuditLog => "the audit log cannot be read or written",
         }
     }
 }
 
+/// What was asked.
+#[derive(Debug, Default)]
+struct Asked {
+    /// The parts that are unhealthy, each with a sentence for administrators.
+    problems: Vec<(Part, String)>,
+}
+
+impl Asked {
+    /// The word for a part.
+    fn word(&mut self, part: Part, health: PartHealth) -> &'static str {
+        match health {
+            Ok(()) => HEALTHY,
+            Err(problem) => {
+                self.problems.push((part, problem));
+                UNHEALTHY
+            }
+        }
+    }
+
+    /// What `caller` is told; `None` if all is well.
+    fn message(&self, caller: Option<&Principal>) -> Option<String> {
+        let may_know = caller.is_some_and(Principal::is_admin);
+        let sentences = self.problems.iter().map(|(part, problem)| match may_know {
+            true => problem,
+            false => part.in_general(),
+        });
+        let sentences: Vec<_> = sentences.collect();
+        (!sentences.is_empty()).then(|| sentences.join("; "))
+    }
+}
+
+/// The parts that were unhealthy the last time; clones share it.
+#[derive(Debug, Clone, Default)]
+struct Known(Arc<Mutex<BTreeSet<Part>>>);
+
+impl Known {
+    /// Logs what has changed. Anybody may ask as often as they like, and sentences have figures that
+    /// change all the time, so that a part is told of when it becomes unhealthy or healthy.
+    fn follow(&self, asked: &Asked) {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for (part, reason) in &asked.problems {
+            if !known.contains(part) {
+                warn!(part = part.name(), reason, "a part is unhealthy");
+            }
+        }
+        let now: BTreeSet<_> = asked.problems.iter().map(|(part, _)| *part).collect();
+        for part in known.difference(&now) {
+            info!(part = part.name(), "a part is healthy again");
+        }
+        *known = now;
+    }
+}
+
+/// The route of [`health`].
+pub fn route() -> MethodRouter<AppState> {
+    get(health).layer(Extension(Known::default()))
+}
+
 /// Tell how the daemon is
+///
+/// Anybody may ask which parts are unhealthy; administrators are told why.
 #[utoipa::path(
     get, path = "/api/v1/health", operation_id = "microvmHealth", tag = "service",
     responses(
@@ -92,7 +175,11 @@ impl Asked {
         (status = 503, description = "A part of it is not", body = HealthBody),
     ),
 )]
-pub async fn health(State(state): State<AppState>) -> (StatusCode, Json<HealthBody>) {
+async fn health(
+    State(state): State<AppState>,
+    Extension(caller): Extension<Identified>,
+    Extension(known): Extension<Known>,
+) -> (StatusCode, Json<HealthBody>) {
     let manager = state.manager.acting_for(Principal::Local);
     let (host, database, audit) = tokio::join!(
         manager.host_health(),
@@ -106,18 +193,18 @@ pub async fn health(State(state): State<AppState>) -> (StatusCode, Json<HealthBo
     let mut asked = Asked::default();
     let components = ComponentsBody {
         api: HEALTHY,
-        database: asked.word(database),
-        cloud_hypervisor: asked.word(host.vmm.map(drop)),
-        network: host.network.map_or(DISABLED, |network| asked.word(network)),
-        disk: asked.word(host.disk),
-        images: asked.word(host.images),
-        audit_log: asked.word(audit),
+        database: asked.word(Part::Database, database),
+        cloud_hypervisor: asked.word(Part::Vmm, host.vmm.map(drop)),
+        network: host
+            .network
+            .map_or(DISABLED, |network| asked.word(Part::Network, network)),
+        disk: asked.word(Part::Disk, host.disk),
+        images: asked.word(Part::Images, host.images),
+        audit_log: asked.word(Part::AuditLog, audit),
     };
-    let is_healthy = asked.problems.is_empty();
-    let message = (!is_healthy).then(|| asked.problems.join("; "));
-    if let Some(message) = &message {
-        warn!(reason = message, "the daemon is not well");
-    }
+    known.follow(&asked);
+    let message = asked.message(caller.principal.as_ref());
+    let is_healthy = message.is_none();
     let body = HealthBody {
         status: if is_healthy { HEALTHY } else { UNHEALTHY },
         timestamp: rfc3339(Timestamp::now()),

@@ -99,7 +99,7 @@ pub fn router() -> Router<AppState> {
     let routes = Router::new()
         .route("/auth/register", post(accounts::register))
         .route("/auth/login", post(accounts::login))
-        .route("/health", get(health::health))
+        .route("/health", health::route())
         .route("/status", get(status::status))
         .route("/vms", get(vms::list).post(vms::create))
         .route("/vms/{vm_name}", get(vms::get).delete(vms::delete))
