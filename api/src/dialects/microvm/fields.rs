@@ -263,6 +263,7 @@ mod tests {
         }
         fields.wrong("name", "x".repeat(1 << 20));
         fields.strings("env");
+        assert_eq!(fields.errors.len(), 3);
         let first: Vec<_> = fields.errors.iter().map(|it| it.field.len()).collect();
         assert_eq!(first, ["frameworks".len(), "name".len(), 127]);
         for number in 0..1000 {
