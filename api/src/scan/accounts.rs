@@ -1,10 +1,12 @@
 //! Accounts of a guest, and their passwords.
 
+use std::collections::HashMap;
+
 use sha_crypt::{PasswordVerifier, ShaCrypt};
 use yescrypt::Yescrypt;
 
 use super::evidence::Evidence;
-use super::report::Verdict;
+use super::report::{Details, Verdict};
 
 /// The most accounts that are looked at.
 const MAX_ACCOUNTS: usize = 1000;
@@ -20,6 +22,9 @@ const MAX_ROUNDS: u32 = 10_000;
 const YESCRYPT: &str = "$y$j9T$";
 /// Length of the last part of such a hash: 32 bytes, 6 bits a character.
 const YESCRYPT_DIGEST: usize = 43;
+/// The longest name of an account that is tried as its password, in bytes; useradd(8) makes none that is
+/// longer than 32. What SHA-crypt costs grows with the square of a password's length.
+const MAX_NAME: usize = 64;
 /// The longest hash, in bytes.
 const MAX_HASH: usize = 256;
 /// Passwords that images are published with, beside the account's name.
@@ -43,72 +48,98 @@ struct Account<'a> {
     password: &'a str,
 }
 
-fn accounts(evidence: &Evidence) -> Option<Vec<Account<'_>>> {
-    let passwd = evidence.passwd.as_deref()?;
-    let shadow = evidence.shadow.as_deref().unwrap_or_default();
-    let hash_of = |name: &str| {
-        let mut lines = shadow.lines();
-        lines.find_map(|line| {
-            line.strip_prefix(name)?
-                .strip_prefix(':')?
-                .split(':')
-                .next()
+/// The first [`MAX_ACCOUNTS`] accounts.
+struct Accounts<'a> {
+    first: Vec<Account<'a>>,
+    are_all: bool,
+}
+
+impl<'a> Accounts<'a> {
+    fn of(evidence: &'a Evidence) -> Option<Self> {
+        let passwd = evidence.passwd.as_deref()?;
+        let hashes = hashes(evidence.shadow.as_deref().unwrap_or_default());
+        let mut accounts = passwd.lines().filter_map(|line| {
+            let mut fields = line.split(':');
+            let (name, password, uid) = (fields.next()?, fields.next()?, fields.next()?);
+            let is_named = !name.is_empty() && !name.starts_with('#');
+            is_named.then(|| Account {
+                name,
+                uid,
+                password: match password {
+                    // Without a line there, nobody can log in by it.
+                    "x" => hashes.get(name).copied().unwrap_or("!"),
+                    other => other,
+                },
+            })
+        });
+        Some(Self {
+            first: accounts.by_ref().take(MAX_ACCOUNTS).collect(),
+            are_all: accounts.next().is_none(),
         })
-    };
-    let accounts = passwd.lines().take(MAX_ACCOUNTS).filter_map(|line| {
-        let mut fields = line.split(':');
-        let (name, password, uid) = (fields.next()?, fields.next()?, fields.next()?);
-        let is_named = !name.is_empty() && !name.starts_with('#');
-        is_named.then(|| Account {
-            name,
-            uid,
-            password: match password {
-                // Without a line there, nobody can log in by it.
-                "x" => hash_of(name).unwrap_or("!"),
-                other => other,
-            },
-        })
-    });
-    Some(accounts.collect())
+    }
+
+    /// What it comes to that of these accounts those are bad.
+    fn unless(&self, is_bad: impl Fn(&Account<'_>) -> bool) -> Verdict {
+        let bad = self.first.iter().filter(|account| is_bad(account));
+        self.verdict(bad.map(|account| account.name).collect())
+    }
+
+    /// What it comes to that these were found.
+    fn verdict(&self, found: Details) -> Verdict {
+        match found.is_empty() && !self.are_all {
+            true => Verdict::warning(format_args!("there are more than {MAX_ACCOUNTS} accounts")),
+            false => found.into(),
+        }
+    }
+}
+
+/// The hashes of passwords by the names of accounts; of an account with several the first.
+fn hashes(shadow: &str) -> HashMap<&str, &str> {
+    let mut hashes = HashMap::new();
+    for line in shadow.lines() {
+        if let Some((name, rest)) = line.split_once(':') {
+            let hash = rest.split(':').next().unwrap_or_default();
+            hashes.entry(name).or_insert(hash);
+        }
+    }
+    hashes
 }
 
 /// Accounts that ask for no password.
 pub fn empty_passwords(evidence: &Evidence) -> Verdict {
-    let Some(accounts) = accounts(evidence) else {
-        return Verdict::NotApplicable;
-    };
-    let empty = accounts
-        .into_iter()
-        .filter(|account| account.password.is_empty());
-    Verdict::unless(empty.map(|account| account.name.to_owned()).collect())
+    match Accounts::of(evidence) {
+        None => Verdict::NotApplicable,
+        Some(accounts) => accounts.unless(|account| account.password.is_empty()),
+    }
 }
 
 /// Accounts whose password is one of those that everybody tries first.
 pub fn default_passwords(evidence: &Evidence) -> Verdict {
-    let Some(accounts) = accounts(evidence) else {
+    let Some(accounts) = Accounts::of(evidence) else {
         return Verdict::NotApplicable;
     };
-    let (mut found, mut spent, mut unknown) = (Vec::new(), 0, Vec::new());
-    for account in accounts {
+    let (mut found, mut unknown, mut spent) = (Details::default(), Details::default(), 0);
+    for account in &accounts.first {
         if account.password.is_empty() || account.password.starts_with(['!', '*']) {
             continue;
         }
-        let scheme = Scheme::of(account.password);
-        let scheme = scheme.filter(|scheme| spent + scheme.cost() <= MAX_COST);
+        let scheme = Scheme::of(account.password).filter(|scheme| {
+            let costs_little = spent + scheme.cost() <= MAX_COST;
+            costs_little && account.name.len() <= MAX_NAME
+        });
         let Some(scheme) = scheme else {
-            unknown.push(format!("{}: its hash was not tried", account.name));
+            unknown.add(format_args!("{}: its hash was not tried", account.name));
             continue;
         };
         spent += scheme.cost();
         let mut candidates = DEFAULTS.into_iter().chain([account.name]);
         if candidates.any(|candidate| scheme.verifies(candidate, account.password)) {
-            found.push(account.name.to_owned());
+            found.add(account.name);
         }
     }
-    match (found.is_empty(), unknown.is_empty()) {
-        (false, _) => Verdict::Failed(found),
-        (true, false) => Verdict::Warning(unknown),
-        (true, true) => Verdict::Passed,
+    match found.is_empty() && !unknown.is_empty() {
+        true => Verdict::Warning(unknown),
+        false => accounts.verdict(found),
     }
 }
 
@@ -172,26 +203,22 @@ impl Scheme {
 
 /// Accounts whose password is kept in a way that can be broken.
 pub fn weak_hashes(evidence: &Evidence) -> Verdict {
-    let Some(accounts) = accounts(evidence) else {
+    let Some(accounts) = Accounts::of(evidence) else {
         return Verdict::NotApplicable;
     };
-    let weak = accounts.into_iter().filter(|account| {
+    accounts.unless(|account| {
         let hash = account.password;
         let is_locked = hash.is_empty() || hash.starts_with(['!', '*']);
         !is_locked && (hash.starts_with("$1$") || !hash.starts_with('$'))
-    });
-    Verdict::unless(weak.map(|account| account.name.to_owned()).collect())
+    })
 }
 
 /// Accounts that are root under another name.
 pub fn other_roots(evidence: &Evidence) -> Verdict {
-    let Some(accounts) = accounts(evidence) else {
+    let Some(accounts) = Accounts::of(evidence) else {
         return Verdict::NotApplicable;
     };
-    let roots = accounts
-        .into_iter()
-        .filter(|account| account.name != "root" && account.uid.parse::<u32>() == Ok(0));
-    Verdict::unless(roots.map(|account| account.name.to_owned()).collect())
+    accounts.unless(|account| account.name != "root" && account.uid.parse::<u32>() == Ok(0))
 }
 
 #[cfg(test)]
@@ -207,7 +234,7 @@ mod tests {
     }
 
     fn failed(names: &[&str]) -> Verdict {
-        Verdict::Failed(names.iter().map(|name| (*name).to_owned()).collect())
+        Verdict::unless(names)
     }
 
     #[test]
@@ -256,6 +283,30 @@ mod tests {
         ] {
             let verdict = default_passwords(&with(costly));
             assert!(matches!(verdict, Verdict::Warning(_)), "{costly}");
+        }
+    }
+
+    #[test]
+    fn a_name_that_is_longer_than_any_is_not_tried_as_a_password() {
+        use sha_crypt::PasswordHasher;
+        let hash = ShaCrypt::SHA512.hash_password_with_salt(b"Correct-horse-7", b"saltsalt");
+        let hash = hash.unwrap().to_string();
+        for (length, is_tried) in [(MAX_NAME, true), (MAX_NAME + 1, false)] {
+            let name = "x".repeat(length);
+            let evidence = evidence(&format!("{name}:{hash}:1:1::/:/bin/sh\n"), "");
+            let verdict = default_passwords(&evidence);
+            assert_eq!(verdict == Verdict::Passed, is_tried, "{verdict:?}");
+        }
+    }
+
+    #[test]
+    fn accounts_that_were_not_looked_at_have_not_passed() {
+        let good = "x:!:1:1::/:\n".repeat(MAX_ACCOUNTS - 1) + "#\n\nroot:!:0:0::/root:/bin/sh\n";
+        for judge in [empty_passwords, default_passwords, weak_hashes, other_roots] {
+            assert_eq!(judge(&evidence(&good, "")), Verdict::Passed);
+            let more = format!("{good}toor::0:0::/:\n");
+            let verdict = judge(&evidence(&more, ""));
+            assert!(matches!(verdict, Verdict::Warning(_)), "{verdict:?}");
         }
     }
 

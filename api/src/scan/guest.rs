@@ -1,12 +1,13 @@
 //! What the evidence of a guest comes to. See [`sysctl`](super::sysctl) and
 //! [`accounts`](super::accounts) for more.
 
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::accounts;
 use super::control::Area;
 use super::evidence::Evidence;
-use super::report::{Check, Report, Severity, Verdict};
+use super::report::{Check, Details, Report, Severity, Verdict};
 use super::sysctl;
 
 /// The state of a TCP socket that listens, and of a UDP socket that has no peer.
@@ -204,8 +205,8 @@ static CHECKS: [(Check, Judge); 14] = [
             "Look at it in the guest",
         ),
         |evidence| {
-            let cut = evidence.cut.iter().cloned();
-            let cut: Vec<_> = cut.chain(evidence.files.incomplete.clone()).collect();
+            let cut = evidence.cut.iter().chain(&evidence.files.incomplete);
+            let cut: Details = cut.collect();
             match cut.is_empty() {
                 true => Verdict::Passed,
                 false => Verdict::Warning(cut),
@@ -227,10 +228,10 @@ pub fn judge(evidence: &Evidence, vm: &str, report: &mut Report) {
 }
 
 /// What was not found says nothing, if not all was looked at.
-fn of_files(evidence: &Evidence, found: &[String]) -> Verdict {
-    match &evidence.files.incomplete {
-        Some(why) if found.is_empty() => Verdict::Warning(vec![why.clone()]),
-        _ => Verdict::unless(found.to_vec()),
+fn of_files<'a>(evidence: &Evidence, found: impl IntoIterator<Item = &'a String>) -> Verdict {
+    match (Verdict::unless(found), &evidence.files.incomplete) {
+        (Verdict::Passed, Some(why)) => Verdict::warning(why),
+        (verdict, _) => verdict,
     }
 }
 
@@ -248,7 +249,7 @@ fn set_id(evidence: &Evidence) -> Verdict {
         KNOWN_SET_ID.contains(&name) && system.iter().any(|start| path.starts_with(start))
     };
     let found = evidence.files.set_id.iter().filter(|path| !is_known(path));
-    of_files(evidence, &found.cloned().collect::<Vec<_>>())
+    of_files(evidence, found)
 }
 
 /// Fails if a keyword of sshd_config(5), in lower case, has this value: for all, where the first line
@@ -257,71 +258,82 @@ fn ssh(evidence: &Evidence, keyword: &str, bad: &str) -> Verdict {
     let Some(config) = &evidence.sshd else {
         return Verdict::NotApplicable;
     };
-    let (mut is_set, mut found) = (false, Vec::new());
-    for (path, line, is_conditional) in ssh_lines(config, &evidence.sshd_parts) {
-        let mut words = line.split(|one: char| one.is_whitespace() || one == '=');
-        let mut words = words.by_ref().filter(|word| !word.is_empty());
-        if !words
-            .next()
-            .is_some_and(|word| word.eq_ignore_ascii_case(keyword))
-        {
-            continue;
-        }
-        let value = words.next().unwrap_or_default().trim_matches('"');
-        if (is_conditional || !is_set) && value.eq_ignore_ascii_case(bad) {
-            found.push(format!("{path}: {line}"));
-        }
-        is_set |= !is_conditional;
-    }
-    Verdict::unless(found)
+    let (mut is_set, mut found) = (false, Details::default());
+    each_ssh_line(
+        config,
+        &evidence.sshd_parts,
+        |path, line, is_conditional| {
+            let words = line.split(|one: char| one.is_whitespace() || one == '=');
+            let mut words = words.filter(|word| !word.is_empty());
+            if !words
+                .next()
+                .is_some_and(|word| word.eq_ignore_ascii_case(keyword))
+            {
+                return;
+            }
+            let value = words.next().unwrap_or_default().trim_matches('"');
+            if (is_conditional || !is_set) && value.eq_ignore_ascii_case(bad) {
+                found.add(format_args!("{path}: {line}"));
+            }
+            is_set |= !is_conditional;
+        },
+    );
+    found.into()
 }
 
-/// Lines with settings in the order in which sshd reads them, and whether each is in a `Match` block.
-fn ssh_lines<'a>(config: &'a str, parts: &'a [(String, String)]) -> Vec<(&'a str, &'a str, bool)> {
+/// Calls `visit` with the path and the text of each line with a setting, in the order in which sshd
+/// reads them, and with whether it is in a `Match` block.
+fn each_ssh_line<'a>(
+    config: &'a str,
+    parts: &'a [(String, String)],
+    mut visit: impl FnMut(&'a str, &'a str, bool),
+) {
     const MAIN: &str = "/etc/ssh/sshd_config";
-    let mut lines = Vec::new();
-    let mut is_conditional = false;
     let first_word = |line: &'a str| line.split_whitespace().next().unwrap_or_default();
-    let settings = |text: &'a str| {
-        let lines = text.lines().map(str::trim);
-        lines.filter(|line| !line.is_empty() && !line.starts_with('#'))
-    };
+    let (mut is_conditional, mut was_included, mut was_included_for_all) = (false, false, false);
     for line in settings(config) {
-        match first_word(line).to_ascii_lowercase().as_str() {
-            "match" => is_conditional = true,
-            "include" if line.contains("sshd_config.d") => {
-                for (path, text) in parts {
-                    let mut is_conditional = is_conditional;
-                    for line in settings(text) {
-                        is_conditional |= first_word(line).eq_ignore_ascii_case("match");
-                        lines.push((path.as_str(), line, is_conditional));
-                    }
+        let word = first_word(line);
+        if word.eq_ignore_ascii_case("match") {
+            is_conditional = true;
+        } else if word.eq_ignore_ascii_case("include") && line.contains("sshd_config.d") {
+            // Of each setting the first value counts, so that the same parts change nothing when they
+            // are read again, unless their settings were for all before and are conditional now. One
+            // megabyte holds so many of these lines that following each would never end.
+            let was_read = match is_conditional {
+                true => &mut was_included,
+                false => &mut was_included_for_all,
+            };
+            if std::mem::replace(was_read, true) {
+                continue;
+            }
+            for (path, text) in parts {
+                let mut is_conditional = is_conditional;
+                for line in settings(text) {
+                    is_conditional |= first_word(line).eq_ignore_ascii_case("match");
+                    visit(path, line, is_conditional);
                 }
             }
-            _ => lines.push((MAIN, line, is_conditional)),
+        } else {
+            visit(MAIN, line, is_conditional);
         }
     }
-    lines
+}
+
+/// Lines that are neither empty nor comments.
+fn settings(text: &str) -> impl Iterator<Item = &str> {
+    let lines = text.lines().map(str::trim);
+    lines.filter(|line| !line.is_empty() && !line.starts_with('#'))
 }
 
 fn sudo(evidence: &Evidence) -> Verdict {
     if evidence.sudoers.is_empty() {
         return Verdict::NotApplicable;
     }
-    let lines = evidence.sudoers.iter().flat_map(|(path, text)| {
-        let lines = text
-            .lines()
-            .map(str::trim)
-            .filter(|line| !line.starts_with('#'));
-        lines.map(move |line| (path, line))
-    });
+    let files = evidence.sudoers.iter();
+    let lines = files.flat_map(|(path, text)| settings(text).map(move |line| (path, line)));
     let is_open = |line: &str| line.contains("NOPASSWD") || line.contains("!authenticate");
     let found = lines.filter(|(_, line)| is_open(line));
-    Verdict::unless(
-        found
-            .map(|(path, line)| format!("{path}: {line}"))
-            .collect(),
-    )
+    Verdict::unless(found.map(|(path, line)| fmt::from_fn(move |f| write!(f, "{path}: {line}"))))
 }
 
 /// A socket that others reach.
@@ -349,9 +361,9 @@ fn services(evidence: &Evidence, is_meant: impl Fn(&Listener) -> bool) -> Verdic
             port,
             address,
         } = listener;
-        format!("{transport} port {port} on {address}")
+        fmt::from_fn(move |f| write!(f, "{transport} port {port} on {address}"))
     });
-    Verdict::unless(told.collect())
+    Verdict::unless(told)
 }
 
 /// Sockets of a table of `/proc/net` that wait for others. What makes no sense is left out.
@@ -415,7 +427,7 @@ mod tests {
     }
 
     fn failed(found: &[&str]) -> Verdict {
-        Verdict::Failed(found.iter().map(|text| (*text).to_owned()).collect())
+        Verdict::unless(found)
     }
 
     #[test]
@@ -446,10 +458,23 @@ mod tests {
                 failed(&[&format!("{main}PermitRootLogin yes")]),
             ),
             ("PermitRootLogin prohibit-password\n", &[], Verdict::Passed),
+            (
+                "PermitRootLogin no\nInclude sshd_config.d/*\nMatch User bob\nInclude sshd_config.d/*\n",
+                &[("/p", "PermitRootLogin yes")],
+                failed(&["/p: PermitRootLogin yes"]),
+            ),
         ] {
             assert_eq!(root(&sshd(config, parts)), expected, "{config}");
         }
         assert_eq!(root(&Evidence::default()), Verdict::NotApplicable);
+    }
+
+    #[test]
+    fn parts_of_sshs_settings_are_read_once_however_often_they_are_included() {
+        let part = format!("Match User bob\n{}", "PermitRootLogin yes\n".repeat(30));
+        let config = "Include sshd_config.d/*\n".repeat(1000);
+        let root = ssh(&sshd(&config, &[("/p", &part)]), "permitrootlogin", "yes");
+        assert_eq!(root, failed(&["/p: PermitRootLogin yes"; 30]));
     }
 
     #[test]
@@ -527,7 +552,7 @@ mod tests {
         evidence.files.set_id.truncate(1);
         assert_eq!(set_id(&evidence), Verdict::Passed);
         evidence.files.incomplete = Some("why".into());
-        assert_eq!(set_id(&evidence), Verdict::Warning(vec!["why".into()]));
+        assert_eq!(set_id(&evidence), Verdict::warning("why"));
     }
 
     proptest! {

@@ -1,7 +1,7 @@
 //! What holds a machine on the host.
 
 use super::control::Area;
-use super::report::{Check, Report, Severity, Verdict};
+use super::report::{Check, Details, Report, Severity, Verdict};
 use crate::domain::{Egress, Posture, Sandbox, VmmPosture};
 
 static JAIL: Check = Check {
@@ -59,7 +59,7 @@ pub fn judge(sandbox: &Sandbox, posture: &Posture, vm: &str, report: &mut Report
     let of_vmm = |is_good: fn(&VmmPosture) -> bool| match &posture.vmm {
         None => Verdict::NotApplicable,
         Some(vmm) if is_good(vmm) => Verdict::Passed,
-        Some(_) => Verdict::Failed(Vec::new()),
+        Some(_) => Verdict::Failed(Details::default()),
     };
     report.add(&JAIL, vm, of_vmm(|vmm| vmm.is_jailed));
     report.add(&SECCOMP, vm, of_vmm(|vmm| vmm.has_seccomp));
@@ -68,21 +68,21 @@ pub fn judge(sandbox: &Sandbox, posture: &Posture, vm: &str, report: &mut Report
     report.add(&USER, vm, of_vmm(|vmm| vmm.has_own_user));
     let egress = match &sandbox.spec.network {
         None => Verdict::NotApplicable,
-        Some(network) if network.egress == Egress::All => Verdict::Warning(Vec::new()),
+        Some(network) if network.egress == Egress::All => Verdict::Warning(Details::default()),
         Some(_) => Verdict::Passed,
     };
     report.add(&EGRESS, vm, egress);
     let forwards = sandbox.forwards.iter();
     let open = forwards.map(|kept| kept.forward.host);
     let open = open.filter(|host| !host.ip().is_loopback());
-    let open: Vec<_> = open.map(|host| host.to_string()).collect();
+    let open: Details = open.collect();
     let verdict = match (sandbox.address.is_some(), open.is_empty()) {
         (false, _) => Verdict::NotApplicable,
         (true, true) => Verdict::Passed,
         (true, false) => Verdict::Warning(open),
     };
     report.add(&FORWARDS, vm, verdict);
-    report.add(&SAVED, vm, Verdict::unless(posture.exposed.clone()));
+    report.add(&SAVED, vm, Verdict::unless(&posture.exposed));
 }
 
 #[cfg(test)]

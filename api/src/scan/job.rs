@@ -105,8 +105,8 @@ impl Job<'_> {
         let verified = tokio::task::spawn_blocking(move || crate::audit::verify(&path)).await;
         let verdict = match verified {
             Ok(Ok(_)) => Verdict::Passed,
-            Ok(Err(source)) => Verdict::Failed(vec![chain(&source)]),
-            Err(_) => Verdict::Warning(vec!["it could not be verified".to_owned()]),
+            Ok(Err(source)) => Verdict::unless([chain(&source)]),
+            Err(_) => Verdict::warning("it could not be verified"),
         };
         report.add(&AUDIT, DAEMON, verdict);
     }
@@ -118,7 +118,7 @@ impl Job<'_> {
             Err(source) => {
                 warn!(sandbox = %machine.id, error = chain(&source), "not looked at from outside");
                 let why = "the host cannot tell; the daemon's log says why".to_owned();
-                report.add(&NOT_HELD, &name, Verdict::Warning(vec![why]));
+                report.add(&NOT_HELD, &name, Verdict::warning(why));
             }
         }
         let seen = self
@@ -140,14 +140,14 @@ impl Job<'_> {
                     report.merge(judged);
                 }
             }
-            Err(why) => report.add(&NOT_SEEN, &name, Verdict::Warning(vec![why.sentence()])),
+            Err(why) => report.add(&NOT_SEEN, &name, Verdict::warning(why.sentence())),
         }
     }
 
     async fn compare_packages(&self, machine: &Sandbox, report: &mut Report) {
         let name = machine.shown();
         let mut warn = |why: String| {
-            report.add(&PACKAGES_NOT_SEEN, &name, Verdict::Warning(vec![why]));
+            report.add(&PACKAGES_NOT_SEEN, &name, Verdict::warning(why));
         };
         let Some(advisories) = self.advisories else {
             return warn(
@@ -252,6 +252,6 @@ fn add_holes(packages: &Packages, holes: &[advisories::Hole], vm: &str, report: 
                 .unwrap_or(Severity::Info),
             area: Area::Vulnerabilities,
         };
-        report.add(&check, vm, Verdict::unless(told.collect()));
+        report.add(&check, vm, Verdict::unless(told));
     }
 }

@@ -1,6 +1,7 @@
 //! What checks found, and what that comes to.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::{self, Display, Write};
 
 use serde::{Deserialize, Serialize};
 
@@ -58,22 +59,112 @@ pub struct Check {
     pub area: Area,
 }
 
+/// What a check found. However much that is, and it may be a guest that decides, only the first
+/// [`MAX_DETAILS`] are ever written out, shortened; the others are counted.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Details {
+    told: Vec<String>,
+    more: usize,
+}
+
+impl Details {
+    /// One thing.
+    pub fn one(text: impl Display) -> Self {
+        [text].into_iter().collect()
+    }
+
+    /// Adds one more.
+    pub fn add(&mut self, text: impl Display) {
+        match self.told.len() < MAX_DETAILS {
+            true => self.told.push(Plain::of(text)),
+            false => self.add_untold(1),
+        }
+    }
+
+    /// Adds so many that are not there to be written out.
+    pub fn add_untold(&mut self, count: usize) {
+        self.more = self.more.saturating_add(count);
+    }
+
+    /// Whether nothing was found.
+    pub fn is_empty(&self) -> bool {
+        self.told.is_empty() && self.more == 0
+    }
+
+    /// The lines of a finding.
+    fn into_lines(self) -> Vec<String> {
+        let (mut lines, more) = (self.told, self.more);
+        lines.extend((more > 0).then(|| format!("and {more} more")));
+        lines
+    }
+}
+
+impl<T: Display> FromIterator<T> for Details {
+    fn from_iter<I: IntoIterator<Item = T>>(found: I) -> Self {
+        let mut details = Self::default();
+        found.into_iter().for_each(|text| details.add(text));
+        details
+    }
+}
+
+/// Takes the first [`MAX_DETAIL`] characters of a text, without what could be taken for something else
+/// than text.
+struct Plain {
+    text: String,
+    left: usize,
+}
+
+impl Plain {
+    fn of(text: impl Display) -> String {
+        let mut plain = Self {
+            text: String::new(),
+            left: MAX_DETAIL,
+        };
+        // It fails when enough was written.
+        let _ = write!(plain, "{text}");
+        plain.text
+    }
+}
+
+impl Write for Plain {
+    fn write_str(&mut self, piece: &str) -> fmt::Result {
+        for one in piece.chars() {
+            self.left = self.left.checked_sub(1).ok_or(fmt::Error)?;
+            let is_plain = !one.is_control();
+            self.text.push(if is_plain { one } else { '\u{fffd}' });
+        }
+        Ok(())
+    }
+}
+
 /// What a check came to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
     /// It is as it should be.
     Passed,
     /// It is not; what exactly.
-    Failed(Vec<String>),
+    Failed(Details),
     /// It is to be looked at, or could not be looked at; why.
-    Warning(Vec<String>),
+    Warning(Details),
     /// There is nothing to look at.
     NotApplicable,
 }
 
 impl Verdict {
     /// Failed if there is anything.
-    pub fn unless(found: Vec<String>) -> Self {
+    pub fn unless<T: Display>(found: impl IntoIterator<Item = T>) -> Self {
+        found.into_iter().collect::<Details>().into()
+    }
+
+    /// A warning of one thing.
+    pub fn warning(why: impl Display) -> Self {
+        Self::Warning(Details::one(why))
+    }
+}
+
+impl From<Details> for Verdict {
+    /// Failed if there is anything.
+    fn from(found: Details) -> Self {
         match found.is_empty() {
             true => Self::Passed,
             false => Self::Failed(found),
@@ -196,7 +287,7 @@ impl Report {
             is_failure,
             category: category(check.area).to_owned(),
             description: check.failure.to_owned(),
-            details: shorten(details),
+            details: details.into_lines(),
             recommendation: check.recommendation.to_owned(),
             affected_resource: resource.to_owned(),
             controls,
@@ -265,19 +356,6 @@ fn category(area: Area) -> &'static str {
     }
 }
 
-/// The first of them, without what could be taken for something else than text.
-fn shorten(details: Vec<String>) -> Vec<String> {
-    let more = details.len().saturating_sub(MAX_DETAILS);
-    let shortened = details.into_iter().take(MAX_DETAILS).map(|text| {
-        let plain = text
-            .chars()
-            .map(|one| if one.is_control() { '\u{fffd}' } else { one });
-        plain.take(MAX_DETAIL).collect()
-    });
-    let more = (more > 0).then(|| format!("and {more} more"));
-    shortened.chain(more).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -299,14 +377,10 @@ mod tests {
     fn all_is_counted_and_the_worst_thing_is_the_risk() {
         let mut report = Report::new(&[]);
         report.add(&BAD, "one", Verdict::Passed);
-        report.add(&HARD, "one", Verdict::Failed(vec!["x\u{1b}[2J".into()]));
+        report.add(&HARD, "one", Verdict::unless(["x\u{1b}[2J"]));
         report.add(&HARD, "one", Verdict::NotApplicable);
-        report.add(&HARD, "two", Verdict::Warning(vec!["?".into()]));
-        report.add(
-            &BAD,
-            "two",
-            Verdict::Failed((0..25).map(|n| n.to_string()).collect()),
-        );
+        report.add(&HARD, "two", Verdict::warning("?"));
+        report.add(&BAD, "two", Verdict::unless(0..25));
         let results = report.finish();
         let counts = (
             results.total_checks,
@@ -330,12 +404,29 @@ mod tests {
     }
 
     #[test]
+    fn of_what_is_found_only_the_first_are_written_out() {
+        let written = std::cell::Cell::new(0);
+        let endless = fmt::from_fn(|f| {
+            loop {
+                written.set(written.get() + 1);
+                f.write_str("xx")?;
+            }
+        });
+        let details: Details = std::iter::repeat_n(&endless, 1_000_000).collect();
+        assert_eq!(written.get(), MAX_DETAILS * (MAX_DETAIL / 2 + 1));
+        let lines = details.into_lines();
+        assert_eq!(lines.len(), MAX_DETAILS + 1);
+        assert_eq!(lines[0], "x".repeat(MAX_DETAIL));
+        assert_eq!(lines[MAX_DETAILS], "and 999980 more");
+    }
+
+    #[test]
     fn frameworks_select_checks_and_the_risk_ends_at_a_hundred() {
         let mut report = Report::new(&[Framework::Hipaa]);
         assert!(!report.wants(Area::Hardening));
-        report.add(&HARD, "one", Verdict::Failed(Vec::new()));
+        report.add(&HARD, "one", Verdict::Failed(Details::default()));
         for _ in 0..5 {
-            report.add(&BAD, "one", Verdict::Failed(Vec::new()));
+            report.add(&BAD, "one", Verdict::Failed(Details::default()));
         }
         let results = report.finish();
         assert_eq!((results.total_checks, results.risk_score), (5, 100));

@@ -101,7 +101,7 @@ pub fn judge(wanted: &Wanted, found: &BTreeMap<&'static str, String>) -> Verdict
     match found.get(wanted.name) {
         None => Verdict::NotApplicable,
         Some(value) if wanted.good.contains(&value.as_str()) => Verdict::Passed,
-        Some(value) => Verdict::Failed(vec![format!("{} = {value}", wanted.name)]),
+        Some(value) => Verdict::unless([format_args!("{} = {value}", wanted.name)]),
     }
 }
 
@@ -116,7 +116,7 @@ mod tests {
             ("kernel.kptr_restrict", "0".to_owned()),
         ]);
         assert_eq!(judge(&WANTED[0], &found), Verdict::Passed);
-        let failed = Verdict::Failed(vec!["kernel.kptr_restrict = 0".into()]);
+        let failed = Verdict::unless(["kernel.kptr_restrict = 0"]);
         assert_eq!(judge(&WANTED[1], &found), failed);
         assert_eq!(judge(&WANTED[2], &found), Verdict::NotApplicable);
     }
