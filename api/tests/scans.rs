@@ -206,6 +206,45 @@ async fn an_agent_that_walks_and_one_that_does_not_come_to_the_same() {
 }
 
 #[tokio::test]
+async fn a_guest_that_has_too_much_to_say_has_not_passed() {
+    let bench = Bench::new().await;
+    bench.vm("test-vm", true).await;
+    bench.file("/etc/sudoers", "root ALL=(ALL) ALL\n");
+    let configuration = json!({"scan_type": "configuration", "target": "test-vm"});
+    let outcome = |scan: &Value, check: &str| match finding(scan, check) {
+        None => "passed".to_owned(),
+        Some(found) => found["outcome"].as_str().unwrap().to_owned(),
+    };
+    let little = bench.scan(configuration.clone()).await;
+    for check in ["sudo.no_password", "ssh.root_login", "guest.unreadable"] {
+        assert_eq!(outcome(&little, check), "passed", "{little}");
+    }
+    // Files that are no parts of the settings are not counted as such.
+    let full = "#\n".repeat(1 << 19);
+    for index in 0..300 {
+        bench.file(&format!("/etc/ssh/sshd_config.d/{index}.off"), "x");
+    }
+    for index in 0..20 {
+        bench.file(&format!("/etc/sudoers.d/{index}"), &full);
+    }
+    let config = "PermitRootLogin no\nInclude /etc/ssh/sshd_config.d/*.conf\n";
+    bench.file("/etc/ssh/sshd_config", config);
+    bench.file(
+        "/etc/ssh/sshd_config.d/last.conf",
+        "PermitEmptyPasswords yes\n",
+    );
+    let much = bench.scan(configuration.clone()).await;
+    assert_eq!(outcome(&much, "sudo.no_password"), "warning", "{much}");
+    assert_eq!(outcome(&much, "ssh.root_login"), "passed");
+    assert_eq!(outcome(&much, "ssh.empty_passwords"), "failed");
+    let details = &finding(&much, "guest.unreadable").unwrap()["details"];
+    assert_eq!(details[0], "what there is to read is more than 16 MiB");
+    bench.file("/etc/sudoers.d/0", "bob ALL=(ALL) NOPASSWD: ALL\n");
+    let found = bench.scan(configuration).await;
+    assert_eq!(outcome(&found, "sudo.no_password"), "failed", "{found}");
+}
+
+#[tokio::test]
 async fn of_a_machine_that_is_off_only_the_host_is_looked_at() {
     let bench = Bench::new().await;
     bench.vm("off", false).await;

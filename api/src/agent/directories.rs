@@ -20,34 +20,51 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// what their escapes make of them by 6 times as much.
 pub(super) const MAX_LINE: usize = 64 << 10;
 
+/// How much a listing may take, in bytes of lines and of the paths above them, however few entries it may
+/// have.
+const MIN_LISTING: usize = 1 << 20;
+/// How much more for each entry that it may have: some times as much as one of a usual name takes.
+const ENTRY: usize = 1 << 9;
+
 impl AgentClient {
     /// What is in a directory; see [`Host::list_dir`](crate::domain::Host::list_dir).
     ///
     /// # Errors
-    /// There is no such directory, or it has more than `limit` entries.
+    /// There is no such directory, it has more than `limit` entries, or their paths are too long to be
+    /// held together.
     pub async fn list_dir(&self, path: &str, limit: usize) -> Result<Vec<FileInfo>, HostError> {
         let mut body = self.about(Method::GET, PATH_DIR, path).await?.into_body();
         let mut entries = Vec::new();
+        let mut left = limit.saturating_mul(ENTRY).saturating_add(MIN_LISTING);
         let mut waiting = BytesMut::new();
+        // How much of that has no end of a line.
+        let mut seen = 0;
         while let Some(frame) = timely(body.frame()).await? {
             let frame = frame.map_err(|error| unreachable("the listing broke off", &error))?;
             let Ok(bytes) = frame.into_data() else {
                 continue;
             };
             waiting.extend_from_slice(&bytes);
-            while let Some(end) = waiting.iter().position(|&byte| byte == b'\n') {
-                let line = waiting.split_to(end + 1);
+            while let Some(end) = waiting[seen..].iter().position(|&byte| byte == b'\n') {
+                let line = waiting.split_to(seen + end + 1);
+                seen = 0;
                 let entry = serde_json::from_slice(&line)
                     .map_err(|error| unreachable("its listing makes no sense", &error))?;
-                if entries.len() == limit {
-                    return Err(HostError::Invalid {
-                        reason: "too many files are there to be listed; list a part of them"
-                            .to_owned(),
-                    });
-                }
+                let takes = line.len() + path.len();
+                let is_one_too_many = entries.len() == limit;
+                left = match left.checked_sub(takes) {
+                    Some(left) if !is_one_too_many => left,
+                    _ => {
+                        return Err(HostError::Invalid {
+                            reason: "too many files are there to be listed; list a part of them"
+                                .to_owned(),
+                        });
+                    }
+                };
                 entries.push(info_in(path, entry));
             }
-            if waiting.len() > MAX_LINE {
+            seen = waiting.len();
+            if seen > MAX_LINE {
                 return Err(HostError::AgentUnreachable {
                     reason: "its listing has a line without an end".to_owned(),
                 });
@@ -138,5 +155,81 @@ fn info(path: String, entry: Entry) -> FileInfo {
         size: entry.size,
         mtime_us: entry.mtime_us,
         target: entry.target,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+    use tokio::net::UnixListener;
+
+    use super::*;
+
+    /// What comes of a listing of this directory whose agent answers with these lines.
+    async fn list(path: &str, limit: usize, lines: &str) -> Result<Vec<FileInfo>, HostError> {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("vsock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let answer = format!("HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n{lines}");
+        let agent = tokio::spawn(async move {
+            let (stream, _) = listener.accept().await.unwrap();
+            let mut stream = BufReader::new(stream);
+            let mut line = String::new();
+            stream.read_line(&mut line).await.unwrap();
+            stream.write_all(b"OK 1\n").await.unwrap();
+            while line.trim_end() != "" {
+                line.clear();
+                stream.read_line(&mut line).await.unwrap();
+            }
+            // Whoever asked may have heard enough before all is sent.
+            let _ = stream.write_all(answer.as_bytes()).await;
+        });
+        let listed = AgentClient::new(socket).list_dir(path, limit).await;
+        agent.await.unwrap();
+        listed
+    }
+
+    fn line(name: &str) -> String {
+        format!(
+            "{{\"name\":\"{name}\",\"kind\":\"file\",\"mode\":420,\"uid\":1,\"gid\":2,\"size\":3,\
+             \"mtime_us\":4}}\n"
+        )
+    }
+
+    fn is_too_much(listed: Result<Vec<FileInfo>, HostError>) -> bool {
+        match listed {
+            Ok(_) => false,
+            Err(HostError::Invalid { reason }) => reason.contains("too many files"),
+            Err(other) => unreachable!("{other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_listing_is_bounded_in_entries_and_in_what_their_paths_take() {
+        let three = ["a", "b", "c"].map(line).concat();
+        let listed = list("/d", 3, &three).await.unwrap();
+        let paths: Vec<_> = listed.iter().map(|entry| entry.path.as_str()).collect();
+        assert_eq!(paths, ["/d/a", "/d/b", "/d/c"]);
+        assert!(is_too_much(list("/d", 2, &three).await));
+        let long = line(&"x".repeat(MAX_LINE / 2));
+        let some = MIN_LISTING / long.len();
+        assert!(!is_too_much(list("/d", 100, &long.repeat(some)).await));
+        assert!(is_too_much(
+            list("/d", 100, &long.repeat(2 * some + 9)).await
+        ));
+        // Each path has that of its directory.
+        let deep = format!("/{}", "d".repeat(4096));
+        let entries = line("x").repeat(MIN_LISTING / deep.len() * 2);
+        assert!(!is_too_much(list("/d", 1000, &entries).await));
+        assert!(is_too_much(list(&deep, 1000, &entries).await));
+    }
+
+    #[tokio::test]
+    async fn a_line_without_an_end_is_not_waited_for() {
+        let error = list("/d", 9, &"x".repeat(MAX_LINE + 1)).await.unwrap_err();
+        assert!(
+            matches!(error, HostError::AgentUnreachable { .. }),
+            "{error:?}"
+        );
     }
 }

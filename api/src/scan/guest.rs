@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::accounts;
 use super::control::Area;
-use super::evidence::Evidence;
+use super::evidence::{Evidence, MAX_EVIDENCE, Paths};
 use super::report::{Check, Details, Report, Severity, Verdict};
 use super::sysctl;
 
@@ -45,6 +45,15 @@ const KNOWN_SET_ID: [&str; 24] = [
 
 type Judge = fn(&Evidence) -> Verdict;
 
+/// What the paths begin with of the files that tell of accounts.
+const ACCOUNTS: &[&str] = &["/etc/passwd", "/etc/shadow"];
+/// The same of settings of sshd, and of their parts.
+const SSH: &[&str] = &["/etc/ssh/sshd_config"];
+/// The same of settings of sudo, and of their parts.
+const SUDO: &[&str] = &["/etc/sudoers"];
+/// The same of sockets.
+const SOCKETS: &[&str] = &["/proc/net/"];
+
 const fn check(
     id: &'static str,
     area: Area,
@@ -61,8 +70,8 @@ const fn check(
     }
 }
 
-/// Checks of guests, but for those of [`sysctl`].
-static CHECKS: [(Check, Judge); 14] = [
+/// Checks of guests, but for those of [`sysctl`], each with the files that it looks at.
+static CHECKS: [(Check, Judge, &[&str]); 14] = [
     (
         check(
             "ssh.root_login",
@@ -72,6 +81,7 @@ static CHECKS: [(Check, Judge); 14] = [
             "Disable root SSH access: PermitRootLogin no",
         ),
         |evidence| ssh(evidence, "permitrootlogin", "yes"),
+        SSH,
     ),
     (
         check(
@@ -82,6 +92,7 @@ static CHECKS: [(Check, Judge); 14] = [
             "Set PermitEmptyPasswords no",
         ),
         |evidence| ssh(evidence, "permitemptypasswords", "yes"),
+        SSH,
     ),
     (
         check(
@@ -92,6 +103,7 @@ static CHECKS: [(Check, Judge); 14] = [
             "Give them one, or lock them: passwd -l NAME",
         ),
         accounts::empty_passwords,
+        ACCOUNTS,
     ),
     (
         check(
@@ -102,6 +114,7 @@ static CHECKS: [(Check, Judge); 14] = [
             "Give them another: passwd NAME",
         ),
         accounts::default_passwords,
+        ACCOUNTS,
     ),
     (
         check(
@@ -112,6 +125,7 @@ static CHECKS: [(Check, Judge); 14] = [
             "Set them anew with ENCRYPT_METHOD SHA512 or YESCRYPT in /etc/login.defs",
         ),
         accounts::weak_hashes,
+        ACCOUNTS,
     ),
     (
         check(
@@ -122,6 +136,7 @@ static CHECKS: [(Check, Judge); 14] = [
             "Give them another user id, or remove them",
         ),
         accounts::other_roots,
+        ACCOUNTS,
     ),
     (
         check(
@@ -132,6 +147,7 @@ static CHECKS: [(Check, Judge); 14] = [
             "Remove NOPASSWD and !authenticate from the sudoers files",
         ),
         sudo,
+        SUDO,
     ),
     (
         check(
@@ -142,6 +158,7 @@ static CHECKS: [(Check, Judge); 14] = [
             "Take the permissions of others away: chmod o-rwx FILE",
         ),
         |evidence| of_files(evidence, &evidence.files.exposed),
+        &[],
     ),
     (
         check(
@@ -152,6 +169,7 @@ static CHECKS: [(Check, Judge); 14] = [
             "chmod o-w FILE, or chmod +t DIRECTORY",
         ),
         |evidence| of_files(evidence, &evidence.files.world_writable),
+        &[],
     ),
     (
         check(
@@ -162,6 +180,7 @@ static CHECKS: [(Check, Judge); 14] = [
             "chmod ug-s FILE, if that is not meant",
         ),
         set_id,
+        &[],
     ),
     (
         check(
@@ -172,6 +191,7 @@ static CHECKS: [(Check, Judge); 14] = [
             "chown them, or remove them",
         ),
         |evidence| of_files(evidence, &evidence.files.unowned),
+        &["/etc/passwd", "/etc/group"],
     ),
     (
         check(
@@ -182,6 +202,7 @@ static CHECKS: [(Check, Judge); 14] = [
             "Stop them, and use SSH or TLS",
         ),
         |evidence| services(evidence, |listener| PLAIN_SERVICES.contains(&listener.port)),
+        SOCKETS,
     ),
     (
         check(
@@ -195,6 +216,7 @@ static CHECKS: [(Check, Judge); 14] = [
             Verdict::Failed(found) => Verdict::Warning(found),
             other => other,
         },
+        SOCKETS,
     ),
     (
         check(
@@ -205,38 +227,63 @@ static CHECKS: [(Check, Judge); 14] = [
             "Look at it in the guest",
         ),
         |evidence| {
-            let cut = evidence.cut.iter().chain(&evidence.files.incomplete);
-            let cut: Details = cut.collect();
+            let mut cut = Details::default();
+            if evidence.is_over_budget {
+                let most = MAX_EVIDENCE >> 20;
+                cut.add(format_args!(
+                    "what there is to read is more than {most} MiB"
+                ));
+            }
+            let files = evidence.cut.iter().chain(&evidence.files.incomplete);
+            files.for_each(|file| cut.add(file));
             match cut.is_empty() {
                 true => Verdict::Passed,
                 false => Verdict::Warning(cut),
             }
         },
+        &[],
     ),
 ];
 
 /// Adds what all checks of a guest come to.
 pub fn judge(evidence: &Evidence, vm: &str, report: &mut Report) {
-    for (check, judge) in &CHECKS {
+    for (check, judge, files) in &CHECKS {
         if report.wants(check.area) {
-            report.add(check, vm, judge(evidence));
+            let verdict = unless_cut(judge(evidence), evidence, files);
+            report.add(check, vm, verdict);
         }
     }
     for wanted in &sysctl::WANTED {
-        report.add(&wanted.check, vm, sysctl::judge(wanted, &evidence.sysctls));
+        let verdict = sysctl::judge(wanted, &evidence.sysctls);
+        let verdict = unless_cut(verdict, evidence, &[&wanted.path()]);
+        report.add(&wanted.check, vm, verdict);
     }
 }
 
-/// What was not found says nothing, if not all was looked at.
-fn of_files<'a>(evidence: &Evidence, found: impl IntoIterator<Item = &'a String>) -> Verdict {
-    match (Verdict::unless(found), &evidence.files.incomplete) {
+/// That nothing was found says nothing, if these files were not read to their ends.
+fn unless_cut(verdict: Verdict, evidence: &Evidence, files: &[&str]) -> Verdict {
+    let is_looked_at = |path: &&String| files.iter().any(|file| path.starts_with(file));
+    let cut = evidence.cut.iter().filter(is_looked_at);
+    let cut = cut.map(|path| fmt::from_fn(move |f| write!(f, "{path} was not read to its end")));
+    let cut: Details = cut.collect();
+    match verdict {
+        Verdict::Passed | Verdict::NotApplicable if !cut.is_empty() => Verdict::Warning(cut),
+        verdict => verdict,
+    }
+}
+
+/// That nothing was found says nothing, if not all was looked at.
+fn of_files(evidence: &Evidence, found: &Paths) -> Verdict {
+    let mut details: Details = found.kept.iter().collect();
+    details.add_untold(found.left_off);
+    match (Verdict::from(details), &evidence.files.incomplete) {
         (Verdict::Passed, Some(why)) => Verdict::warning(why),
         (verdict, _) => verdict,
     }
 }
 
 fn set_id(evidence: &Evidence) -> Verdict {
-    let is_known = |path: &&String| {
+    let is_known = |path: &String| {
         let system = [
             "/bin/",
             "/sbin/",
@@ -248,8 +295,21 @@ fn set_id(evidence: &Evidence) -> Verdict {
         let name = path.rsplit('/').next().unwrap_or_default();
         KNOWN_SET_ID.contains(&name) && system.iter().any(|start| path.starts_with(start))
     };
-    let found = evidence.files.set_id.iter().filter(|path| !is_known(path));
-    of_files(evidence, found)
+    let Paths { kept, left_off } = &evidence.files.set_id;
+    let unknown = Paths {
+        kept: kept
+            .iter()
+            .filter(|path| !is_known(path))
+            .cloned()
+            .collect(),
+        left_off: 0,
+    };
+    match of_files(evidence, &unknown) {
+        Verdict::Passed if *left_off > 0 => Verdict::warning(format_args!(
+            "there are {left_off} more of them than are looked at"
+        )),
+        verdict => verdict,
+    }
 }
 
 /// Fails if a keyword of sshd_config(5), in lower case, has this value: for all, where the first line
@@ -545,15 +605,69 @@ mod tests {
     #[test]
     fn programs_that_run_as_their_owner_are_known_by_name_and_place() {
         let mut evidence = Evidence::default();
-        evidence.files.set_id = ["/usr/bin/su", "/usr/bin/nmap", "/tmp/su"]
+        evidence.files.set_id.kept = ["/usr/bin/su", "/usr/bin/nmap", "/tmp/su"]
             .map(str::to_owned)
             .into();
         assert_eq!(set_id(&evidence), failed(&["/usr/bin/nmap", "/tmp/su"]));
-        evidence.files.set_id.truncate(1);
+        evidence.files.set_id.kept.truncate(1);
         assert_eq!(set_id(&evidence), Verdict::Passed);
+        evidence.files.set_id.left_off = 1;
+        assert!(matches!(set_id(&evidence), Verdict::Warning(_)));
         evidence.files.incomplete = Some("why".into());
         assert_eq!(set_id(&evidence), Verdict::warning("why"));
     }
+
+    #[test]
+    fn what_was_not_read_to_its_end_has_not_passed() {
+        let mut evidence = Evidence {
+            passwd: Some("root:!:0:0::/root:/bin/sh\n".into()),
+            sshd: Some("PermitRootLogin yes\n".into()),
+            sockets: vec![("tcp", String::new())],
+            ..Evidence::default()
+        };
+        let warned = |evidence: &Evidence| {
+            let findings = report_findings(evidence).into_iter();
+            let warned = findings.filter(|(_, is_failure)| !is_failure);
+            warned.map(|(check, _)| check).collect::<Vec<_>>()
+        };
+        assert_eq!(warned(&evidence), [""; 0]);
+        for (cut, checks) in [
+            ("/etc/passwd", &ACCOUNT_CHECKS[..]),
+            ("/etc/shadow", &ACCOUNT_CHECKS[..4]),
+            ("/etc/group", &["file.unowned"]),
+            // The other setting has failed.
+            ("/etc/ssh/sshd_config", &["ssh.empty_passwords"]),
+            ("/etc/ssh/sshd_config.d/1.conf", &["ssh.empty_passwords"]),
+            ("/etc/sudoers.d", &["sudo.no_password"]),
+            ("/proc/net/udp", &["service.plain", "service.reachable"]),
+            ("/proc/sys/fs/suid_dumpable", &["fs.suid_dumpable"]),
+        ] {
+            evidence.cut = vec![cut.to_owned()];
+            let mut expected = [checks, &["guest.unreadable"]].concat();
+            let mut found = warned(&evidence);
+            expected.sort_unstable();
+            found.sort_unstable();
+            assert_eq!(found, expected, "{cut}");
+        }
+        evidence.cut.clear();
+        evidence.is_over_budget = true;
+        assert_eq!(warned(&evidence), ["guest.unreadable"]);
+        evidence.is_over_budget = false;
+        evidence.files.exposed.left_off = 1;
+        let lost = report_findings(&evidence);
+        assert!(
+            lost.contains(&("file.secrets_exposed".into(), true)),
+            "{lost:?}"
+        );
+    }
+
+    const ACCOUNT_CHECKS: [&str; 5] = [
+        "account.empty_password",
+        "account.default_password",
+        "account.weak_hash",
+        "account.other_root",
+        "file.unowned",
+    ];
 
     proptest! {
         #[test]

@@ -122,7 +122,9 @@ impl Job<'_> {
             }
         }
         let seen = self
-            .in_guest(machine, async |reader| reader.collect().await)
+            .in_guest(machine, async |mut reader: Reader<'_>| {
+                reader.collect().await
+            })
             .await;
         match seen {
             Ok(evidence) => {
@@ -156,7 +158,7 @@ impl Job<'_> {
                     .to_owned(),
             );
         };
-        let read = async |reader: Reader<'_>| {
+        let read = async |mut reader: Reader<'_>| {
             let status = reader.text("/var/lib/dpkg/status", MAX_STATUS).await?;
             let release = match reader.text("/etc/os-release", 1 << 16).await? {
                 None => reader.text("/usr/lib/os-release", 1 << 16).await?,

@@ -36,6 +36,13 @@ const fn wanted(
     }
 }
 
+impl Wanted {
+    /// The file with its value.
+    pub fn path(&self) -> String {
+        format!("/proc/sys/{}", self.name.replace('.', "/"))
+    }
+}
+
 /// Settings that are looked at; one that the kernel does not have is not.
 pub static WANTED: [Wanted; 8] = [
     wanted(
