@@ -1,71 +1,101 @@
 //! Known holes of packages: records of OSV, as a list or under `vulns`, or the JSON file of the Debian
 //! security tracker. Of a file only what concerns packages that are installed is kept.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, BufReader};
 use std::path::Path;
 
+use debversion::Version;
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-use super::packages::{Package, Packages, Release, version};
+use super::packages::{Packages, Release, version};
 use super::report::Severity;
+
+/// The most holes that are named of the packages of one version of a source package.
+const MAX_NAMED: usize = 20;
+/// The most that are named of one guest; of the others only the number and the worst are kept.
+const MAX_NAMED_IN_ALL: usize = 40_000;
 
 /// A hole in what is installed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Hole {
-    /// What it is called, as `CVE-2024-0001`.
-    pub id: String,
-    /// In which package.
-    pub package: String,
-    /// In which version of it.
-    pub version: String,
     /// In which version it is mended; `None` if in none.
     pub fixed: Option<String>,
     /// How bad it is.
     pub severity: Severity,
 }
 
+/// The holes of the packages that were built of one version of a source package.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Holes {
+    /// Some of them, by what they are called, as `CVE-2024-0001`.
+    pub named: BTreeMap<String, Hole>,
+    /// How many more there are.
+    pub more: usize,
+    /// How bad the worst is.
+    pub worst: Option<Severity>,
+    /// What the last one is called, which the file may tell twice.
+    last: String,
+}
+
+/// Holes by the name and the version of the source package.
+pub type HolesBySource<'a> = BTreeMap<(&'a str, &'a Version), Holes>;
+
 /// The holes that a file knows in these packages of this distribution.
 ///
 /// # Errors
 /// The file cannot be read, or is neither kind.
-pub fn compare(path: &Path, packages: &Packages, release: &Release) -> io::Result<Vec<Hole>> {
+pub fn compare<'a>(
+    path: &Path,
+    packages: &'a Packages,
+    release: &Release,
+) -> io::Result<HolesBySource<'a>> {
     let file = BufReader::new(File::open(path)?);
     let mut reader = serde_json::Deserializer::from_reader(file);
     let mut found = Found {
         packages,
         release,
         holes: BTreeMap::new(),
+        room: MAX_NAMED_IN_ALL,
     };
     reader.deserialize_any(Top(&mut found))?;
     reader.end()?;
-    Ok(found.holes.into_values().collect())
+    Ok(found.holes)
 }
 
-struct Found<'a> {
+struct Found<'a, 'b> {
     packages: &'a Packages,
-    release: &'a Release,
-    /// By package and name.
-    holes: BTreeMap<(String, String), Hole>,
+    release: &'b Release,
+    holes: HolesBySource<'a>,
+    /// How many more holes are named.
+    room: usize,
 }
 
-impl Found<'_> {
-    fn add(&mut self, id: &str, package: &Package, fixed: Option<String>, severity: Severity) {
-        let hole = Hole {
-            id: id.to_owned(),
-            package: package.name.clone(),
-            version: package.version.to_string(),
-            fixed,
-            severity,
-        };
-        self.holes
-            .insert((package.name.clone(), id.to_owned()), hole);
+impl<'a> Found<'a, '_> {
+    /// A source package that something installed was built of, and its versions.
+    fn source(&self, name: &str) -> Option<(&'a str, impl Iterator<Item = &'a Version> + use<'a>)> {
+        let (name, versions) = self.packages.by_source.get_key_value(name)?;
+        Some((name, versions.keys()))
     }
 
-    fn osv(&mut self, record: Osv) {
+    fn add(&mut self, of: (&'a str, &'a Version), id: &str, hole: Hole) {
+        let holes = self.holes.entry(of).or_default();
+        holes.worst = holes.worst.max(Some(hole.severity));
+        if let Some(known) = holes.named.get_mut(id) {
+            *known = hole;
+        } else if self.room > 0 && holes.named.len() < MAX_NAMED {
+            self.room -= 1;
+            holes.named.insert(id.to_owned(), hole);
+        } else if holes.last != id {
+            id.clone_into(&mut holes.last);
+            holes.more += 1;
+        }
+    }
+
+    fn osv(&mut self, record: &Osv) {
         if record.withdrawn.is_some() {
             return;
         }
@@ -76,41 +106,40 @@ impl Found<'_> {
             if !self.release.is_ecosystem(&of.ecosystem) {
                 continue;
             }
-            let packages = self.packages;
             // Of Debian and Ubuntu these are names of source packages.
-            for package in packages.by_source.get(&of.name).into_iter().flatten() {
-                if let Some(fixed) = affected.hits(package) {
-                    self.add(&record.id, package, fixed, record.severity(affected));
+            let Some((source, versions)) = self.source(&of.name) else {
+                continue;
+            };
+            for version in versions {
+                if let Some(fixed) = affected.hits(version) {
+                    let severity = record.severity(affected);
+                    self.add((source, version), &record.id, Hole { fixed, severity });
                 }
             }
         }
     }
 
-    fn tracker(&mut self, source: &str, holes: BTreeMap<String, Tracked>) {
+    fn tracker(&mut self, source: &str, holes: &BTreeMap<String, Tracked>) {
         if self.release.id != "debian" {
             return;
         }
-        let packages = self.packages;
-        for package in packages.by_source.get(source).into_iter().flatten() {
-            for (id, hole) in &holes {
-                let Some(here) = hole.releases.get(&self.release.codename) else {
-                    continue;
+        let Some((source, versions)) = self.source(source) else {
+            return;
+        };
+        let versions: Vec<_> = versions.collect();
+        for (id, hole) in holes {
+            let Some(here) = hole.releases.get(&self.release.codename) else {
+                continue;
+            };
+            let Some(is_open) = here.openness() else {
+                continue;
+            };
+            for version in versions.iter().copied().filter(|version| is_open(version)) {
+                let hole = Hole {
+                    fixed: here.fixed_version.clone(),
+                    severity: of_urgency(here.urgency.as_deref()),
                 };
-                let fixed = here.fixed_version.as_deref();
-                let is_open = match (here.status.as_str(), fixed) {
-                    // Never was in this release.
-                    ("resolved", Some("0")) => false,
-                    ("resolved", Some(fixed)) => match version(fixed) {
-                        Some(fixed) => package.source_version < fixed,
-                        None => false,
-                    },
-                    ("open", _) => true,
-                    _ => false,
-                };
-                if is_open {
-                    let fixed = fixed.map(str::to_owned);
-                    self.add(id, package, fixed, of_urgency(here.urgency.as_deref()));
-                }
+                self.add((source, version), id, hole);
             }
         }
     }
@@ -194,9 +223,8 @@ impl Osv {
 }
 
 impl Affected {
-    /// Whether a package has it, and in which version it is mended, if in one.
-    fn hits(&self, package: &Package) -> Option<Option<String>> {
-        let installed = &package.source_version;
+    /// Whether a version of the source package has it, and in which it is mended, if in one.
+    fn hits(&self, installed: &Version) -> Option<Option<String>> {
         for range in self.ranges.iter().filter(|range| range.kind == "ECOSYSTEM") {
             let (mut is_in, mut fixed) = (false, None);
             for step in &range.events {
@@ -242,10 +270,24 @@ struct InRelease {
     urgency: Option<String>,
 }
 
-/// All of a file.
-struct Top<'a, 'b>(&'a mut Found<'b>);
+impl InRelease {
+    /// Tells whether a version of the source package has the hole; `None` if none has.
+    fn openness(&self) -> Option<impl Fn(&Version) -> bool> {
+        let fixed = match (self.status.as_str(), self.fixed_version.as_deref()) {
+            // Never was in this release.
+            ("resolved", Some("0")) => return None,
+            ("resolved", Some(fixed)) => Some(version(fixed)?),
+            ("open", _) => None,
+            _ => return None,
+        };
+        Some(move |installed: &Version| fixed.as_ref().is_none_or(|fixed| installed < fixed))
+    }
+}
 
-impl<'de> Visitor<'de> for Top<'_, '_> {
+/// All of a file.
+struct Top<'a, 'b, 'c>(&'a mut Found<'b, 'c>);
+
+impl<'de> Visitor<'de> for Top<'_, '_, '_> {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -253,21 +295,20 @@ impl<'de> Visitor<'de> for Top<'_, '_> {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<(), A::Error> {
-        while let Some(record) = list.next_element()? {
-            self.0.osv(record);
+        while let Some(record) = list.next_element::<Osv>()? {
+            self.0.osv(&record);
         }
         Ok(())
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
-        let sources: BTreeSet<_> = self.0.packages.by_source.keys().cloned().collect();
         let mut is_any = false;
         while let Some(key) = map.next_key::<String>()? {
             if key == "vulns" {
                 map.next_value_seed(List(self.0))?;
-            } else if sources.contains(&key) {
+            } else if self.0.packages.by_source.contains_key(&key) {
                 let holes = map.next_value()?;
-                self.0.tracker(&key, holes);
+                self.0.tracker(&key, &holes);
             } else {
                 map.next_value::<IgnoredAny>()?;
             }
@@ -280,9 +321,9 @@ impl<'de> Visitor<'de> for Top<'_, '_> {
     }
 }
 
-struct List<'a, 'b>(&'a mut Found<'b>);
+struct List<'a, 'b, 'c>(&'a mut Found<'b, 'c>);
 
-impl<'de> DeserializeSeed<'de> for List<'_, '_> {
+impl<'de> DeserializeSeed<'de> for List<'_, '_, '_> {
     type Value = ();
 
     fn deserialize<D: Deserializer<'de>>(self, list: D) -> Result<(), D::Error> {
@@ -297,20 +338,31 @@ mod tests {
     use super::super::packages::parse;
     use super::*;
 
-    fn found(file: &Value) -> Vec<(String, String, Option<String>, Severity)> {
-        let packages = parse(
-            "Package: libssl3\nStatus: install ok installed\nSource: openssl\nVersion: 3.0.11-1~deb12u2\n\n\
-             Package: bash\nStatus: install ok installed\nVersion: 5.2.15-2\n",
-        );
+    const STATUS: &str = "Package: libssl3\nStatus: install ok installed\nSource: openssl\n\
+                          Version: 3.0.11-1~deb12u2\n\nPackage: bash\n\
+                          Status: install ok installed\nVersion: 5.2.15-2\n";
+
+    /// What a file comes to in Debian 12 with the packages of this status file.
+    fn compared<T>(status: &str, file: &Value, look: impl FnOnce(HolesBySource<'_>) -> T) -> T {
+        let packages = parse(status);
         let release = Release::parse("ID=debian\nVERSION_ID=12\nVERSION_CODENAME=bookworm\n");
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("file.json");
         std::fs::write(&path, file.to_string()).unwrap();
-        let holes = compare(&path, &packages, &release).unwrap();
-        let holes = holes.into_iter();
-        holes
-            .map(|hole| (hole.id, hole.package, hole.fixed, hole.severity))
-            .collect()
+        look(compare(&path, &packages, &release).unwrap())
+    }
+
+    fn found(file: &Value) -> Vec<(String, String, Option<String>, Severity)> {
+        compared(STATUS, file, |holes| {
+            let named = holes.into_iter().flat_map(|((source, _), holes)| {
+                assert_eq!(holes.more, 0);
+                let worst = holes.named.values().map(|hole| hole.severity).max();
+                assert_eq!(holes.worst, worst);
+                let named = holes.named.into_iter();
+                named.map(|(id, hole)| (id, source.to_owned(), hole.fixed, hole.severity))
+            });
+            named.collect()
+        })
     }
 
     fn osv(id: &str, ecosystem: &str, name: &str, events: Value) -> Value {
@@ -346,7 +398,7 @@ mod tests {
             (text("CVE-9"), text("bash"), None, Severity::Critical),
             (
                 text("CVE-1"),
-                text("libssl3"),
+                text("openssl"),
                 Some(text("3.0.11-1~deb12u3")),
                 Severity::Medium,
             ),
@@ -382,11 +434,75 @@ mod tests {
                 (text("CVE-4"), text("bash"), None, Severity::Info),
                 (
                     text("CVE-1"),
-                    text("libssl3"),
+                    text("openssl"),
                     Some(text("3.0.11-1~deb12u3")),
                     Severity::High
                 ),
             ]
+        );
+    }
+
+    #[test]
+    fn holes_beyond_those_that_are_named_are_counted() {
+        let versions = 40;
+        let status = (0..versions).map(|version| {
+            let package = format!("Package: p{version}\nSource: linux (1.{version})\nVersion: 1\n");
+            package + "Status: install ok installed\n\n"
+        });
+        let status: String = status.collect();
+        let hole = |urgency: &str| {
+            json!({"releases": {"bookworm": {
+                "status": "resolved", "fixed_version": "2", "urgency": urgency}}})
+        };
+        let count = MAX_NAMED + 10;
+        let holes = (0..count).map(|id| (format!("CVE-{id:05}"), hole("low")));
+        let holes: serde_json::Map<_, _> = holes.chain([("CVE-x".into(), hole("high"))]).collect();
+        compared(&status, &json!({"linux": holes}), |found| {
+            assert_eq!(found.len(), versions);
+            for holes in found.values() {
+                assert_eq!(holes.named.len(), MAX_NAMED);
+                assert_eq!(holes.named.len() + holes.more, count + 1);
+                assert_eq!(holes.worst, Some(Severity::High));
+            }
+        });
+        let again = json!([{"introduced": "0"}]);
+        let mut records: Vec<_> = (0..MAX_NAMED + 2)
+            .map(|id| osv(&format!("CVE-{id}"), "Debian:12", "bash", again.clone()))
+            .collect();
+        // Of the same record a package is affected once.
+        for record in &mut records {
+            let affected = record["affected"].as_array_mut().unwrap();
+            affected.push(affected[0].clone());
+        }
+        compared(STATUS, &json!(records), |found| {
+            let holes = found.values().next().unwrap();
+            assert_eq!((holes.named.len(), holes.more), (MAX_NAMED, 2));
+        });
+    }
+
+    #[test]
+    fn holes_that_are_named_are_bounded_in_all() {
+        let packages = Packages::default();
+        let version = version("1").unwrap();
+        let sources: Vec<_> = (0..MAX_NAMED_IN_ALL + 2)
+            .map(|index| index.to_string())
+            .collect();
+        let mut found = Found {
+            packages: &packages,
+            release: &Release::default(),
+            holes: BTreeMap::new(),
+            room: MAX_NAMED_IN_ALL,
+        };
+        for source in &sources {
+            let (fixed, severity) = (None, Severity::Low);
+            found.add((source, &version), "CVE-1", Hole { fixed, severity });
+        }
+        let holes = found.holes.values();
+        assert_eq!(holes.clone().filter(|holes| holes.more == 1).count(), 2);
+        assert!(
+            holes
+                .clone()
+                .all(|holes| holes.worst == Some(Severity::Low))
         );
     }
 

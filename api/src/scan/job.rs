@@ -1,21 +1,23 @@
 //! One scan.
 
+use std::fmt;
 use std::path::Path;
 
 use tokio::time::timeout;
 use tracing::warn;
 
+use super::advisories::{Holes, HolesBySource};
 use super::control::Area;
-use super::evidence::Reader;
-use super::packages::{self, Packages, Release};
-use super::report::{Check, Report, Results, Severity, Verdict};
+use super::evidence::{MAX_EVIDENCE, Reader};
+use super::packages::{self, Package, Packages, Release};
+use super::report::{Check, Details, Report, Results, Severity, Verdict};
 use super::{MAX_TIME, Scan, ScanKind, advisories, guest, host};
 use crate::audit::AuditLog;
 use crate::chain;
 use crate::domain::{HostError, Manager, Sandbox, Status};
 
-/// The largest `dpkg` status file, in bytes.
-const MAX_STATUS: usize = 64 << 20;
+/// The largest `os-release`, in bytes.
+const MAX_RELEASE: usize = 1 << 16;
 /// What is affected by checks of the daemon itself.
 const DAEMON: &str = "daemon";
 
@@ -159,11 +161,11 @@ impl Job<'_> {
             );
         };
         let read = async |mut reader: Reader<'_>| {
-            let status = reader.text("/var/lib/dpkg/status", MAX_STATUS).await?;
-            let release = match reader.text("/etc/os-release", 1 << 16).await? {
-                None => reader.text("/usr/lib/os-release", 1 << 16).await?,
+            let release = match reader.text("/etc/os-release", MAX_RELEASE).await? {
+                None => reader.text("/usr/lib/os-release", MAX_RELEASE).await?,
                 release => release,
             };
+            let status = reader.text("/var/lib/dpkg/status", MAX_EVIDENCE).await?;
             Ok((status, release))
         };
         let (status, release) = match self.in_guest(machine, read).await {
@@ -177,27 +179,29 @@ impl Job<'_> {
         if release.id.is_empty() {
             return warn("it does not say which distribution it is".to_owned());
         }
-        let path = advisories.to_owned();
-        let compared = tokio::task::spawn_blocking(move || {
+        let mut judged = Report::new(&self.scan.frameworks);
+        let (path, vm) = (advisories.to_owned(), name.clone());
+        let judged = tokio::task::spawn_blocking(move || {
             let packages = packages::parse(&status);
             let holes = advisories::compare(&path, &packages, &release)?;
-            Ok::<_, std::io::Error>((packages, holes))
+            if !is_whole || packages.left_out > 0 {
+                let why = Verdict::warning(format_args!(
+                    "{} entries of its list of packages make no sense or are too many, or it is too long",
+                    packages.left_out
+                ));
+                judged.add(&PACKAGES_NOT_SEEN, &vm, why);
+            }
+            add_holes(&packages, &holes, &vm, &mut judged);
+            Ok::<_, std::io::Error>(judged)
         });
-        let (packages, holes) = match compared.await {
-            Ok(Ok(compared)) => compared,
+        match judged.await {
+            Ok(Ok(judged)) => report.merge(judged),
             Ok(Err(source)) => {
                 let path = advisories.display();
-                return warn(format!("{path} cannot be used: {source}"));
+                warn(format!("{path} cannot be used: {source}"));
             }
-            Err(_) => return warn("the comparison was broken off".to_owned()),
-        };
-        if !is_whole || packages.unknown > 0 {
-            let unknown = packages.unknown;
-            warn(format!(
-                "{unknown} entries of its list of packages make no sense, or it is too long"
-            ));
+            Err(_) => warn("the comparison was broken off".to_owned()),
         }
-        add_holes(&packages, &holes, &name, report);
     }
 
     /// What `look` sees in a machine, if that runs and answers in time.
@@ -227,33 +231,38 @@ impl Job<'_> {
 }
 
 /// Each package is a check, which fails with the worst of its holes.
-fn add_holes(packages: &Packages, holes: &[advisories::Hole], vm: &str, report: &mut Report) {
-    for package in packages.by_source.values().flatten() {
-        let own: Vec<_> = holes
-            .iter()
-            .filter(|hole| hole.package == package.name)
-            .collect();
-        let told = own.iter().map(|hole| match &hole.fixed {
-            Some(fixed) => format!(
-                "{} {}: {}, mended in {fixed}",
-                hole.package, hole.version, hole.id
-            ),
-            None => format!(
-                "{} {}: {}, not mended yet",
-                hole.package, hole.version, hole.id
-            ),
-        });
-        let check = Check {
-            id: "package.hole",
-            failure: "A package has known holes",
-            recommendation: "Install the version that mends them, where there is one: apt-get upgrade",
-            severity: own
-                .iter()
-                .map(|hole| hole.severity)
-                .max()
-                .unwrap_or(Severity::Info),
-            area: Area::Vulnerabilities,
-        };
-        report.add(&check, vm, Verdict::unless(told));
+fn add_holes(packages: &Packages, holes: &HolesBySource<'_>, vm: &str, report: &mut Report) {
+    for (source, versions) in &packages.by_source {
+        for (version, packages) in versions {
+            let holes = holes.get(&(source.as_str(), version));
+            for package in packages {
+                add_package(package, holes, vm, report);
+            }
+        }
     }
+}
+
+fn add_package(package: &Package, holes: Option<&Holes>, vm: &str, report: &mut Report) {
+    let named = holes.into_iter().flat_map(|holes| &holes.named);
+    let told = named.map(|(id, hole)| {
+        fmt::from_fn(move |f| {
+            write!(f, "{} {}: {id}, ", package.name, package.version)?;
+            match &hole.fixed {
+                Some(fixed) => write!(f, "mended in {fixed}"),
+                None => f.write_str("not mended yet"),
+            }
+        })
+    });
+    let mut details: Details = told.collect();
+    details.add_untold(holes.map_or(0, |holes| holes.more));
+    let check = Check {
+        id: "package.hole",
+        failure: "A package has known holes",
+        recommendation: "Install the version that mends them, where there is one: apt-get upgrade",
+        severity: holes
+            .and_then(|holes| holes.worst)
+            .unwrap_or(Severity::Info),
+        area: Area::Vulnerabilities,
+    };
+    report.add(&check, vm, details.into());
 }

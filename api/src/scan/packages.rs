@@ -7,6 +7,9 @@ use debversion::Version;
 
 /// The most packages that are looked at.
 const MAX_PACKAGES: usize = 50_000;
+/// The most versions of one source package that are looked at, each of which is compared with all of its
+/// holes: more than there are kernels in a guest.
+const MAX_VERSIONS: usize = 64;
 /// The longest name or version, in bytes.
 const MAX_WORD: usize = 128;
 
@@ -17,27 +20,39 @@ pub struct Package {
     pub name: String,
     /// Its version.
     pub version: Version,
-    /// Name of the source package that it was built of.
-    pub source: String,
-    /// Version of that.
-    pub source_version: Version,
 }
 
 /// What is installed, and what could not be understood.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Packages {
-    /// Packages by the names of their sources.
-    pub by_source: BTreeMap<String, Vec<Package>>,
+    /// Packages by the names of the source packages that they were built of, and by the versions of those.
+    pub by_source: BTreeMap<String, BTreeMap<Version, Vec<Package>>>,
     /// How many there are.
     pub count: usize,
-    /// How many entries made no sense.
-    pub unknown: usize,
+    /// How many entries make no sense, or are more than are looked at.
+    pub left_out: usize,
+}
+
+impl Packages {
+    /// Whether it was added, and is not one too many.
+    fn add(&mut self, package: Package, source: &str, source_version: Version) -> bool {
+        if self.count == MAX_PACKAGES {
+            return false;
+        }
+        let versions = self.by_source.entry(source.to_owned()).or_default();
+        if versions.len() == MAX_VERSIONS && !versions.contains_key(&source_version) {
+            return false;
+        }
+        versions.entry(source_version).or_default().push(package);
+        self.count += 1;
+        true
+    }
 }
 
 /// The packages of a `dpkg` status file.
 pub fn parse(status: &str) -> Packages {
     let mut packages = Packages::default();
-    for paragraph in status.split("\n\n").take(MAX_PACKAGES) {
+    for paragraph in status.split("\n\n") {
         let field = |name: &str| {
             let mut lines = paragraph.lines();
             lines
@@ -49,19 +64,15 @@ pub fn parse(status: &str) -> Packages {
         if !is_installed {
             continue;
         }
-        match package(field) {
-            Some(package) => {
-                packages.count += 1;
-                let of_source = packages.by_source.entry(package.source.clone());
-                of_source.or_default().push(package);
-            }
-            None => packages.unknown += 1,
-        }
+        let is_added = package(field)
+            .is_some_and(|(package, source, version)| packages.add(package, source, version));
+        packages.left_out += usize::from(!is_added);
     }
     packages
 }
 
-fn package<'a>(field: impl Fn(&str) -> Option<&'a str>) -> Option<Package> {
+/// A package, with the name and the version of its source package.
+fn package<'a>(field: impl Fn(&str) -> Option<&'a str>) -> Option<(Package, &'a str, Version)> {
     let name = word(field("Package")?)?;
     let version = version(field("Version")?)?;
     let source = field("Source").unwrap_or(name);
@@ -69,12 +80,8 @@ fn package<'a>(field: impl Fn(&str) -> Option<&'a str>) -> Option<Package> {
         Some((source, rest)) => (source, self::version(rest.strip_suffix(')')?)?),
         None => (source, version.clone()),
     };
-    Some(Package {
-        name: name.to_owned(),
-        source: word(source)?.to_owned(),
-        version,
-        source_version,
-    })
+    let name = name.to_owned();
+    Some((Package { name, version }, word(source)?, source_version))
 }
 
 /// A name of a package.
@@ -139,13 +146,33 @@ mod tests {
                       Status: deinstall ok config-files\nVersion: 1\n\nPackage: bad\n\
                       Status: install ok installed\nVersion: 1 2\n\nnonsense";
         let packages = parse(status);
-        assert_eq!((packages.count, packages.unknown), (2, 1));
-        let glibc = &packages.by_source["glibc"][0];
-        assert_eq!(glibc.name, "libc6");
-        assert_eq!(glibc.source_version, version("2.36-9+deb12u8").unwrap());
-        let bash = &packages.by_source["bash"][0];
-        assert_eq!(bash.version, version("5.2.15-2+b7").unwrap());
-        assert_eq!(bash.source_version, version("5.2.15-2").unwrap());
+        assert_eq!((packages.count, packages.left_out), (2, 1));
+        let built_of = |source: &str, of: &str| {
+            let built = &packages.by_source[source][&version(of).unwrap()];
+            (built[0].name.clone(), built[0].version.to_string())
+        };
+        let libc = ("libc6".to_owned(), "2.36-9+deb12u8".to_owned());
+        assert_eq!(built_of("glibc", "2.36-9+deb12u8"), libc);
+        let bash = ("bash".to_owned(), "5.2.15-2+b7".to_owned());
+        assert_eq!(built_of("bash", "5.2.15-2"), bash);
+    }
+
+    #[test]
+    fn packages_that_are_too_many_are_counted() {
+        let package = |name: usize, version: usize| {
+            format!(
+                "Package: p{name}\nStatus: a b installed\nSource: x ({version})\nVersion: 1\n\n"
+            )
+        };
+        let versions: String = (0..MAX_VERSIONS + 3)
+            .map(|version| package(0, version))
+            .collect();
+        let packages = parse(&(versions + &package(1, 0)));
+        assert_eq!(packages.by_source["x"].len(), MAX_VERSIONS);
+        assert_eq!((packages.count, packages.left_out), (MAX_VERSIONS + 1, 3));
+        let many: String = (0..MAX_PACKAGES + 2).map(|name| package(name, 0)).collect();
+        let packages = parse(&many);
+        assert_eq!((packages.count, packages.left_out), (MAX_PACKAGES, 2));
     }
 
     #[test]
