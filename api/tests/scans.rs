@@ -13,7 +13,7 @@ use std::sync::atomic::Ordering;
 
 use api::audit;
 use api::domain::{Change, News, Posture, Principal, Subscription, VmmPosture};
-use api::scan::{ScanKind, ScanSpec, Scans};
+use api::scan::{MAX_KEPT, Scan, ScanId, ScanKind, ScanSpec, ScanStatus, ScanStore, Scans};
 use rusqlite::Connection;
 use serde_json::{Value, json};
 use support::{ADVISORIES, Api};
@@ -81,6 +81,19 @@ impl Bench {
         let (status, started) = self.call("POST", "/security/scan", scan).await;
         assert_eq!(status, 202, "{started}");
         started
+    }
+
+    /// The record of a scan.
+    async fn record(&self, scan: &Value) -> Scan {
+        let id = scan["scan_id"].as_str().unwrap().parse().unwrap();
+        self.api.store.scan(&id).await.unwrap().unwrap()
+    }
+
+    /// Adds the record of another scan than this one.
+    async fn add(&self, scan: &Scan) {
+        let mut scan = scan.clone();
+        scan.id = ScanId::random();
+        assert!(self.api.store.insert_scan(&scan).await.unwrap());
     }
 
     async fn get(&self, started: &Value) -> Value {
@@ -421,6 +434,79 @@ async fn what_is_asked_for_wrongly_is_told_at_once_and_scans_are_their_owners() 
         .await
         .1;
     assert_eq!(logs["logs"][0]["resource_id"], his["scan_id"]);
+}
+
+#[tokio::test]
+async fn who_has_guests_that_do_not_answer_keeps_nobody_else_waiting() {
+    let bench = Bench::new().await;
+    let bob = bench.api.user("bob", "user").await;
+    bench.vm("hers", true).await;
+    for (path, body) in [
+        ("/vms", json!({"name": "his"})),
+        ("/vms/his/start", Value::Null),
+    ] {
+        let (status, answer) = bench.call_as(&bob, "POST", path, body).await;
+        assert!(status < 300, "{answer}");
+    }
+    // Scans of packages do not read it.
+    bench.file("/etc/passwd", "hang");
+    let slow = json!({"scan_type": "configuration", "target": "hers"});
+    let first = bench.start(slow.clone()).await;
+    for _ in 1..8 {
+        bench.start(slow.clone()).await;
+    }
+    let mut events = bench.api.manager.subscribe();
+    let quick = json!({"scan_type": "vulnerability", "target": "his"});
+    let (_, his) = bench.call_as(&bob, "POST", "/security/scan", quick).await;
+    assert_eq!(ended(&mut events, &his["scan_id"]).await, "completed");
+    assert_eq!(bench.get(&first).await["status"], "started");
+}
+
+#[tokio::test]
+async fn scans_under_way_are_counted_however_many_others_have() {
+    let bench = Bench::new().await;
+    bench.vm("test-vm", true).await;
+    bench.file("/etc/passwd", "hang");
+    let of = json!({"scan_type": "configuration", "target": "test-vm"});
+    let mut under_way = bench.record(&bench.start(of.clone()).await).await;
+    for _ in 1..8 {
+        bench.add(&under_way).await;
+    }
+    under_way.owner = None;
+    for _ in 0..=MAX_KEPT {
+        bench.add(&under_way).await;
+    }
+    let (status, error) = bench.call("POST", "/security/scan", of).await;
+    assert_eq!(status, 429, "{error}");
+}
+
+#[tokio::test]
+async fn the_estimate_is_of_the_work_of_own_scans() {
+    let bench = Bench::new().await;
+    bench.vm("test-vm", true).await;
+    let of = json!({"scan_type": "configuration", "target": "test-vm"});
+    let time = |value: &Value| value.as_str().unwrap().parse::<jiff::Timestamp>().unwrap();
+    let estimate = |started: &Value| {
+        let end = time(&started["estimated_completion"]);
+        end.duration_since(time(&started["started_at"])).as_secs()
+    };
+    let mut events = bench.api.manager.subscribe();
+    let started = bench.start(of.clone()).await;
+    assert_eq!(estimate(&started), 10);
+    ended(&mut events, &started["scan_id"]).await;
+    let mut record = bench.record(&started).await;
+    assert_eq!(record.status, ScanStatus::Completed);
+    assert!(record.work_ms.is_some());
+    // It waited for an hour.
+    record.started_at -= jiff::SignedDuration::from_hours(1);
+    record.work_ms = Some(7000);
+    for _ in 0..10 {
+        bench.add(&record).await;
+    }
+    record.owner = None;
+    record.work_ms = Some(900_000);
+    bench.add(&record).await;
+    assert_eq!(estimate(&bench.start(of).await), 7);
 }
 
 #[tokio::test]

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use tokio::time::timeout;
 use tracing::warn;
@@ -11,6 +12,7 @@ use super::control::Area;
 use super::evidence::{MAX_EVIDENCE, Reader};
 use super::packages::{self, Package, Packages, Release};
 use super::report::{Check, Details, Report, Results, Severity, Verdict};
+use super::turns::ScanTurn;
 use super::{MAX_TIME, Scan, ScanKind, advisories, guest, host};
 use crate::audit::AuditLog;
 use crate::chain;
@@ -85,21 +87,28 @@ impl Unseen {
 }
 
 impl Job<'_> {
-    /// What all of it comes to.
-    pub async fn run(&self, machines: &[Sandbox]) -> Results {
+    /// What all of it comes to, and how long it was at work. Each machine waits for its turn.
+    pub async fn run(&self, machines: &[Sandbox], turn: &ScanTurn<'_>) -> (Results, Duration) {
         let mut report = Report::new(&self.scan.frameworks);
+        let mut work = Duration::ZERO;
         if self.scan.kind == ScanKind::Compliance && report.wants(AUDIT.area) {
+            let _turn = turn.guest().await;
+            let began = Instant::now();
             self.look_at_audit(&mut report).await;
+            work += began.elapsed();
         }
         for machine in machines {
+            let _turn = turn.guest().await;
+            let began = Instant::now();
             match self.scan.kind {
                 ScanKind::Vulnerability => self.compare_packages(machine, &mut report).await,
                 ScanKind::Compliance | ScanKind::Configuration => {
                     self.look_at(machine, &mut report).await;
                 }
             }
+            work += began.elapsed();
         }
-        report.finish()
+        (report.finish(), work)
     }
 
     async fn look_at_audit(&self, report: &mut Report) {
@@ -218,15 +227,13 @@ impl Job<'_> {
         if status != Status::Running {
             return Err(Unseen::NotRunning(status));
         }
-        let in_use = match self.manager.running(machine.id.as_str()).await {
-            Ok(in_use) => in_use,
-            Err(_) => return Err(Unseen::NotRunning(status)),
-        };
-        match timeout(MAX_TIME, look(Reader::new(self.manager, &in_use))).await {
-            Ok(Ok(seen)) => Ok(seen),
-            Ok(Err(source)) => Err(Unseen::Host(source)),
-            Err(_) => Err(Unseen::Slow),
-        }
+        let seen = timeout(MAX_TIME, async {
+            let in_use = self.manager.running(machine.id.as_str()).await;
+            let in_use = in_use.map_err(|_| Unseen::NotRunning(status))?;
+            let seen = look(Reader::new(self.manager, &in_use)).await;
+            seen.map_err(Unseen::Host)
+        });
+        seen.await.unwrap_or(Err(Unseen::Slow))
     }
 }
 

@@ -22,6 +22,7 @@ mod packages;
 mod report;
 mod store;
 mod sysctl;
+mod turns;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -29,14 +30,15 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{Instrument, info, warn};
 
 pub use control::Framework;
 pub use report::{Finding, Results, Severity};
-pub use store::{MAX_KEPT, ScanFilter, ScanStore};
+pub use store::{MAX_KEPT, ScanStore, Work};
+
+use turns::Turns;
 
 use crate::audit::AuditLog;
 use crate::chain;
@@ -44,14 +46,12 @@ use crate::domain::{
     Id, Kind, LookupError, Manager, Page, Principal, Sandbox, SortBy, Status, StoreError, UserId,
 };
 
-/// How many scans run at a time.
-const AT_ONCE: usize = 2;
 /// How many of one user may be under way.
-const MAX_UNDER_WAY: usize = 8;
+const MAX_UNDER_WAY: u32 = 8;
 /// The most machines of one scan.
 const MAX_MACHINES: u32 = 1000;
-/// How long one machine is looked at, at most.
-const MAX_TIME: Duration = Duration::from_secs(600);
+/// How long one guest is looked into, at most. It takes seconds, and a few times ten on an emulated host.
+const MAX_TIME: Duration = Duration::from_secs(120);
 /// How long one takes, until that was measured.
 const GUESS: Duration = Duration::from_secs(10);
 /// How many scans the estimate is made of.
@@ -151,6 +151,9 @@ pub struct Scan {
     pub estimated_completion: Timestamp,
     /// When it has ended.
     pub completed_at: Option<Timestamp>,
+    /// For how many milliseconds it was at work, and did not wait for others; `None` unless it is completed.
+    #[serde(default)]
+    pub work_ms: Option<u32>,
     /// What it came to.
     pub results: Option<Results>,
 }
@@ -200,7 +203,7 @@ struct Inner {
     audit: AuditLog,
     /// Known holes of packages.
     advisories: Option<PathBuf>,
-    running: Semaphore,
+    turns: Turns,
     /// Held while a scan is added, so that nobody has too many.
     adding: tokio::sync::Mutex<()>,
     cancel: CancellationToken,
@@ -218,12 +221,7 @@ impl Scans {
         advisories: Option<PathBuf>,
     ) -> Result<Self, StoreError> {
         loop {
-            let filter = ScanFilter {
-                is_under_way: Some(true),
-                limit: MAX_KEPT,
-                ..ScanFilter::default()
-            };
-            let left = store.scans(&filter).await?;
+            let left = store.under_way(MAX_KEPT).await?;
             if left.is_empty() {
                 break;
             }
@@ -239,7 +237,7 @@ impl Scans {
                 store,
                 audit,
                 advisories,
-                running: Semaphore::new(AT_ONCE),
+                turns: Turns::new(),
                 adding: tokio::sync::Mutex::default(),
                 cancel: CancellationToken::new(),
                 tasks: TaskTracker::new(),
@@ -276,10 +274,12 @@ impl Scans {
             started_at: now,
             estimated_completion: now,
             completed_at: None,
+            work_ms: None,
             results: None,
         };
         let inner = &self.inner;
-        let estimate = inner.estimate(spec.kind).await?.saturating_mul(count);
+        let estimate = inner.estimate(scan.owner.as_ref(), spec.kind).await?;
+        let estimate = estimate.saturating_mul(count);
         let estimate = SignedDuration::try_from(estimate).unwrap_or(SignedDuration::MAX);
         scan.estimated_completion = now.checked_add(estimate).unwrap_or(now);
         {
@@ -287,14 +287,8 @@ impl Scans {
             if inner.cancel.is_cancelled() {
                 return Err(ScanError::ShuttingDown);
             }
-            let filter = ScanFilter {
-                is_under_way: Some(true),
-                limit: MAX_KEPT,
-                ..ScanFilter::default()
-            };
-            let under_way = inner.store.scans(&filter).await?;
-            let own = under_way.iter().filter(|other| other.owner == scan.owner);
-            if own.count() >= MAX_UNDER_WAY {
+            let under_way = inner.store.count_under_way(scan.owner.as_ref()).await?;
+            if under_way >= MAX_UNDER_WAY {
                 return Err(ScanError::TooMany);
             }
             while !inner.store.insert_scan(&scan).await? {
@@ -337,25 +331,16 @@ impl Scans {
 }
 
 impl Inner {
-    /// How long one machine takes, by the latest scans of this kind.
-    async fn estimate(&self, kind: ScanKind) -> Result<Duration, StoreError> {
-        let filter = ScanFilter {
-            kind: Some(kind),
-            is_under_way: Some(false),
-            limit: MEASURED,
-            ..ScanFilter::default()
-        };
-        let latest = self.store.scans(&filter).await?;
+    /// How long one machine takes, by the latest scans of this owner and kind.
+    async fn estimate(
+        &self,
+        owner: Option<&UserId>,
+        kind: ScanKind,
+    ) -> Result<Duration, StoreError> {
         let (mut took, mut machines) = (Duration::ZERO, 0_u32);
-        for scan in latest
-            .iter()
-            .filter(|scan| scan.status == ScanStatus::Completed)
-        {
-            if let Some(end) = scan.completed_at {
-                let one = Duration::try_from(end.duration_since(scan.started_at));
-                took = took.saturating_add(one.unwrap_or_default());
-                machines = machines.saturating_add(scan.machines);
-            }
+        for work in self.store.latest_work(owner, kind, MEASURED).await? {
+            took = took.saturating_add(work.took);
+            machines = machines.saturating_add(work.machines);
         }
         Ok(took.checked_div(machines).unwrap_or(GUESS))
     }
@@ -386,16 +371,18 @@ async fn run(
         audit: &inner.audit,
     };
     let work = async {
-        // Never closed.
-        let _running = inner.running.acquire().await;
-        job.run(&machines).await
+        let turn = inner.turns.scan(job.scan.owner.as_ref()).await;
+        job.run(&machines, &turn).await
     };
     let ended = tokio::select! {
         results = work => Some(results),
         () = inner.cancel.cancelled() => None,
     };
     match ended {
-        Some(results) => scan.end(ScanStatus::Completed, None, Some(results)),
+        Some((results, work)) => {
+            scan.work_ms = Some(u32::try_from(work.as_millis()).unwrap_or(u32::MAX));
+            scan.end(ScanStatus::Completed, None, Some(results));
+        }
         None => {
             let reason = "the daemon was asked to end".to_owned();
             scan.end(ScanStatus::Cancelled, Some(reason), None);

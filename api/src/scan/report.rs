@@ -13,6 +13,9 @@ pub const MAX_FINDINGS: usize = 2000;
 const MAX_DETAILS: usize = 20;
 /// How much of each is told, in characters.
 const MAX_DETAIL: usize = 200;
+/// How much the details of one scan take together, in bytes; a finding whose own do not fit is told
+/// without them.
+const MAX_TOLD: usize = 4 << 20;
 /// The greatest risk.
 const MAX_RISK: u32 = 100;
 
@@ -223,6 +226,8 @@ pub struct Report {
     results: Results,
     /// The risk of each thing that was looked at.
     risks: BTreeMap<String, u32>,
+    /// How many more bytes of details there may be.
+    room: usize,
 }
 
 impl Report {
@@ -232,6 +237,7 @@ impl Report {
             frameworks: frameworks.iter().copied().collect(),
             results: Results::default(),
             risks: BTreeMap::new(),
+            room: MAX_TOLD,
         }
     }
 
@@ -277,11 +283,7 @@ impl Report {
         };
         let risk = self.risks.entry(resource.to_owned()).or_default();
         *risk = risk.saturating_add(weight);
-        if results.findings.len() >= MAX_FINDINGS {
-            results.findings_left_off += 1;
-            return;
-        }
-        results.findings.push(Finding {
+        self.tell(Finding {
             check: check.id.to_owned(),
             severity,
             is_failure,
@@ -294,6 +296,20 @@ impl Report {
         });
     }
 
+    /// Adds a finding, as far as there is room.
+    fn tell(&mut self, mut finding: Finding) {
+        if self.results.findings.len() >= MAX_FINDINGS {
+            self.results.findings_left_off += 1;
+            return;
+        }
+        let size = finding.details.iter().map(String::len).sum();
+        match self.room.checked_sub(size) {
+            Some(room) => self.room = room,
+            None => finding.details = vec!["there is too much in all to be told".to_owned()],
+        }
+        self.results.findings.push(finding);
+    }
+
     /// Adds all of another, of the same frameworks.
     pub fn merge(&mut self, other: Self) {
         let (results, more) = (&mut self.results, other.results);
@@ -303,12 +319,9 @@ impl Report {
         results.warnings += more.warnings;
         results.not_applicable += more.not_applicable;
         results.findings_left_off += more.findings_left_off;
-        for finding in more.findings {
-            match results.findings.len() < MAX_FINDINGS {
-                true => results.findings.push(finding),
-                false => results.findings_left_off += 1,
-            }
-        }
+        more.findings
+            .into_iter()
+            .for_each(|finding| self.tell(finding));
         for (resource, risk) in other.risks {
             let sum = self.risks.entry(resource).or_default();
             *sum = sum.saturating_add(risk);
@@ -418,6 +431,31 @@ mod tests {
         assert_eq!(lines.len(), MAX_DETAILS + 1);
         assert_eq!(lines[0], "x".repeat(MAX_DETAIL));
         assert_eq!(lines[MAX_DETAILS], "and 999980 more");
+    }
+
+    #[test]
+    fn what_all_findings_tell_is_bounded_together() {
+        let long = "\u{20ac}".repeat(MAX_DETAIL);
+        let mut all = Report::new(&[]);
+        for resource in 0..4 {
+            let mut one = Report::new(&[]);
+            for _ in 0..MAX_FINDINGS / 4 {
+                let details = std::iter::repeat_n(&long, MAX_DETAILS);
+                one.add(&BAD, &resource.to_string(), Verdict::unless(details));
+            }
+            all.merge(one);
+        }
+        let results = all.finish();
+        assert_eq!(
+            (results.findings.len(), results.findings_left_off),
+            (MAX_FINDINGS, 0)
+        );
+        let told = results.findings.iter().flat_map(|finding| &finding.details);
+        let told: usize = told
+            .map(String::len)
+            .filter(|size| *size == long.len())
+            .sum();
+        assert!(told > MAX_TOLD / 2 && told <= MAX_TOLD, "{told}");
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Where scans are written down.
 
+use std::time::Duration;
+
 use async_trait::async_trait;
 
 use super::{Scan, ScanId, ScanKind};
@@ -30,22 +32,35 @@ pub trait ScanStore: Send + Sync {
     /// The store failed.
     async fn scan(&self, id: &ScanId) -> Result<Option<Scan>, StoreError>;
 
-    /// The latest scans, newest first.
+    /// The latest scans of anybody that have not ended; `limit` at most.
     ///
     /// # Errors
     /// The store failed.
-    async fn scans(&self, filter: &ScanFilter) -> Result<Vec<Scan>, StoreError>;
+    async fn under_way(&self, limit: u32) -> Result<Vec<Scan>, StoreError>;
+
+    /// How many scans of this owner have not ended.
+    ///
+    /// # Errors
+    /// The store failed.
+    async fn count_under_way(&self, owner: Option<&UserId>) -> Result<u32, StoreError>;
+
+    /// What those took that were completed of the latest `limit` of this owner and kind that have ended.
+    ///
+    /// # Errors
+    /// The store failed.
+    async fn latest_work(
+        &self,
+        owner: Option<&UserId>,
+        kind: ScanKind,
+        limit: u32,
+    ) -> Result<Vec<Work>, StoreError>;
 }
 
-/// Which scans.
-#[derive(Debug, Clone, Default)]
-pub struct ScanFilter {
-    /// Only of this user; `None` for everybody's.
-    pub owner: Option<UserId>,
-    /// Only of this kind.
-    pub kind: Option<ScanKind>,
-    /// Only those that have not ended, or have.
-    pub is_under_way: Option<bool>,
-    /// How many at most.
-    pub limit: u32,
+/// What a scan took.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Work {
+    /// How many machines it was of.
+    pub machines: u32,
+    /// For how long it was at work.
+    pub took: Duration,
 }

@@ -1,11 +1,13 @@
 //! The records of scans.
 
+use std::time::Duration;
+
 use async_trait::async_trait;
 use rusqlite::{OptionalExtension, Row, params};
 
 use super::{SqliteStore, bad};
 use crate::domain::{StoreError, UserId};
-use crate::scan::{MAX_KEPT, Scan, ScanFilter, ScanId, ScanKind, ScanStatus, ScanStore};
+use crate::scan::{MAX_KEPT, Scan, ScanId, ScanKind, ScanStatus, ScanStore, Work};
 
 #[async_trait]
 impl ScanStore for SqliteStore {
@@ -63,24 +65,50 @@ impl ScanStore for SqliteStore {
         .await
     }
 
-    async fn scans(&self, filter: &ScanFilter) -> Result<Vec<Scan>, StoreError> {
-        let filter = filter.clone();
+    async fn under_way(&self, limit: u32) -> Result<Vec<Scan>, StoreError> {
         self.with(move |connection| {
             connection
                 .prepare_cached(
-                    "SELECT record FROM scans WHERE (?1 IS NULL OR owner = ?1) \
-                     AND (?2 IS NULL OR kind = ?2) AND (?3 IS NULL OR is_under_way = ?3) \
-                     ORDER BY rowid DESC LIMIT ?4",
+                    "SELECT record FROM scans WHERE is_under_way ORDER BY rowid DESC LIMIT ?1",
                 )?
-                .query_map(
-                    params![
-                        filter.owner.as_ref().map(UserId::as_str),
-                        filter.kind.map(ScanKind::as_str),
-                        filter.is_under_way,
-                        filter.limit,
-                    ],
-                    read,
+                .query_map([limit], read)?
+                .collect()
+        })
+        .await
+    }
+
+    async fn count_under_way(&self, owner: Option<&UserId>) -> Result<u32, StoreError> {
+        let owner = owner.cloned();
+        self.with(move |connection| {
+            connection
+                .prepare_cached("SELECT count(*) FROM scans WHERE owner IS ?1 AND is_under_way")?
+                .query_row([owner.as_ref().map(UserId::as_str)], |row| row.get(0))
+        })
+        .await
+    }
+
+    async fn latest_work(
+        &self,
+        owner: Option<&UserId>,
+        kind: ScanKind,
+        limit: u32,
+    ) -> Result<Vec<Work>, StoreError> {
+        let owner = owner.cloned();
+        self.with(move |connection| {
+            let owner = owner.as_ref().map(UserId::as_str);
+            connection
+                .prepare_cached(
+                    "SELECT machines, work_ms FROM \
+                     (SELECT record ->> 'machines' AS machines, record ->> 'work_ms' AS work_ms \
+                     FROM scans WHERE owner IS ?1 AND kind = ?2 AND NOT is_under_way \
+                     ORDER BY rowid DESC LIMIT ?3) WHERE work_ms IS NOT NULL",
                 )?
+                .query_map(params![owner, kind.as_str(), limit], |row| {
+                    Ok(Work {
+                        machines: row.get(0)?,
+                        took: Duration::from_millis(row.get::<_, u32>(1)?.into()),
+                    })
+                })?
                 .collect()
         })
         .await
@@ -116,6 +144,7 @@ mod tests {
             started_at: now,
             estimated_completion: now,
             completed_at: None,
+            work_ms: None,
             results: None,
         }
     }
@@ -138,18 +167,69 @@ mod tests {
         }
         assert_eq!(store.scan(&oldest.id).await.unwrap(), None);
         assert_eq!(store.scan(&anothers.id).await.unwrap(), Some(anothers));
-        let under_way = ScanFilter {
-            is_under_way: Some(true),
-            limit: 9,
-            ..ScanFilter::default()
-        };
-        let left = store.scans(&under_way).await.unwrap();
+        let left = store.under_way(9).await.unwrap();
         assert_eq!(left, std::slice::from_ref(&running));
         let mut ended = running;
         ended.status = ScanStatus::Failed;
         store.update_scan(&ended).await.unwrap();
-        assert_eq!(store.scans(&under_way).await.unwrap(), []);
+        assert_eq!(store.under_way(9).await.unwrap(), []);
         assert_eq!(store.scan(&ended.id).await.unwrap(), Some(ended));
         assert!(store.update_scan(&oldest).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn what_is_under_way_is_counted_by_owner_whatever_others_have() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = SqliteStore::open(&dir.path().join("db")).unwrap();
+        let users = [UserId::random(), UserId::random()];
+        let [one, other] = users.each_ref().map(Some);
+        for (owner, status, count) in [
+            (one, ScanStatus::Started, 3),
+            (one, ScanStatus::Completed, 1),
+            (None, ScanStatus::Started, 2),
+            (other, ScanStatus::Started, MAX_KEPT + 1),
+        ] {
+            for _ in 0..count {
+                assert!(store.insert_scan(&scan(owner, status)).await.unwrap());
+            }
+        }
+        assert_eq!(store.count_under_way(one).await.unwrap(), 3);
+        assert_eq!(store.count_under_way(None).await.unwrap(), 2);
+        assert_eq!(store.count_under_way(other).await.unwrap(), MAX_KEPT + 1);
+        assert_eq!(store.under_way(9).await.unwrap().len(), 9);
+    }
+
+    #[tokio::test]
+    async fn work_is_that_of_the_owners_latest_scans() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = SqliteStore::open(&dir.path().join("db")).unwrap();
+        let (user, other) = (UserId::random(), UserId::random());
+        let add = async |owner, work_ms, change: fn(&mut Scan)| {
+            let mut scan = scan(owner, ScanStatus::Completed);
+            scan.work_ms = work_ms;
+            change(&mut scan);
+            assert!(store.insert_scan(&scan).await.unwrap());
+        };
+        let one = Some(&user);
+        add(one, Some(9000), |_| {}).await;
+        add(one, Some(100), |scan| scan.machines = 7).await;
+        add(one, None, |scan| scan.status = ScanStatus::Cancelled).await;
+        add(one, Some(200), |_| {}).await;
+        add(one, Some(300), |scan| scan.kind = ScanKind::Compliance).await;
+        add(None, Some(400), |_| {}).await;
+        add(Some(&other), Some(500), |_| {}).await;
+        add(one, None, |scan| scan.status = ScanStatus::Started).await;
+        let work = async |owner| {
+            store
+                .latest_work(owner, ScanKind::Configuration, 3)
+                .await
+                .unwrap()
+        };
+        let took = |machines, ms| Work {
+            machines,
+            took: Duration::from_millis(ms),
+        };
+        assert_eq!(work(one).await, [took(1, 200), took(7, 100)]);
+        assert_eq!(work(None).await, [took(1, 400)]);
     }
 }
