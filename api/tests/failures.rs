@@ -4,6 +4,7 @@
 
 mod support;
 
+use api::audit;
 use api::http::Rates;
 use axum::body::Body;
 use axum::http::{HeaderMap, Request, StatusCode};
@@ -75,6 +76,27 @@ async fn an_answer_that_tells_of_a_failure_also_tells_what_is_left() {
             headers["x-request-id"].to_str().ok()
         );
     }
+}
+
+#[tokio::test]
+async fn an_answer_that_is_not_on_record_tells_what_is_left() {
+    let api = limited().await;
+    let token = api.user("alice", "admin").await;
+    let audit = Connection::open(api.dir.path().join(audit::FILE)).unwrap();
+    audit
+        .execute_batch("ALTER TABLE records RENAME TO away")
+        .unwrap();
+    let request = Request::delete("/api/v1/vms/none")
+        .header("host", "localhost")
+        .header("authorization", token)
+        .body(Body::empty())
+        .unwrap();
+    let answer = api.router.clone().oneshot(request).await.unwrap();
+    assert_eq!(answer.status(), StatusCode::INTERNAL_SERVER_ERROR);
+    assert_eq!(how_many_limits(answer.headers()), 3);
+    let (_, body) = support::read_json(answer).await;
+    let message = body["message"].as_str().unwrap();
+    assert!(message.contains("the audit log"), "{message}");
 }
 
 #[tokio::test]

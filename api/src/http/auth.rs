@@ -22,6 +22,7 @@ use axum::response::{IntoResponse, Response};
 use tokio::task::JoinError;
 use tracing::{Instrument, error};
 
+use super::rate::told_as_in;
 use super::record::{Act, Record};
 use super::{AppState, BEARER, refuse};
 use crate::audit::{AuditError, UnderWay};
@@ -190,7 +191,7 @@ async fn answer(
     };
     match recorded {
         Ok(()) => response,
-        Err(source) => not_on_record(&path, &source),
+        Err(source) => told_as_in(&response, not_on_record(&path, &source)),
     }
 }
 

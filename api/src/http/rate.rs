@@ -169,6 +169,16 @@ impl RateLimiter {
     }
 }
 
+/// The answer `to` in place of `from`, which tells the same of where the caller stands.
+pub fn told_as_in(from: &Response, mut to: Response) -> Response {
+    for name in [LIMIT, REMAINING, RESET] {
+        if let Some(value) = from.headers().get(&name) {
+            to.headers_mut().insert(name, value.clone());
+        }
+    }
+    to
+}
+
 fn network(address: IpAddr) -> IpAddr {
     match address {
         IpAddr::V4(_) => address,
