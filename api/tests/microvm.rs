@@ -533,6 +533,16 @@ async fn files_go_in_and_out() {
     let (_, all) = get(&api, "/vms/test-vm/files?path=/srv&recursive=true").await;
     assert_eq!(paths(&all), ["/srv/ab.txt", "/srv/sub", "/srv/sub/deep"]);
     assert_eq!(get(&api, "/vms/test-vm/files?recursive=maybe").await.0, 400);
+
+    let long = "d".repeat(2 << 20);
+    let deep = (0..20).map(|number| (format!("/deep/{long}/{number}"), Vec::new()));
+    api.host.files.lock().unwrap().extend(deep);
+    let (status, _) = get(&api, "/vms/test-vm/files?path=/deep").await;
+    assert_eq!(status, 200);
+    let (status, error) = get(&api, "/vms/test-vm/files?path=/deep&recursive=true").await;
+    assert_eq!(status, 400, "a guest decides how long paths are");
+    let message = error["message"].as_str().unwrap();
+    assert!(message.contains("list a part of them"), "{message}");
 }
 
 #[tokio::test]

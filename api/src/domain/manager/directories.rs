@@ -8,8 +8,18 @@ use super::{InUse, Manager};
 /// The most entries of a listing.
 const MAX_ENTRIES: usize = 50_000;
 
+/// How much the paths of a listing take together at most, in bytes. Each has those above it in it, so that
+/// a few deep ones are worth many.
+const MAX_PATHS: usize = 32 << 20;
+
 /// The deepest listing.
 pub const MAX_DEPTH: u32 = 64;
+
+/// How much these paths take, and those that links among them lead to.
+fn size_of_paths(entries: &[FileInfo]) -> usize {
+    let size = |entry: &FileInfo| entry.path.len() + entry.target.as_ref().map_or(0, String::len);
+    entries.iter().map(size).sum()
+}
 
 impl Manager {
     /// What is in a directory, and in those below it down to `depth`, 1 to [`MAX_DEPTH`]; sorted by
@@ -33,6 +43,7 @@ impl Manager {
             .list_dir(id, path, MAX_ENTRIES)
             .await
             .map_err(FileError::Host)?;
+        let mut paths = size_of_paths(&all);
         let mut level = 0..all.len();
         for _ in 1..depth {
             let below = all.len();
@@ -42,10 +53,19 @@ impl Manager {
                 }
                 let room = MAX_ENTRIES.saturating_sub(all.len());
                 match host.list_dir(id, &all[at].path, room).await {
-                    Ok(entries) => all.extend(entries),
+                    Ok(entries) => {
+                        paths = paths.saturating_add(size_of_paths(&entries));
+                        all.extend(entries);
+                    }
                     // It was removed meanwhile, or has a name that is no text.
                     Err(HostError::FileNotFound { .. }) => {}
                     Err(source) => return Err(FileError::Host(source)),
+                }
+                if paths > MAX_PATHS {
+                    return Err(FileError::Host(HostError::Invalid {
+                        reason: "the paths of all these files take too much to be listed; list a part of them"
+                            .to_owned(),
+                    }));
                 }
             }
             level = below..all.len();
