@@ -51,6 +51,8 @@ use crate::{
 
 /// The largest buffer of a connection, in bytes; also the largest chunk of an upload.
 const CONNECTION_BUFFER: usize = 64 * 1024;
+/// How long the host may go on with a file that is not taken.
+const REST: Duration = Duration::from_secs(30);
 /// What a JSON body and the lines of a listing are.
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 const JSON_LINES: HeaderValue = HeaderValue::from_static("application/x-ndjson");
@@ -471,6 +473,22 @@ async fn blocking<T: Send + 'static>(
 async fn put(request: Request<Incoming>) -> Answer {
     let query = query(&request)?;
     let mut body = request.into_body();
+    let writing = match write(query, &mut body).await {
+        Ok(writing) => writing,
+        Err(error) => {
+            drop_rest(body);
+            return Err(error);
+        }
+    };
+    let status = if writing.creates {
+        StatusCode::CREATED
+    } else {
+        StatusCode::OK
+    };
+    json(status, &blocking(move || writing.finish()).await?)
+}
+
+async fn write(query: FileQuery, body: &mut Incoming) -> Result<Writing, RequestError> {
     let mut writing = blocking(move || Writing::begin(&query)).await?;
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|e| RequestError::Body(e.into()))?;
@@ -482,12 +500,15 @@ async fn put(request: Request<Incoming>) -> Answer {
             .await?;
         }
     }
-    let status = if writing.creates {
-        StatusCode::CREATED
-    } else {
-        StatusCode::OK
-    };
-    json(status, &blocking(move || writing.finish()).await?)
+    Ok(writing)
+}
+
+/// Reads what the host still sends while it is answered: one that writes to a closed connection may hear of
+/// that in place of the answer.
+fn drop_rest(mut body: Incoming) {
+    tokio::spawn(tokio::time::timeout(REST, async move {
+        while let Some(Ok(_)) = body.frame().await {}
+    }));
 }
 
 async fn get(query: &FileQuery) -> Answer {

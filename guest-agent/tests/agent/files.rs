@@ -416,6 +416,24 @@ async fn a_full_disk_is_told_and_leaves_no_file() {
 }
 
 #[tokio::test]
+async fn a_host_that_sends_on_hears_why_its_file_is_not_taken() {
+    const LEN: usize = 8 << 20;
+    let agent = Agent::start();
+    let mut stream = agent.connect().await;
+    let head = format!(
+        "PUT {} HTTP/1.1\r\nHost: agent\r\nConnection: close\r\nContent-Length: {LEN}\r\n\r\n",
+        target("/v1/files", agent.directory())
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    // All of it can be sent, though nobody wants it, by one who looks for no answer before.
+    stream.write_all(&vec![7; LEN]).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 409 "), "{answer}");
+    assert!(answer.contains("is_a_directory"), "{answer}");
+}
+
+#[tokio::test]
 async fn malformed_requests_get_a_4xx() {
     let agent = Agent::start();
     for (head, status) in [
