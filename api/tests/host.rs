@@ -9,9 +9,10 @@
 
 #[path = "support/agent.rs"]
 mod agent;
+#[path = "support/executable.rs"]
+mod executable;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -84,9 +85,7 @@ impl Bench {
              echo 'hello from the guest' > $console\n{body}\n",
             path.display()
         );
-        let vmm = path.join("vmm");
-        std::fs::write(&vmm, script).unwrap();
-        std::fs::set_permissions(&vmm, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let vmm = executable::write(&path.join("vmm"), &script);
         let disk = path.join("minimal.ext4");
         std::fs::File::create(&disk)
             .unwrap()
@@ -553,11 +552,7 @@ async fn a_vmm_that_fails_at_once_says_why_and_leaves_nothing() {
 
 #[tokio::test]
 async fn an_agent_that_does_not_answer_is_given_up() {
-    let bench = Bench::new(
-        "echo up > $DIR/up; exec sleep 1000",
-        Duration::from_millis(200),
-    )
-    .await;
+    let bench = Bench::new("echo up > $DIR/up; exec sleep 1000", Duration::from_secs(3)).await;
     let error = bench
         .create(&SandboxId::random())
         .await

@@ -19,6 +19,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use vmm::sandboxing::seccomp;
 use vmm::sandboxing::{JailConfig, ThreadKind, enter};
@@ -115,6 +117,17 @@ impl Inside {
         }
     }
 
+    /// Waits until the waiter, which is jailed beside the process that says so, has taken its last step: its
+    /// filter of system calls.
+    fn waiter_confined(&self) {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let status = format!("/proc/{}/status", self.child.id());
+        while field(&fs::read_to_string(&status).unwrap(), "Seccomp:") != "2" {
+            assert!(Instant::now() < deadline, "the waiter has no filter");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// What it has said at its end, by `name=value` lines.
     fn report(mut self) -> BTreeMap<String, String> {
         self.up();
@@ -178,6 +191,7 @@ fn nothing_of_the_host() {
 fn identity_and_privileges() {
     let mut inside = Inside::start("wait");
     inside.up();
+    inside.waiter_confined();
     let own = if is_root() {
         UID
     } else {
@@ -432,7 +446,7 @@ fn inside(what: &str, directory: &Path) {
         }
         "loop-thread" => {
             narrow(ThreadKind::EventLoop);
-            let thread = std::thread::Builder::new().name("io".into());
+            let thread = thread::Builder::new().name("io".into());
             let thread = thread.spawn(|| seccomp::apply(ThreadKind::Io).unwrap());
             thread.unwrap().join().unwrap();
         }

@@ -7,13 +7,15 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on may panic")]
 
+mod executable;
+
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::Shutdown;
 use std::os::fd::{FromRawFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -53,10 +55,7 @@ pub fn install(dir: &Path, test: &str, agent: &Path) -> PathBuf {
         agent.display(),
         std::env::current_exe().unwrap().display(),
     );
-    let vmm = dir.join("vmm");
-    fs::write(&vmm, script).unwrap();
-    fs::set_permissions(&vmm, fs::Permissions::from_mode(0o755)).unwrap();
-    vmm
+    executable::write(&dir.join("vmm"), &script)
 }
 
 /// Is a VMM, if this program was started as one; does not return then.

@@ -215,6 +215,17 @@ impl Exec {
         }
     }
 
+    /// Reads the end of the connection, after the exit. A reset is one too: a Unix socket that is closed
+    /// with input in it that nobody has read resets its peer.
+    async fn expect_end(&mut self) {
+        assert!(self.buffer.is_empty(), "bytes after the exit");
+        match self.stream.read(&mut [0]).await {
+            Ok(0) => {}
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {}
+            other => panic!("{other:?} in place of the end after the exit"),
+        }
+    }
+
     pub async fn finish(mut self) -> Output {
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
         loop {
@@ -223,7 +234,7 @@ impl Exec {
                 Some(AgentFrame::Stdout(bytes)) => stdout.extend(bytes),
                 Some(AgentFrame::Stderr(bytes)) => stderr.extend(bytes),
                 Some(AgentFrame::Exit(exit)) => {
-                    assert_eq!(self.next().await, None);
+                    self.expect_end().await;
                     return Output {
                         stdout,
                         stderr,

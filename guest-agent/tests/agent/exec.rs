@@ -232,7 +232,11 @@ async fn stdin_reaches_the_program_and_ends() {
 #[tokio::test]
 async fn stdin_that_nobody_reads_is_dropped() {
     let agent = Agent::start();
-    let mut request = sh("exec <&-; echo closed; read line; sleep 0.2; exit 3");
+    let go = agent.directory().join("go");
+    let mut request = sh(&format!(
+        "exec <&-; echo closed; until [ -e {} ]; do sleep 0.01; done; exit 3",
+        go.display()
+    ));
     request.stdin = true;
     let mut exec = agent.exec(&request).await;
     exec.wait_for_line("closed").await;
@@ -240,6 +244,7 @@ async fn stdin_that_nobody_reads_is_dropped() {
         exec.send(HostFrame::Stdin(Bytes::from(vec![0; MAX_FRAME_PAYLOAD])))
             .await;
     }
+    fs::write(go, "").unwrap();
     assert_eq!(exec.finish().await.exit.code, 3);
 }
 

@@ -240,8 +240,9 @@ fn raise_descriptor_limit() {
 
 #[test]
 fn patience_ends() {
-    let mut guest = Guest::powered_on(true, Duration::from_millis(100));
+    let mut guest = Guest::powered_on(true, Duration::from_secs(1));
     guest.activate();
+    let (left, _socket) = open_from_host(&mut guest);
     // A program that says nothing.
     let mut silent = guest.connect();
     // A guest that does not answer the request.
@@ -249,7 +250,6 @@ fn patience_ends() {
     program.write_all(b"CONNECT 1\n").unwrap();
     guest.expect(Op::Request);
     // A guest that does not answer the end.
-    let (left, _socket) = open_from_host(&mut guest);
     drop(left);
     let start = Instant::now();
     let mut resets = 0;
