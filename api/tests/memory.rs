@@ -53,7 +53,12 @@ fn upload(head_first: bool) -> Body {
             .position(|end| end == b"\r\n\r\n")
             .unwrap()
         + 4;
-    let (head, tail) = (whole[..cut].to_vec(), whole[cut..].to_vec());
+    stretched(&whole[..cut], &whole[cut..])
+}
+
+/// A body that has [`SIZE`] bytes between these.
+fn stretched(head: &[u8], tail: &[u8]) -> Body {
+    let (head, tail) = (head.to_vec(), tail.to_vec());
     let piece = Bytes::from(vec![b'z'; PIECE]);
     let pieces = stream::once(async { Bytes::from(head) })
         .chain(stream::iter((0..SIZE / PIECE).map(move |_| piece.clone())))
@@ -89,6 +94,24 @@ async fn long_output_and_large_files_take_little_memory() {
         assert_eq!(status, StatusCode::NO_CONTENT, "{answer}");
         assert_eq!(*api.host.last_upload.lock().unwrap(), Some(SIZE as u64));
         grown("upload");
+    }
+
+    // A field that nobody asked for is skipped.
+    let whole = form(&[("path", b"/dev/null"), ("file", b"")]);
+    let other = stretched(
+        b"--X\r\nContent-Disposition: form-data; name=\"other\"\r\n\r\n",
+        &[b"\r\n", &whole[..]].concat(),
+    );
+    let (status, answer) = api.upload(&id, other).await;
+    assert_eq!(status, StatusCode::NO_CONTENT, "{answer}");
+    grown("a field that is skipped");
+    // What is no field: before the first, and as a header of one.
+    for head in ["", "--X\r\nContent-Disposition: "] {
+        let (status, answer) = api.upload(&id, stretched(head.as_bytes(), b"")).await;
+        assert_eq!(status, StatusCode::BAD_REQUEST, "{answer}");
+        let message = answer["error"]["message"].as_str().unwrap();
+        assert!(message.contains("no field's content"), "{message}");
+        grown("a form without fields");
     }
 
     let body = format!(r#"{{"path": "/zeros/{SIZE}"}}"#);

@@ -8,13 +8,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::body::Bytes;
 use axum::extract::Request;
-use axum::extract::multipart::{Field, Multipart, MultipartError};
+use axum::extract::multipart::MultipartError;
 use futures_util::stream::{self, BoxStream, StreamExt};
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 
 use super::forms::{
-    FORM_OVERHEAD, PIECES_IN_FLIGHT, SPOOL_MEMORY, announced, content, ends_with_none, form,
+    FORM_OVERHEAD, Form, FormField, PIECES_IN_FLIGHT, SPOOL_MEMORY, announced, content,
+    ends_with_none, form,
 };
 use crate::chain;
 use crate::domain::{FileError, InUse, Manager, Spool, Spooled};
@@ -125,7 +126,7 @@ enum Come {
 
 impl Upload<'_> {
     /// Where the file is, and its size.
-    async fn run(&self, mut form: Multipart) -> Result<(String, u64), UploadError> {
+    async fn run(&self, mut form: Form) -> Result<(String, u64), UploadError> {
         let (mut path, mut mode, mut waiting) = (None, None, None);
         let field_path = self.rules.path;
         while let Some(mut field) = form.next_field().await.map_err(|error| bad_form(&error))? {
@@ -144,7 +145,7 @@ impl Upload<'_> {
                         Come::Waits(file) => waiting = Some(file),
                     }
                 }
-                _ => {}
+                _ => field.skip().await.map_err(|error| bad_form(&error))?,
             }
         }
         let path = path.ok_or_else(|| missing(field_path))?;
@@ -158,7 +159,7 @@ impl Upload<'_> {
     /// Writes the file, if all is known of it, or lets it wait.
     async fn come_to(
         &self,
-        field: &mut Field<'_>,
+        field: &mut FormField<'_>,
         path: Option<&String>,
         mode: Option<u32>,
     ) -> Result<Come, UploadError> {
@@ -194,7 +195,7 @@ impl Upload<'_> {
         &self,
         path: String,
         mode: Option<u32>,
-        field: &mut Field<'_>,
+        field: &mut FormField<'_>,
     ) -> Result<u64, UploadError> {
         let (sender, mut pieces) = mpsc::channel(PIECES_IN_FLIGHT);
         let content = stream::poll_fn(move |context| pieces.poll_recv(context));
@@ -220,7 +221,7 @@ impl Upload<'_> {
         Ok(size)
     }
 
-    async fn spool(&self, field: &mut Field<'_>) -> Result<Spooled, UploadError> {
+    async fn spool(&self, field: &mut FormField<'_>) -> Result<Spooled, UploadError> {
         let mut spool = Spool::new(&self.manager.limits().exec.spool_dir, SPOOL_MEMORY);
         while let Some(piece) = field.chunk().await.map_err(|error| bad_form(&error))? {
             if spool.len() + piece.len() as u64 > self.rules.limit {
@@ -251,7 +252,7 @@ pub fn bad_form(error: &MultipartError) -> UploadError {
     UploadError::Form(format!("the form cannot be read: {}", chain(error)))
 }
 
-async fn read_text(field: &mut Field<'_>, name: &'static str) -> Result<String, UploadError> {
+async fn read_text(field: &mut FormField<'_>, name: &'static str) -> Result<String, UploadError> {
     let wrong = |problem: String| UploadError::Field {
         field: name,
         problem,

@@ -6,7 +6,6 @@ use std::path::Path as FilePath;
 
 use axum::Json;
 use axum::body::{Body, Bytes, to_bytes};
-use axum::extract::multipart::Field;
 use axum::extract::{Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -18,7 +17,7 @@ use utoipa::ToSchema;
 use super::error::{ApiError, parse};
 use super::extract::Path;
 use super::sandboxes::rfc3339;
-use crate::dialects::forms::form;
+use crate::dialects::forms::{FormField, form};
 use crate::dialects::upload::bad_form;
 use crate::domain::{
     BuildFrom, BuildSpec, DEFAULT_MEMORY_MB, DEFAULT_VCPUS, Manager, Recipe, SettingsSpec, Source,
@@ -417,7 +416,7 @@ async fn read_form(
     Ok((what, archive))
 }
 
-async fn read_request(field: &mut Field<'_>) -> Result<Bytes, ApiError> {
+async fn read_request(field: &mut FormField<'_>) -> Result<Bytes, ApiError> {
     let mut bytes = Vec::new();
     while let Some(piece) = field.chunk().await.map_err(|error| bad_form(&error))? {
         if bytes.len() + piece.len() > MAX_REQUEST {
@@ -430,7 +429,7 @@ async fn read_request(field: &mut Field<'_>) -> Result<Bytes, ApiError> {
 
 /// The archive, in a file that has no name and is gone with the build.
 async fn spool(
-    field: &mut Field<'_>,
+    field: &mut FormField<'_>,
     dir: &FilePath,
     limit: u64,
 ) -> Result<std::fs::File, ApiError> {
