@@ -303,3 +303,37 @@ async fn a_machine_that_is_kept_is_paused_and_goes_on() {
     is_tidy(&api).await;
     manager.power_on("box").await.unwrap();
 }
+
+#[tokio::test]
+async fn what_is_written_after_a_snapshot_whose_disk_was_not_kept_is_kept_by_a_stop() {
+    for include_memory in [true, false] {
+        let api = Api::new(1 << 20, 1 << 20).await;
+        let (manager, host) = (&api.manager, &api.host);
+        manager.create_off(spec("box")).await.unwrap();
+        manager.power_on("box").await.unwrap();
+        let snapshot = SnapshotSpec {
+            include_memory,
+            ..SnapshotSpec::default()
+        };
+        *host.fault.lock().unwrap() = Some(Fault::NotKept);
+        let failed = manager.snapshot("box", snapshot).await;
+        assert!(failed.is_err(), "{failed:?}");
+        let on = manager.get("box").await.unwrap();
+        assert_eq!(on.status, Status::Running, "it goes on");
+
+        // Nor is it off before it is.
+        *host.fault.lock().unwrap() = Some(Fault::NotKept);
+        let refused = manager.power_off("box", STOP).await;
+        assert!(
+            matches!(refused, Err(PowerError::Host { .. })),
+            "{refused:?}"
+        );
+        let on = manager.get("box").await.unwrap();
+        assert_eq!(on.status, Status::Running);
+        let off = manager.power_off("box", STOP).await.unwrap();
+        let (own, below) = off.layers.disk.split_last().unwrap();
+        assert_eq!(below, on.layers.disk);
+        assert!(host.layers.lock().unwrap().contains(own));
+        is_tidy(&api).await;
+    }
+}

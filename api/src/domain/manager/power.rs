@@ -206,7 +206,7 @@ impl Manager {
         if sandbox.status != Status::Running {
             return Err(wrong(sandbox.status));
         }
-        if sandbox.kept.is_none() {
+        if !sandbox.keeps_its_disk() {
             self.keep_root(id).await.map_err(failed)?;
         }
         let sandbox = match self.record(id, Transition::PoweringOff).await? {

@@ -256,7 +256,11 @@ impl Manager {
             let based = self.record(id, Transition::Based(layers.clone())).await?;
             // What it writes to now is another than before.
             if based.is_some_and(|sandbox| sandbox.is_kept && sandbox.status == Status::Running) {
-                self.keep_root(id).await.map_err(SnapshotError::Host)?;
+                self.keep_root(id).await.map_err(|source| {
+                    error!(sandbox = %id, error = chain(&source),
+                        "the disk that the sandbox writes to now is not kept until it is stopped");
+                    SnapshotError::Host(source)
+                })?;
             }
             self.merge_in_background(&layers);
         }

@@ -169,6 +169,13 @@ impl Sandbox {
         }
     }
 
+    /// Whether what it writes to now, while it runs, is on a disk that is kept. It is not if it was saved and
+    /// writes to another since.
+    pub fn keeps_its_disk(&self) -> bool {
+        let kept = self.kept.as_ref().and_then(|kept| kept.disk.split_last());
+        kept.is_some_and(|(_, below)| below == self.layers.disk)
+    }
+
     /// What it is called for people: its name, or its id.
     pub fn shown(&self) -> String {
         let name = self.name.clone();
