@@ -2,7 +2,12 @@
 
 mod support;
 
+use std::sync::Arc;
+
+use api::domain::Role;
 use api::http::{Access, OPEN};
+use api::identity::{Identity, NewUser, RegisterError, Registration, Tokens};
+use api::store::SqliteStore;
 use axum::http::StatusCode;
 use serde_json::{Value, json};
 use support::{Api, PASSWORD};
@@ -223,4 +228,46 @@ async fn with_a_listener_that_others_reach_everybody_needs_credentials() {
             .0,
         200
     );
+}
+
+#[tokio::test]
+async fn an_api_key_is_a_bearer_token_too() {
+    let api = Api::new(1, 1).await;
+    let alice = api.user("alice", "admin").await;
+    let headers = [("authorization", alice.as_str())];
+    let name = r#"{"name": "k"}"#;
+    let (_, key) = api.call_as("POST", "/v1/api-keys", name, &headers).await;
+    let bearer = format!("Bearer {}", key["key"].as_str().unwrap());
+    let list = async |bearer: &str| {
+        let headers = [("authorization", bearer)];
+        api.call_as("GET", "/api/v1/vms", "", &headers).await.0
+    };
+    assert_eq!(list(&bearer).await, StatusCode::OK);
+    assert_eq!(list(&format!("{bearer}x")).await, StatusCode::UNAUTHORIZED);
+}
+
+#[tokio::test]
+async fn who_may_not_register_does_not_hear_who_is_registered() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Arc::new(SqliteStore::open(&dir.path().join("db")).unwrap());
+    let tokens = Tokens::open(&dir.path().join("token.key")).unwrap();
+    let identity = Identity::new(store, tokens, Registration::Admin).unwrap();
+    let register = async |name: &str, role: Role| {
+        let new = NewUser {
+            name: name.to_owned(),
+            password: PASSWORD.to_owned(),
+            role,
+        };
+        identity.register(new, None).await
+    };
+    assert!(register("alice", Role::Admin).await.is_ok());
+    for role in [Role::User, Role::Admin] {
+        for name in ["alice", "bob"] {
+            let refused = register(name, role).await;
+            assert!(
+                matches!(refused, Err(RegisterError::Forbidden(_))),
+                "{name}: {refused:?}"
+            );
+        }
+    }
 }

@@ -637,6 +637,26 @@ async fn snapshots_are_taken_restored_and_deleted() {
 }
 
 #[tokio::test]
+async fn a_port_of_anothers_machine_is_told_as_any_that_is_taken() {
+    let mut api = api().await;
+    running(&api).await;
+    let path = "/vms/test-vm/network/port-forward";
+    let web = |port: u16| json!({"host_port": port, "guest_port": 80});
+    assert_eq!(post(&api, path, web(8080)).await.0, 201);
+    api.host.taken_ports.lock().unwrap().push(9090);
+
+    api.bearer = api.user("bob", "user").await;
+    let (status, created) = post(&api, "/vms", json!({"name": "test-vm"})).await;
+    assert_eq!(status, 201, "{created}");
+    let refused = async |port: u16| {
+        let (status, refused) = post(&api, path, web(port)).await;
+        assert_eq!(status, 409, "{refused}");
+        refused.to_string().replace(&port.to_string(), "PORT")
+    };
+    assert_eq!(refused(8080).await, refused(9090).await);
+}
+
+#[tokio::test]
 async fn networks_and_forwards() {
     let api = api().await;
     running(&api).await;

@@ -54,6 +54,7 @@ pub use network::{
     DomainPattern, Egress, EgressError, FIRST_AUTO_PORT, Forward, ForwardSpec, KeptForward,
     LAST_AUTO_PORT, MAX_DESCRIPTION, MAX_FORWARDS, MAX_RULES, MacAddress, NetworkActivity,
     NetworkInfo, NetworkSpec, PortRange, RateLimits, Subnet, SubnetError, Traffic, Transport,
+    port_in_use,
 };
 pub use observe::Observer;
 pub use posture::{Posture, VmmPosture};

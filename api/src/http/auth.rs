@@ -344,8 +344,8 @@ fn credential<'a>(
     let tokens = headers.get_all(header::AUTHORIZATION).iter().map(|value| {
         let shown = text(value)?.split_once(' ');
         match shown {
-            Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => {
-                Ok(Credential::Token(token.trim()))
+            Some((scheme, shown)) if scheme.eq_ignore_ascii_case("bearer") => {
+                Ok(token(shown.trim()))
             }
             _ => Err("the header Authorization must be Bearer and a token"),
         }

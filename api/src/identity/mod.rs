@@ -152,6 +152,16 @@ impl Identity {
         let by_admin = by.is_some_and(|by| by.user().is_some() && by.is_admin());
         let only_first = !by_admin
             && (new.role == Role::Admin || self.inner.registration == Registration::Admin);
+        let forbidden = |role| {
+            RegisterError::Forbidden(match role {
+                Role::Admin => "only an administrator may register another one",
+                Role::User => "only an administrator may register users here",
+            })
+        };
+        // Before its password is worked on, which takes one of the few turns for that.
+        if only_first && self.inner.store.has_users().await? {
+            return Err(forbidden(new.role));
+        }
         let record = UserRecord {
             user: User {
                 id: UserId::random(),
@@ -164,10 +174,7 @@ impl Identity {
         match self.inner.store.insert_user(&record, only_first).await? {
             Inserted::Yes => Ok(record),
             Inserted::NameTaken => Err(RegisterError::NameTaken(record.user.name)),
-            Inserted::NotFirst => Err(RegisterError::Forbidden(match record.user.role {
-                Role::Admin => "only an administrator may register another one",
-                Role::User => "only an administrator may register users here",
-            })),
+            Inserted::NotFirst => Err(forbidden(record.user.role)),
         }
     }
 

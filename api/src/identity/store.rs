@@ -59,6 +59,12 @@ pub trait AccountStore: Send + Sync {
         only_first: bool,
     ) -> Result<Inserted, StoreError>;
 
+    /// Whether there are users.
+    ///
+    /// # Errors
+    /// The store failed.
+    async fn has_users(&self) -> Result<bool, StoreError>;
+
     /// The user of that id.
     ///
     /// # Errors

@@ -26,11 +26,12 @@ impl AccountStore for SqliteStore {
                     transaction.prepare(sql)?.exists([name])
                 };
                 let name = &record.user.name;
-                if one("SELECT 1 FROM users WHERE name = ?1", name)? {
-                    return Ok(Inserted::NameTaken);
-                }
+                // First, so that whoever may add nobody does not hear who there is.
                 if only_first && transaction.prepare("SELECT 1 FROM users")?.exists([])? {
                     return Ok(Inserted::NotFirst);
+                }
+                if one("SELECT 1 FROM users WHERE name = ?1", name)? {
+                    return Ok(Inserted::NameTaken);
                 }
                 transaction.execute(
                     &format!("INSERT INTO users ({USER}) VALUES (?1, ?2, ?3, ?4, ?5)"),
@@ -46,6 +47,11 @@ impl AccountStore for SqliteStore {
             })
         })
         .await
+    }
+
+    async fn has_users(&self) -> Result<bool, StoreError> {
+        self.with(|connection| connection.prepare_cached("SELECT 1 FROM users")?.exists([]))
+            .await
     }
 
     async fn user(&self, id: &UserId) -> Result<Option<UserRecord>, StoreError> {

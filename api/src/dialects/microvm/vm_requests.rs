@@ -73,8 +73,8 @@ pub struct NetworkConfigRequest {
 /// What disk a machine shall have.
 #[derive(Debug, Default, ToSchema)]
 pub struct StorageConfigRequest {
-    /// Size of its disk in GiB; that of its template if not given, and not less. The file system on it
-    /// keeps the template's size until it is grown in the machine, as by `resize2fs /dev/vda`.
+    /// Size of its disk in GiB; that of its template if not given, and not less. An ext4 file system on it
+    /// is made as large at each start.
     #[schema(nullable = false)]
     pub disk_size_gb: Option<i64>,
     /// `ssd`: there is one kind of disk.

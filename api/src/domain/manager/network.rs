@@ -8,7 +8,7 @@ use super::super::error::NetworkChangeError;
 use super::super::host::HostError;
 use super::super::network::{
     Egress, Forward, ForwardSpec, KeptForward, MAX_DESCRIPTION, MAX_FORWARDS, NetworkActivity,
-    NetworkInfo, Transport,
+    NetworkInfo, Transport, port_in_use,
 };
 use super::super::sandbox::{Sandbox, Status, Transition};
 use super::Manager;
@@ -183,7 +183,8 @@ impl Manager {
             let mut taken = other.forwards.iter().map(|kept| kept.forward);
             if let Some(forward) = taken.find(|forward| wanted.conflicts_with(forward)) {
                 if !self.sees(&other) {
-                    let reason = format!("port {} is in use", forward.host.port());
+                    // As of a port that somebody else has.
+                    let reason = port_in_use(wanted.transport, wanted.host);
                     return Err(NetworkChangeError::Host(HostError::PortInUse { reason }));
                 }
                 return Err(NetworkChangeError::PortTaken {

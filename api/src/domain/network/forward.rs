@@ -65,6 +65,11 @@ impl Forward {
     }
 }
 
+/// What whoever wants this port is told if somebody else has it: the same whoever that is.
+pub fn port_in_use(transport: Transport, host: SocketAddr) -> String {
+    format!("{transport} port {host} is in use; choose another, or none to get one that is free")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

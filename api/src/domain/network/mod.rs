@@ -16,7 +16,7 @@ pub use egress::{
 };
 pub use forward::{
     FIRST_AUTO_PORT, Forward, ForwardSpec, KeptForward, LAST_AUTO_PORT, MAX_DESCRIPTION,
-    MAX_FORWARDS,
+    MAX_FORWARDS, port_in_use,
 };
 pub use subnet::{AddressError, Subnet, SubnetError};
 

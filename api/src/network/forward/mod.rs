@@ -25,7 +25,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info};
 
 use super::namespace::Namespace;
-use crate::domain::{FIRST_AUTO_PORT, Forward, ForwardSpec, LAST_AUTO_PORT, SandboxId, Transport};
+use crate::domain::{
+    FIRST_AUTO_PORT, Forward, ForwardSpec, LAST_AUTO_PORT, SandboxId, Transport, port_in_use,
+};
 
 /// How many connections may wait to be accepted.
 const BACKLOG: i32 = 1024;
@@ -34,7 +36,7 @@ const BACKLOG: i32 = 1024;
 #[derive(Debug, thiserror::Error)]
 pub enum ForwardError {
     /// Somebody has the port.
-    #[error("{transport} port {host} is in use; choose another, or none to get one that is free")]
+    #[error("{}", port_in_use(*transport, *host))]
     InUse {
         /// Protocol.
         transport: Transport,

@@ -10,7 +10,7 @@ use api::domain::{
     HostEvent, HostInfo, ImageDigest, ImageInfo, KeepDiskRequest, KeptDisk, LayerId, Layers,
     LayersInfo, MergeRequest, Model, NetworkActivity, Posture, PowerOffRequest, PrepareRequest,
     Presence, ReadFileRequest, ResizeRequest, SandboxId, SaveRequest, Saved, Start, Timings,
-    Traffic, WalkSpec, WalkSteps, WriteFileRequest,
+    Traffic, WalkSpec, WalkSteps, WriteFileRequest, port_in_use,
 };
 use async_trait::async_trait;
 use axum::body::Bytes;
@@ -372,7 +372,7 @@ impl Host for FakeHost {
     async fn open_forward(&self, id: &SandboxId, spec: ForwardSpec) -> Result<Forward, HostError> {
         let port = spec.host_port.unwrap_or(10_000);
         if self.taken_ports.lock().unwrap().contains(&port) {
-            let reason = format!("port {port} is in use");
+            let reason = port_in_use(spec.transport, (spec.host_address, port).into());
             return Err(HostError::PortInUse { reason });
         }
         let forward = Forward {
