@@ -637,6 +637,17 @@ async fn snapshots_are_taken_restored_and_deleted() {
 }
 
 #[tokio::test]
+async fn a_machine_without_a_name_that_does_not_start_is_gone() {
+    let api = api().await;
+    let (status, refused) = post(&api, "/vms", json!({"template": "broken"})).await;
+    assert_eq!(status, 502, "{refused}");
+    let message = refused["message"].as_str().unwrap();
+    assert!(message.starts_with("VM 'sb-"), "{message}");
+    let (_, list) = get(&api, "/vms").await;
+    assert_eq!((&list["vms"], &list["total"]), (&json!([]), &json!(0)));
+}
+
+#[tokio::test]
 async fn a_port_of_anothers_machine_is_told_as_any_that_is_taken() {
     let mut api = api().await;
     running(&api).await;

@@ -85,7 +85,10 @@ impl AtVm for CreateError {
             Self::Address(source) => ApiError::conflict(source.to_string()),
             Self::Store(source) => source.into(),
             Self::Interrupted | Self::Describe(_) => ApiError::internal(&self),
-            Self::Host { source, .. } => agent(format!("VM '{name}' did not start: {source}")),
+            Self::Host { id, source } => {
+                let name = if name.is_empty() { id.as_str() } else { name };
+                agent(format!("VM '{name}' did not start: {source}"))
+            }
             Self::EndedAtOnce { .. } => agent(self.to_string()),
         }
     }

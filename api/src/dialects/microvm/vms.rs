@@ -8,6 +8,7 @@ use axum::extract::rejection::BytesRejection;
 use axum::http::StatusCode;
 use jiff::Timestamp;
 use serde::Serialize;
+use tracing::error;
 use utoipa::ToSchema;
 
 use super::at_vm::{AtVm, no_vm};
@@ -18,7 +19,10 @@ use super::fields::Fields;
 use super::metrics::{ResourceUsageBody, in_short};
 use super::rfc3339;
 use super::vm_requests::{CreateVmRequest, StopRequest, page, spec, stop_spec};
-use crate::domain::{InUse, MacAddress, Manager, PowerError, Sandbox, Standing, Status};
+use crate::chain;
+use crate::domain::{
+    CreateError, CreateSpec, InUse, MacAddress, Manager, PowerError, Sandbox, Standing, Status,
+};
 use crate::http::Caller;
 
 /// A machine.
@@ -173,6 +177,18 @@ pub fn word_at(standing: Standing) -> &'static str {
     }
 }
 
+/// Starts a machine that has no name. One that does not start is gone: its caller has nothing to find it by,
+/// and its address would be taken.
+async fn create_nameless(manager: &Manager, spec: CreateSpec) -> Result<Sandbox, CreateError> {
+    let created = manager.create(spec).await;
+    if let Err(CreateError::Host { id, .. }) = &created
+        && let Err(source) = manager.destroy(id.as_str()).await
+    {
+        error!(sandbox = %id, error = chain(&source), "a machine that did not start is left");
+    }
+    created
+}
+
 /// A machine, on a host whose first bridge this is.
 pub fn vm(sandbox: Sandbox, bridge: Option<&str>) -> VmBody {
     let runs = sandbox.status == Status::Running;
@@ -295,7 +311,7 @@ pub async fn create(
     let name = spec.name.clone().unwrap_or_default();
     let created = match spec.name {
         Some(_) => caller.manager.create_off(spec).await,
-        None => caller.manager.create(spec).await,
+        None => create_nameless(&caller.manager, spec).await,
     };
     let sandbox = created.map_err(|error| error.at_vm(&name))?;
     Ok((StatusCode::CREATED, Json(vm(sandbox, bridge.as_deref()))))
