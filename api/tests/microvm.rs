@@ -852,3 +852,57 @@ async fn a_user_sees_only_their_own() {
     let nobody = api.call("GET", "/api/v1/vms", "").await;
     assert_eq!(nobody.0, StatusCode::UNAUTHORIZED);
 }
+
+/// Names of the fields that an answer says are wrong.
+fn wrong_fields((status, refused): (u16, Value)) -> Vec<String> {
+    assert_eq!(status, 422, "{refused}");
+    let details = refused["details"].as_array().unwrap().iter();
+    details
+        .map(|detail| detail["field"].as_str().unwrap().to_owned())
+        .collect()
+}
+
+#[tokio::test]
+async fn every_field_that_is_wrong_is_named() {
+    let api = api().await;
+    running(&api).await;
+    let environment = json!({"a=b": "1", "zero": "\u{0}"});
+    let execute = json!({
+        "command": "true", "working_directory": "srv", "environment": environment,
+    });
+    let command = json!({"command": "true", "working_dir": "srv", "env": environment});
+    let download = json!({"remote_path": "srv", "max_size": -1});
+    let snapshot = json!({"name": "no name", "description": "x".repeat(5000)});
+    let forward = json!({"guest_port": 80, "description": "x\n", "protocol": "icmp"});
+    for (path, body, wrong) in [
+        (
+            "/execute",
+            execute,
+            &["working_directory", "environment", "environment"][..],
+        ),
+        ("/guest/command", command, &["working_dir", "env", "env"]),
+        ("/guest/download", download, &["remote_path", "max_size"]),
+        ("/snapshots", snapshot, &["name", "description"]),
+        (
+            "/network/port-forward",
+            forward,
+            &["protocol", "description"],
+        ),
+    ] {
+        let refused = post(&api, &format!("/vms/test-vm{path}"), body).await;
+        assert_eq!(wrong_fields(refused), wrong, "{path}");
+    }
+    let resources = json!({"vcpus": 99, "memory_mb": 1, "cpu_limit_percent": 0});
+    let refused = call(&api, "PUT", "/vms/test-vm/resources", resources).await;
+    assert_eq!(
+        wrong_fields(refused),
+        ["vcpus", "memory_mb", "cpu_limit_percent"]
+    );
+    for (path, field) in [("/files/upload", "path"), ("/guest/upload", "remote_path")] {
+        let form = form(&[(field, b"srv/x"), ("file", b"x")]);
+        let kind = "multipart/form-data; boundary=X";
+        let path = format!("/vms/test-vm{path}");
+        let (status, refused) = read_json(send(&api, "POST", &path, kind, form.into()).await).await;
+        assert_eq!(wrong_fields((status.as_u16(), refused)), [field]);
+    }
+}

@@ -18,7 +18,7 @@ use super::forms::{
     ends_with_none, form,
 };
 use crate::chain;
-use crate::domain::{FileError, InUse, Manager, Spool, Spooled};
+use crate::domain::{FileError, InUse, Manager, Spool, Spooled, check_path};
 
 /// The longest text field that is read, in bytes: a path, as the domain allows it.
 const MAX_TEXT: usize = 4095;
@@ -133,6 +133,7 @@ impl Upload<'_> {
             match field.name() {
                 Some(name) if name == field_path => {
                     let text = read_text(&mut field, field_path).await?;
+                    check_path(&text).map_err(|problem| wrong_path(field_path, &problem))?;
                     only_one(&mut path, text, field_path)?;
                 }
                 Some(PERMISSIONS) if self.rules.mode.is_some() => {
@@ -235,6 +236,12 @@ impl Upload<'_> {
 
 fn missing(field: &'static str) -> UploadError {
     let problem = "is required".to_owned();
+    UploadError::Field { field, problem }
+}
+
+/// The path makes no sense, by a sentence about `path`.
+fn wrong_path(field: &'static str, problem: &str) -> UploadError {
+    let problem = problem.trim_start_matches("path ").to_owned();
     UploadError::Field { field, problem }
 }
 

@@ -64,7 +64,11 @@ pub use process::{
     StartProcess, TerminalInput, TerminalInputs, TerminalSize,
 };
 pub use quota::{Quota, QuotaExceeded, QuotaOf, Quotas, Usage};
-pub use request::{Command, CreateSpec, MAX_EXEC_TIMEOUT_SEC, Problem, SettingsSpec, SnapshotSpec};
+pub use request::{
+    Command, CreateSpec, MAX_EXEC_TIMEOUT_SEC, MAX_MEMORY_MB, MAX_VCPUS, MIN_MEMORY_MB, Problem,
+    SettingsSpec, SnapshotSpec, check_path, check_snapshot_description, check_snapshot_name,
+    check_variable,
+};
 pub use resources::{
     Booted, MEMORY_STEP_MB, ResizeError, ResizeRequest, ResourceChange, Resources, withheld_mb,
 };

@@ -11,11 +11,11 @@ use super::sandbox::Spec;
 use super::template::{DEFAULT_MEMORY_MB, DEFAULT_VCPUS, Readiness, Settings};
 
 /// The most vCPUs of one sandbox: what the VMM can build.
-const MAX_VCPUS: i64 = 32;
+pub const MAX_VCPUS: i64 = 32;
 /// The least RAM of one sandbox in MiB: what a kernel, an initramfs and a small program need.
-const MIN_MEMORY_MB: i64 = 128;
+pub const MIN_MEMORY_MB: i64 = 128;
 /// The most RAM of one sandbox in MiB: what the VMM can build.
-const MAX_MEMORY_MB: i64 = 1 << 20;
+pub const MAX_MEMORY_MB: i64 = 1 << 20;
 /// The longest idle time of one sandbox in seconds: 30 days.
 const MAX_TIMEOUT_SEC: i64 = 30 * 24 * 3600;
 /// The longest time of one command in seconds: a day.
@@ -393,15 +393,7 @@ fn check_argv(argv: &[String]) -> Result<(), String> {
 pub fn check_command(command: Command, settings: &Settings) -> Result<ExecRequest, String> {
     check_argv(&command.argv)?;
     for (name, value) in &command.env {
-        if name.is_empty() || name.contains(['=', '\0']) {
-            return Err(format!(
-                "the name of a variable must have a character, and neither `=` nor a zero byte, \
-                 unlike {name:?}"
-            ));
-        }
-        if value.contains('\0') {
-            return Err(format!("the variable {name} must not contain a zero byte"));
-        }
+        check_variable(name, value)?;
     }
     if let Some(cwd) = &command.cwd {
         check_path(cwd).map_err(|problem| problem.replacen("path", "cwd", 1))?;
@@ -422,6 +414,20 @@ pub fn check_command(command: Command, settings: &Settings) -> Result<ExecReques
         cwd: command.cwd.or_else(|| settings.cwd.clone()),
         timeout_sec,
     })
+}
+
+/// Checks a variable of a command's environment.
+pub fn check_variable(name: &str, value: &str) -> Result<(), String> {
+    if name.is_empty() || name.contains(['=', '\0']) {
+        return Err(format!(
+            "the name of a variable must have a character, and neither `=` nor a zero byte, \
+             unlike {name:?}"
+        ));
+    }
+    match value.contains('\0') {
+        true => Err(format!("the variable {name} must not contain a zero byte")),
+        false => Ok(()),
+    }
 }
 
 /// Checks the tag of a process.
@@ -455,15 +461,31 @@ pub fn check_path(path: &str) -> Result<(), String> {
 
 /// Checks a snapshot as it is asked for.
 pub fn check_snapshot(spec: &SnapshotSpec) -> Result<(), String> {
-    if spec.name.as_deref().is_some_and(|name| !is_name(name)) {
-        return Err(bad_name("name"));
+    if let Some(name) = &spec.name {
+        check_snapshot_name(name)?;
     }
-    match &spec.description {
-        Some(text) if text.len() > MAX_DESCRIPTION => Err(format!(
+    if let Some(text) = &spec.description {
+        check_snapshot_description(text)?;
+    }
+    Ok(())
+}
+
+/// Checks the name of a snapshot.
+pub fn check_snapshot_name(name: &str) -> Result<(), String> {
+    match is_name(name) {
+        true => Ok(()),
+        false => Err(bad_name("name")),
+    }
+}
+
+/// Checks what is said of a snapshot.
+pub fn check_snapshot_description(text: &str) -> Result<(), String> {
+    match text.len() > MAX_DESCRIPTION {
+        true => Err(format!(
             "description has {} bytes; at most {MAX_DESCRIPTION} are kept",
             text.len()
         )),
-        _ => Ok(()),
+        false => Ok(()),
     }
 }
 

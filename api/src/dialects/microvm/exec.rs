@@ -19,7 +19,7 @@ use super::fields::Fields;
 use super::rfc3339;
 use super::vms::running;
 use crate::dialects::output::{self, Encoding};
-use crate::domain::{Command, ExecEnd, ExecOutput, Manager};
+use crate::domain::{Command, ExecEnd, ExecOutput, Manager, check_path};
 use crate::http::Caller;
 
 /// How long a command may take unless it is asked for, in seconds.
@@ -53,10 +53,8 @@ impl FromFields for ExecuteRequest {
         Self {
             command: command.unwrap_or_default(),
             timeout_seconds: fields.integer("timeout_seconds", TIMEOUT_SEC),
-            working_directory: fields.string("working_directory"),
-            environment: fields
-                .strings("environment")
-                .map(|environment| environment.into_iter().collect()),
+            working_directory: fields.checked("working_directory", check_path),
+            environment: fields.variables("environment"),
         }
     }
 }

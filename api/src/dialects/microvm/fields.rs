@@ -1,5 +1,6 @@
 //! Reading JSON bodies: what is wrong with one is told at once.
 
+use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 
 use axum::body::Bytes;
@@ -8,6 +9,7 @@ use axum::http::StatusCode;
 use serde_json::{Map, Value};
 
 use super::error::{ApiError, FieldError};
+use crate::domain::check_variable;
 
 /// The most errors of a body that are told; the others are counted.
 const MAX_TOLD: usize = 32;
@@ -135,6 +137,30 @@ impl Fields {
             // Those that are no strings have been noted.
             each.collect::<Vec<_>>().into_iter().flatten().collect()
         })
+    }
+
+    /// A string that `check` admits, or says in a sentence why not.
+    pub fn checked(
+        &mut self,
+        field: &str,
+        check: impl FnOnce(&str) -> Result<(), String>,
+    ) -> Option<String> {
+        let text = self.string(field)?;
+        if let Err(problem) = check(&text) {
+            self.wrong(field, problem);
+        }
+        Some(text)
+    }
+
+    /// The environment of a command.
+    pub fn variables(&mut self, field: &str) -> Option<BTreeMap<String, String>> {
+        let variables = self.strings(field)?;
+        for (name, value) in &variables {
+            if let Err(problem) = check_variable(name, value) {
+                self.wrong(field, problem);
+            }
+        }
+        Some(variables.into_iter().collect())
     }
 
     /// What `read` makes of the fields of an object.

@@ -19,6 +19,7 @@ use super::extract::Path;
 use super::fields::Fields;
 use super::files;
 use crate::dialects::output::{self, Encoding};
+use crate::domain::check_path;
 use crate::http::{AppState, Caller};
 
 /// A command to run.
@@ -44,8 +45,8 @@ impl FromFields for GuestCommandRequest {
         Self {
             command: command.unwrap_or_default(),
             timeout: fields.integer("timeout", TIMEOUT_SEC),
-            working_dir: fields.string("working_dir"),
-            env: fields.strings("env").map(|env| env.into_iter().collect()),
+            working_dir: fields.checked("working_dir", check_path),
+            env: fields.variables("env"),
         }
     }
 }
@@ -108,7 +109,9 @@ pub struct GuestDownloadRequest {
 
 impl FromFields for GuestDownloadRequest {
     fn read(fields: &mut Fields) -> Self {
-        let path = fields.required("remote_path", Fields::string);
+        let path = fields.required("remote_path", |fields, name| {
+            fields.checked(name, check_path)
+        });
         let max_size = fields.integer("max_size", 0..=i64::MAX);
         Self {
             remote_path: path.unwrap_or_default(),
@@ -175,6 +178,7 @@ pub async fn command(
         (status = 404, description = "No such machine", body = ErrorBody),
         (status = 409, description = "It does not run", body = ErrorBody),
         (status = 413, description = "The file is too large", body = ErrorBody),
+        (status = 422, description = "Fields are missing or wrong", body = ErrorBody),
         (status = 502, description = "The agent failed, such as on a full disk", body = ErrorBody),
     ),
 )]

@@ -267,6 +267,10 @@ fn forward_spec(
         let problem = format!("must be {MAX_DESCRIPTION} characters at most");
         fields.wrong("description", problem);
     }
+    let has_control = |text: &String| text.chars().any(char::is_control);
+    if description.as_ref().is_some_and(has_control) {
+        fields.wrong("description", "must have no control characters");
+    }
     let host_address = fields.string("host_address");
     let host_address = match host_address.as_deref().map(str::parse::<IpAddr>) {
         Some(Ok(address)) => address,

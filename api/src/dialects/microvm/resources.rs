@@ -13,7 +13,7 @@ use super::extract::Path;
 use super::fields::Fields;
 use super::rfc3339;
 use super::vms::{find, name_of, word_of};
-use crate::domain::{ResizeError, ResourceChange};
+use crate::domain::{MAX_MEMORY_MB, MAX_VCPUS, MIN_MEMORY_MB, ResizeError, ResourceChange};
 use crate::http::Caller;
 
 /// What a machine is to have. What is not given stays.
@@ -37,8 +37,8 @@ pub struct ResourcesRequest {
 impl FromFields for ResourcesRequest {
     fn read(fields: &mut Fields) -> Self {
         Self {
-            vcpus: fields.integer("vcpus", i64::MIN..=i64::MAX),
-            memory_mb: fields.integer("memory_mb", i64::MIN..=i64::MAX),
+            vcpus: fields.integer("vcpus", 1..=MAX_VCPUS),
+            memory_mb: fields.integer("memory_mb", MIN_MEMORY_MB..=MAX_MEMORY_MB),
             cpu_limit_percent: fields.integer("cpu_limit_percent", 1..=100),
             memory_limit_percent: fields.integer("memory_limit_percent", 1..=100),
         }

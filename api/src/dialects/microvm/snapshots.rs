@@ -16,7 +16,9 @@ use super::extract::Path;
 use super::fields::Fields;
 use super::rfc3339;
 use super::vms::{find, name_of, powered, word_of};
-use crate::domain::{Manager, Sandbox, Snapshot, SnapshotSpec};
+use crate::domain::{
+    Manager, Sandbox, Snapshot, SnapshotSpec, check_snapshot_description, check_snapshot_name,
+};
 use crate::http::Caller;
 
 /// The snapshot that is asked for.
@@ -37,8 +39,8 @@ pub struct CreateSnapshotRequest {
 impl FromFields for CreateSnapshotRequest {
     fn read(fields: &mut Fields) -> Self {
         Self {
-            name: fields.string("name"),
-            description: fields.string("description"),
+            name: fields.checked("name", check_snapshot_name),
+            description: fields.checked("description", check_snapshot_description),
             include_memory: fields.boolean("include_memory"),
         }
     }
