@@ -174,10 +174,10 @@ start_job() {
 }
 
 # relay STREAM NUMBER MARK: passes an output stream of the job on, whatever signals the process
-# group gets. If its reader here goes away, the job's end of it is closed too.
+# group gets. If its reader here goes away, the job's end of it is closed too, unless the machine is gone.
 relay() {
     trap '' INT TERM HUP
-    "$here/lib/kvm-host-relay" "$3" <"$work/$1" 7>&- || printf 'closed %s\n' "$2" >&7
+    "$here/lib/kvm-host-relay" "$3" <"$work/$1" 7>&- || printf 'closed %s\n' "$2" 2>/dev/null >&7
 }
 
 # What kvm-host-job reads: the settings, and the command in its environment and directory.

@@ -42,6 +42,19 @@ impl Resizable {
         status_kib(&std::fs::read_to_string(path).unwrap(), "VmRSS:") / 1024
     }
 
+    /// Waits until the latest event of vCPUs tells that there are this many.
+    fn wait_for_vcpus(&self, count: u64) {
+        let vcpus = |line: &str| {
+            let event: Value = serde_json::from_str(line).ok()?;
+            (event["event"] == "vcpus_changed").then(|| event["vcpus"].as_u64())?
+        };
+        let what = format!("an event of {count} vCPUs");
+        self.vmm.events().wait_for_text(&what, |text| {
+            let latest = text.lines().rev().find_map(vcpus);
+            (latest == Some(count)).then_some(())
+        });
+    }
+
     /// A field of the guest's /proc/meminfo, in MiB.
     fn meminfo(&self, field: &str) -> u64 {
         status_kib(
@@ -167,6 +180,8 @@ fn vcpus_come_and_go() {
     for count in [3, 1, 2] {
         machine.resize(&json!({"desired_vcpus": count}));
         until(&format!("{count} CPUs"), || machine.nproc() == count);
+        // One that is offline is given up a little later.
+        machine.wait_for_vcpus(count);
     }
     // Both of them work.
     machine.agent().must(
