@@ -215,6 +215,7 @@ pub async fn upload(
         (status = 404, description = "No such machine or file", body = ErrorBody),
         (status = 409, description = "It does not run", body = ErrorBody),
         (status = 413, description = "It is larger than is wanted", body = ErrorBody),
+        (status = 422, description = "Fields are missing or wrong", body = ErrorBody),
         (status = 502, description = "The agent failed", body = ErrorBody),
     ),
 )]
