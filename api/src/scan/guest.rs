@@ -2,16 +2,14 @@
 //! [`accounts`](super::accounts) for more.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::accounts;
 use super::control::Area;
 use super::evidence::{Evidence, MAX_EVIDENCE, Paths};
+use super::listeners::{Listener, listeners};
 use super::report::{Check, Details, Report, Severity, Verdict};
 use super::sysctl;
 
-/// The state of a TCP socket that listens, and of a UDP socket that has no peer.
-const LISTENS: [&str; 2] = ["0A", "07"];
 /// Ports of services that pass passwords and commands on as they are: FTP, telnet, finger, rexec,
 /// rlogin, rsh, and Docker without TLS.
 const PLAIN_SERVICES: [u16; 7] = [21, 23, 79, 512, 513, 514, 2375];
@@ -396,14 +394,6 @@ fn sudo(evidence: &Evidence) -> Verdict {
     Verdict::unless(found.map(|(path, line)| fmt::from_fn(move |f| write!(f, "{path}: {line}"))))
 }
 
-/// A socket that others reach.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Listener {
-    transport: &'static str,
-    port: u16,
-    address: IpAddr,
-}
-
 fn services(evidence: &Evidence, is_meant: impl Fn(&Listener) -> bool) -> Verdict {
     if evidence.sockets.is_empty() {
         return Verdict::NotApplicable;
@@ -424,49 +414,6 @@ fn services(evidence: &Evidence, is_meant: impl Fn(&Listener) -> bool) -> Verdic
         fmt::from_fn(move |f| write!(f, "{transport} port {port} on {address}"))
     });
     Verdict::unless(told)
-}
-
-/// Sockets of a table of `/proc/net` that wait for others. What makes no sense is left out.
-fn listeners(name: &'static str, table: &str) -> Vec<Listener> {
-    let transport = name.trim_end_matches('6');
-    let listens = if transport == "tcp" {
-        LISTENS[0]
-    } else {
-        LISTENS[1]
-    };
-    let lines = table.lines().skip(1).filter_map(|line| {
-        let mut fields = line.split_whitespace().skip(1);
-        let (local, state) = (fields.next()?, fields.nth(1)?);
-        if state != listens {
-            return None;
-        }
-        let (address, port) = local.split_once(':')?;
-        Some(Listener {
-            transport,
-            port: u16::from_str_radix(port, 16).ok()?,
-            address: address_of(address)?,
-        })
-    });
-    lines.collect()
-}
-
-/// Words of 32 bits, each in the order of the guest's processor, which is x86-64.
-fn address_of(digits: &str) -> Option<IpAddr> {
-    let word = |at: usize| {
-        let word = u32::from_str_radix(digits.get(at * 8..at * 8 + 8)?, 16).ok()?;
-        Some(word.swap_bytes())
-    };
-    match digits.len() {
-        8 => Some(Ipv4Addr::from(word(0)?).into()),
-        32 => {
-            let words = [word(0)?, word(1)?, word(2)?, word(3)?];
-            let bits = words
-                .into_iter()
-                .fold(0, |all, word| all << 32 | u128::from(word));
-            Some(IpAddr::from(Ipv6Addr::from(bits)).to_canonical())
-        }
-        _ => None,
-    }
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ mod evidence;
 mod guest;
 mod host;
 mod job;
+mod listeners;
 mod packages;
 mod report;
 mod store;
