@@ -160,32 +160,14 @@ fn info(path: String, entry: Entry) -> FileInfo {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
-    use tokio::net::UnixListener;
-
+    use super::super::stand_in::answering;
     use super::*;
 
     /// What comes of a listing of this directory whose agent answers with these lines.
     async fn list(path: &str, limit: usize, lines: &str) -> Result<Vec<FileInfo>, HostError> {
-        let dir = tempfile::tempdir().unwrap();
-        let socket = dir.path().join("vsock");
-        let listener = UnixListener::bind(&socket).unwrap();
-        let answer = format!("HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n{lines}");
-        let agent = tokio::spawn(async move {
-            let (stream, _) = listener.accept().await.unwrap();
-            let mut stream = BufReader::new(stream);
-            let mut line = String::new();
-            stream.read_line(&mut line).await.unwrap();
-            stream.write_all(b"OK 1\n").await.unwrap();
-            while line.trim_end() != "" {
-                line.clear();
-                stream.read_line(&mut line).await.unwrap();
-            }
-            // Whoever asked may have heard enough before all is sent.
-            let _ = stream.write_all(answer.as_bytes()).await;
-        });
-        let listed = AgentClient::new(socket).list_dir(path, limit).await;
-        agent.await.unwrap();
+        let agent = answering("200 OK", lines);
+        let listed = AgentClient::new(agent.socket).list_dir(path, limit).await;
+        agent.asked.await.unwrap();
         listed
     }
 

@@ -16,6 +16,8 @@ mod ports;
 mod processes;
 mod request;
 mod shutdown;
+#[cfg(test)]
+mod stand_in;
 mod upgrade;
 mod usage;
 mod walk;

@@ -120,39 +120,14 @@ impl Answer {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-    use tokio::net::UnixListener;
-
+    use super::super::stand_in::answering;
     use super::*;
 
     const SPEC: u64 = 1000;
 
     /// What comes of a walk whose agent answers with this.
     async fn walk(status: &str, body: &str) -> Result<Option<Vec<WalkStep>>, HostError> {
-        let dir = tempfile::tempdir().unwrap();
-        let socket = dir.path().join("vsock");
-        let listener = UnixListener::bind(&socket).unwrap();
-        let answer = format!("HTTP/1.1 {status}\r\nConnection: close\r\n\r\n{body}");
-        let agent = tokio::spawn(async move {
-            let (stream, _) = listener.accept().await.unwrap();
-            let mut stream = BufReader::new(stream);
-            let mut line = String::new();
-            stream.read_line(&mut line).await.unwrap();
-            stream.write_all(b"OK 1\n").await.unwrap();
-            let mut length = 0;
-            while line.trim_end() != "" {
-                line.clear();
-                stream.read_line(&mut line).await.unwrap();
-                if let Some(text) = line.to_lowercase().strip_prefix("content-length: ") {
-                    length = text.trim_end().parse().unwrap();
-                }
-            }
-            let mut order = vec![0; length];
-            stream.read_exact(&mut order).await.unwrap();
-            // Whoever asked may have heard enough before all is sent.
-            let _ = stream.write_all(answer.as_bytes()).await;
-            serde_json::from_slice::<WalkRequest>(&order).unwrap()
-        });
+        let agent = answering(status, body);
         let spec = WalkSpec {
             path: "/".to_owned(),
             max_entries: 10,
@@ -160,12 +135,13 @@ mod tests {
             max_bytes: SPEC,
             skip: vec!["/proc".to_owned()],
         };
-        let steps = AgentClient::new(socket).walk(&spec).await;
+        let steps = AgentClient::new(agent.socket).walk(&spec).await;
         let steps = match steps? {
             Some(steps) => Some(steps.collect::<Vec<_>>().await),
             None => None,
         };
-        let order = agent.await.unwrap();
+        let order = agent.asked.await.unwrap();
+        let order: WalkRequest = serde_json::from_slice(&order).unwrap();
         assert_eq!((order.path, order.max_entries), (spec.path, 10));
         assert_eq!((order.max_depth, order.skip), (2, spec.skip));
         steps.map(|steps| steps.into_iter().collect()).transpose()
