@@ -153,3 +153,42 @@ async fn one_whose_keeping_fails_is_off_as_it_was() {
     assert_eq!((off.status, &off.layers), (Status::Off, &before.layers));
     is_tidy(&api).await;
 }
+
+#[tokio::test]
+async fn one_that_is_started_at_once_and_has_no_disk_of_its_own_yet_comes_back_to_its_template() {
+    for fault in [
+        Fault::NotKept,
+        Fault::CrashBeforeStart,
+        Fault::CrashAfterStart,
+    ] {
+        let api = Api::warm(1 << 20).await;
+        api.manager.create(spec("first")).await.unwrap();
+        while warm_count(&api).await != 1 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        *api.host.fault.lock().unwrap() = Some(fault);
+        let manager = api.manager.clone();
+        let created = tokio::spawn(async move { manager.create(spec("box")).await });
+        while api.host.fault.lock().unwrap().is_some() {
+            tokio::task::yield_now().await;
+        }
+        let api = match fault {
+            Fault::NotKept => {
+                created.await.unwrap().unwrap_err();
+                api
+            }
+            _ => api.restart().await,
+        };
+        let off = api.manager.get("box").await.unwrap();
+        assert_eq!(off.status, Status::Off, "{fault:?}");
+        assert!(off.layers.is_empty(), "{fault:?}");
+        // So that what it has can be changed.
+        let more = ResourceChange {
+            vcpus: Some(2),
+            ..ResourceChange::default()
+        };
+        api.manager.set_resources("box", more).await.unwrap();
+        api.manager.power_on("box").await.unwrap();
+        is_tidy(&api).await;
+    }
+}

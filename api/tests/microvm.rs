@@ -235,11 +235,29 @@ async fn states_that_do_not_allow_it_are_named() {
             (409, json!({"error": "conflict", "message": message}))
         );
     }
+    // By the same word as where it is asked for, before it has run and after.
     let execute = json!({"command": "true"});
-    let (status, refused) = post(&api, "/vms/test-vm/execute", execute.clone()).await;
-    assert_eq!(status, 409);
-    let message = "VM 'test-vm' is stopped; it must be running for this";
-    assert_eq!(refused["message"], message);
+    for word in ["created", "stopped"] {
+        assert_eq!(get(&api, "/vms/test-vm").await.1["status"], word);
+        let must_run = format!("VM 'test-vm' is {word}; it must be running for this");
+        for (status, refused) in [
+            post(&api, "/vms/test-vm/execute", execute.clone()).await,
+            get(&api, "/vms/test-vm/files/download?path=/tmp/a").await,
+            get(&api, "/vms/test-vm/files?path=/tmp").await,
+            get(&api, "/vms/test-vm/metrics").await,
+        ] {
+            assert_eq!(
+                (status, refused["message"].as_str()),
+                (409, Some(must_run.as_str()))
+            );
+        }
+        if word == "created" {
+            for operation in ["start", "stop"] {
+                let path = format!("/vms/test-vm/{operation}");
+                assert_eq!(post(&api, &path, Value::Null).await.0, 200);
+            }
+        }
+    }
     post(&api, "/vms/test-vm/start", Value::Null).await;
     let (status, refused) = post(&api, "/vms/test-vm/start", Value::Null).await;
     assert_eq!(status, 409);

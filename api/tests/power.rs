@@ -8,6 +8,9 @@
 
 mod support;
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use api::domain::{
     CreateError, End, Page, PowerError, Sandbox, SnapshotSpec, SortBy, Status, StopSpec,
 };
@@ -20,7 +23,7 @@ async fn disk_of(api: &Api, name: &str) -> usize {
 
 fn status_of(result: Result<Sandbox, PowerError>) -> Status {
     match result {
-        Err(PowerError::WrongState { status, .. }) => status,
+        Err(PowerError::WrongState { standing, .. }) => standing.status,
         other => panic!("{other:?}"),
     }
 }
@@ -335,5 +338,79 @@ async fn what_is_written_after_a_snapshot_whose_disk_was_not_kept_is_kept_by_a_s
         assert_eq!(below, on.layers.disk);
         assert!(host.layers.lock().unwrap().contains(own));
         is_tidy(&api).await;
+    }
+}
+
+#[tokio::test]
+async fn a_stop_with_force_does_not_wait_for_the_guest_that_another_stop_waits_for() {
+    let slow = StopSpec {
+        timeout: Duration::from_secs(3600),
+        ..STOP
+    };
+    let forced = StopSpec {
+        force: true,
+        ..slow
+    };
+    for (is_restart, then_restart) in [(false, false), (false, true), (true, false)] {
+        let api = Api::new(1 << 20, 1 << 20).await;
+        let host = Arc::clone(&api.host);
+        let manager = api.manager.clone();
+        manager.create_off(spec("box")).await.unwrap();
+        manager.power_on("box").await.unwrap();
+        *host.fault.lock().unwrap() = Some(Fault::NotShutDown);
+        let first = manager.clone();
+        let first = tokio::spawn(async move {
+            match is_restart {
+                true => first.restart("box", slow).await,
+                false => first.power_off("box", slow).await,
+            }
+        });
+        while host.fault.lock().unwrap().is_some() {
+            tokio::task::yield_now().await;
+        }
+        // One that is patient too waits.
+        let patient = manager.clone();
+        let patient = tokio::spawn(async move { patient.power_off("box", slow).await });
+        let stopping = manager.get("box").await.unwrap();
+        assert_eq!(stopping.status, Status::Stopping);
+        assert!(!first.is_finished() && !patient.is_finished());
+        let last = match then_restart {
+            true => manager.restart("box", forced).await,
+            false => manager.power_off("box", forced).await,
+        };
+        let is_on = then_restart && !is_restart;
+        let first = first.await.unwrap().unwrap();
+        match is_restart {
+            // It has started again, and was stopped once more: by whoever was patient, or by force.
+            true => assert_eq!(first.status, Status::Running),
+            false => assert_eq!(first.status, Status::Off),
+        }
+        let patient = patient.await.unwrap();
+        if is_restart {
+            assert!(patient.is_ok(), "{patient:?}");
+        } else {
+            assert_eq!(status_of(patient), Status::Off);
+        }
+        let last = last.unwrap();
+        let now = manager.get("box").await.unwrap();
+        let expected = if is_on { Status::Running } else { Status::Off };
+        assert_eq!((last.status, now.status), (expected, expected));
+        is_tidy(&api).await;
+        // The next one is as patient as it is asked to be.
+        if !is_on {
+            manager.power_on("box").await.unwrap();
+        }
+        *host.fault.lock().unwrap() = Some(Fault::NotShutDown);
+        let again = manager.clone();
+        let again = tokio::spawn(async move { again.power_off("box", slow).await });
+        while host.fault.lock().unwrap().is_some() {
+            tokio::task::yield_now().await;
+        }
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        assert!(!again.is_finished());
+        manager.power_off("box", forced).await.unwrap();
+        again.await.unwrap().unwrap();
     }
 }

@@ -5,7 +5,7 @@ use super::host::HostError;
 use super::id::SandboxId;
 use super::network::{AddressError, Forward};
 use super::quota::QuotaExceeded;
-use super::sandbox::Status;
+use super::sandbox::{Standing, Status};
 use super::store::StoreError;
 
 /// Why a sandbox was not created.
@@ -150,7 +150,7 @@ pub enum NetworkChangeError {
     NoNetwork,
     /// It is gone, or on the way somewhere.
     #[error("the sandbox's network cannot be changed now (status: {0})")]
-    WrongState(Status),
+    WrongState(Standing),
     /// Another sandbox has the port.
     #[error(
         "{} port {} already leads into sandbox {id}; choose another, or none to get one that is free",
@@ -271,12 +271,12 @@ pub enum PowerError {
     #[error("snapshot not found")]
     NoSnapshot,
     /// Its state does not allow it.
-    #[error("sandbox is {status} and cannot be {verb}: it must be {needed}")]
+    #[error("sandbox is {standing} and cannot be {verb}: it must be {needed}")]
     WrongState {
         /// What was asked for, as in `started`.
         verb: &'static str,
         /// What it is.
-        status: Status,
+        standing: Standing,
         /// What it had to be.
         needed: &'static str,
     },
@@ -332,7 +332,7 @@ pub enum SnapshotError {
     NameOfTemplate(String),
     /// It neither runs nor is paused.
     #[error("sandbox is neither running nor paused (status: {0})")]
-    NotSaveable(Status),
+    NotSaveable(Standing),
     /// Its disk has too many layers.
     #[error(
         "the sandbox's disk has {0} layers, and can have no more; make a new sandbox and copy what \
@@ -454,7 +454,7 @@ pub enum ExecError {
     Lookup(#[from] LookupError),
     /// It does not run.
     #[error("sandbox is not running (status: {0})")]
-    NotRunning(Status),
+    NotRunning(Standing),
     /// The request makes no sense.
     #[error("{0}")]
     Invalid(String),
@@ -474,7 +474,7 @@ pub enum FileError {
     Lookup(#[from] LookupError),
     /// It does not run.
     #[error("sandbox is not running (status: {0})")]
-    NotRunning(Status),
+    NotRunning(Standing),
     /// The request makes no sense.
     #[error("{0}")]
     Invalid(String),

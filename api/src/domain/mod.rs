@@ -4,6 +4,7 @@ mod build;
 mod error;
 mod events;
 mod exec;
+mod haste;
 mod history;
 mod host;
 mod id;

@@ -7,7 +7,7 @@ use super::host::HostError;
 use super::id::SandboxId;
 use super::quota::QuotaExceeded;
 use super::request::Problem;
-use super::sandbox::Status;
+use super::sandbox::Standing;
 use super::store::StoreError;
 
 /// The most vCPUs of one sandbox: what the VMM can build.
@@ -166,7 +166,7 @@ pub enum ResizeError {
     Invalid(Problem),
     /// Its state does not allow it.
     #[error("the resources of a sandbox that is {0} cannot be changed: it must be running or off")]
-    WrongState(Status),
+    WrongState(Standing),
     /// It cannot be done while it runs.
     #[error("{0}; stop it, change its resources, and start it again")]
     NotWhileRunning(String),

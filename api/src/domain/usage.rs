@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::error::LookupError;
 use super::host::HostError;
 use super::id::SandboxId;
-use super::sandbox::{Sandbox, Status};
+use super::sandbox::{Sandbox, Standing};
 use super::store::Totals;
 
 /// What a running sandbox takes of its host.
@@ -186,7 +186,7 @@ pub enum MeasureError {
     Lookup(#[from] LookupError),
     /// It does not run.
     #[error("sandbox is not running (status: {0})")]
-    NotRunning(Status),
+    NotRunning(Standing),
     /// The host cannot tell.
     #[error(transparent)]
     Host(HostError),

@@ -67,7 +67,7 @@ pub struct Job<'a> {
 /// Why a guest was not looked into.
 enum Unseen {
     /// Its state does not allow it.
-    NotRunning(Status),
+    NotRunning,
     /// It does not answer as it should.
     Host(HostError),
     /// It takes too long.
@@ -77,9 +77,7 @@ enum Unseen {
 impl Unseen {
     fn sentence(&self) -> String {
         match self {
-            Self::NotRunning(status) => {
-                format!("it is {status}, and only one that runs is looked into")
-            }
+            Self::NotRunning => "it does not run, and only one that runs is looked into".into(),
             Self::Host(source) => chain(source),
             Self::Slow => format!("it took longer than {} s", MAX_TIME.as_secs()),
         }
@@ -220,16 +218,13 @@ impl Job<'_> {
         look: impl AsyncFnOnce(Reader<'_>) -> Result<T, HostError>,
     ) -> Result<T, Unseen> {
         // One that is paused stays so.
-        let status = match self.manager.get(machine.id.as_str()).await {
-            Ok(machine) => machine.status,
-            Err(_) => Status::Stopped,
-        };
-        if status != Status::Running {
-            return Err(Unseen::NotRunning(status));
+        let found = self.manager.get(machine.id.as_str()).await;
+        if !found.is_ok_and(|machine| machine.status == Status::Running) {
+            return Err(Unseen::NotRunning);
         }
         let seen = timeout(MAX_TIME, async {
             let in_use = self.manager.running(machine.id.as_str()).await;
-            let in_use = in_use.map_err(|_| Unseen::NotRunning(status))?;
+            let in_use = in_use.map_err(|_| Unseen::NotRunning)?;
             let seen = look(Reader::new(self.manager, &in_use)).await;
             seen.map_err(Unseen::Host)
         });

@@ -8,10 +8,11 @@ use axum::http::StatusCode;
 use tracing::warn;
 
 use super::error::{ApiError, FieldError};
+use super::vms::word_at;
 use crate::chain;
 use crate::domain::{
     AddressError, CollectError, CreateError, DestroyError, ExecError, FileError, HostError,
-    LookupError, NetworkChangeError, Problem, SnapshotError,
+    LookupError, NetworkChangeError, PowerError, Problem, SnapshotError, Standing,
 };
 
 impl From<Problem> for FieldError {
@@ -94,6 +95,34 @@ impl AtVm for CreateError {
     }
 }
 
+impl AtVm for PowerError {
+    fn at_vm(self, name: &str) -> ApiError {
+        match self {
+            Self::Lookup(source) => source.at_vm(name),
+            Self::NoSnapshot => ApiError::not_found(format!("VM '{name}' has no such snapshot")),
+            Self::WrongState {
+                verb,
+                standing,
+                needed,
+            } => {
+                let needed = match needed {
+                    "off" => "created or stopped",
+                    "running, paused or off" => "running, paused or stopped",
+                    other => other,
+                };
+                let word = word_at(standing);
+                ApiError::conflict(format!(
+                    "VM '{name}' is {word} and cannot be {verb}: it must be {needed}"
+                ))
+            }
+            Self::TooManyLayers(_) => ApiError::conflict(self.to_string()),
+            Self::ShuttingDown => ApiError::unavailable(self.to_string()),
+            Self::NotStarted(source) => source.at_vm(name),
+            Self::Host { .. } | Self::Interrupted => ApiError::internal(&self),
+        }
+    }
+}
+
 impl AtVm for DestroyError {
     fn at_vm(self, name: &str) -> ApiError {
         match self {
@@ -107,7 +136,7 @@ impl AtVm for ExecError {
     fn at_vm(self, name: &str) -> ApiError {
         match self {
             Self::Lookup(source) => source.at_vm(name),
-            Self::NotRunning(status) => not_running(name, super::vms::word_of(status)),
+            Self::NotRunning(standing) => not_running(name, standing),
             Self::Invalid(sentence) => wrong("command", sentence),
             Self::Host(source) => of_host(source),
             Self::Collect(CollectError::Host(source)) if source.is_interruption() => {
@@ -122,7 +151,7 @@ impl AtVm for FileError {
     fn at_vm(self, name: &str) -> ApiError {
         match self {
             Self::Lookup(source) => source.at_vm(name),
-            Self::NotRunning(status) => not_running(name, super::vms::word_of(status)),
+            Self::NotRunning(standing) => not_running(name, standing),
             Self::Invalid(sentence) => ApiError::bad_parameter("path", sentence),
             Self::Host(source) => of_host(source),
         }
@@ -139,8 +168,8 @@ impl AtVm for SnapshotError {
             Self::NameTaken(snapshot) => ApiError::conflict(format!(
                 "Snapshot '{snapshot}' of VM '{name}' already exists"
             )),
-            Self::NotSaveable(status) => {
-                let word = super::vms::word_of(status);
+            Self::NotSaveable(standing) => {
+                let word = word_at(standing);
                 ApiError::conflict(format!(
                     "VM '{name}' is {word} and has nothing to snapshot: it must be running or \
                      paused, or stopped after it has run"
@@ -164,8 +193,8 @@ impl AtVm for NetworkChangeError {
         match self {
             Self::Lookup(source) => source.at_vm(name),
             Self::Invalid(sentence) => wrong("body", sentence),
-            Self::WrongState(status) => {
-                let word = super::vms::word_of(status);
+            Self::WrongState(standing) => {
+                let word = word_at(standing);
                 ApiError::conflict(format!(
                     "the network of VM '{name}' cannot be changed while it is {word}"
                 ))
@@ -182,7 +211,8 @@ impl AtVm for NetworkChangeError {
 }
 
 /// It does not run, which it must.
-pub fn not_running(name: &str, word: &str) -> ApiError {
+pub fn not_running(name: &str, standing: Standing) -> ApiError {
+    let word = word_at(standing);
     ApiError::conflict(format!(
         "VM '{name}' is {word}; it must be running for this"
     ))

@@ -150,10 +150,8 @@ impl AtVm for MeasureError {
     fn at_vm(self, name: &str) -> ApiError {
         match self {
             Self::Lookup(source) => source.at_vm(name),
-            Self::NotRunning(Status::Stopped) => super::at_vm::no_vm(name),
-            Self::NotRunning(status) => {
-                super::at_vm::not_running(name, super::vms::word_of(status))
-            }
+            Self::NotRunning(gone) if gone.status == Status::Stopped => super::at_vm::no_vm(name),
+            Self::NotRunning(standing) => super::at_vm::not_running(name, standing),
             Self::Host(source) => super::at_vm::of_host(source),
         }
     }

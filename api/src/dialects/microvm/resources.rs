@@ -12,7 +12,7 @@ use super::error::{ApiError, ErrorBody};
 use super::extract::Path;
 use super::fields::Fields;
 use super::rfc3339;
-use super::vms::{find, name_of, word_of};
+use super::vms::{find, name_of, word_at};
 use crate::domain::{MAX_MEMORY_MB, MAX_VCPUS, MIN_MEMORY_MB, ResizeError, ResourceChange};
 use crate::http::Caller;
 
@@ -78,10 +78,10 @@ impl AtVm for ResizeError {
         match self {
             Self::Lookup(source) => source.at_vm(name),
             Self::Invalid(problem) => wrong(problem.field, problem.sentence),
-            Self::WrongState(status) => ApiError::conflict(format!(
+            Self::WrongState(standing) => ApiError::conflict(format!(
                 "the resources of VM '{name}' cannot be changed while it is {}; it must be running, or \
                  created or stopped",
-                word_of(status)
+                word_at(standing)
             )),
             Self::NotWhileRunning(_) | Self::HasMemory => {
                 ApiError::conflict(format!("VM '{name}': {self}"))

@@ -21,7 +21,7 @@ use super::rfc3339;
 use super::vm_requests::{CreateVmRequest, StopRequest, page, spec, stop_spec};
 use crate::chain;
 use crate::domain::{
-    CreateError, CreateSpec, InUse, MacAddress, Manager, PowerError, Sandbox, Standing, Status,
+    CreateError, CreateSpec, InUse, MacAddress, Manager, Sandbox, Standing, Status,
 };
 use crate::http::Caller;
 
@@ -154,7 +154,7 @@ pub fn name_of(sandbox: &Sandbox) -> String {
     name.unwrap_or_else(|| sandbox.id.to_string())
 }
 
-/// The word for a state; `created` is for [`status_of`] to tell.
+/// The word for a state of one that has run.
 pub fn word_of(status: Status) -> &'static str {
     match status {
         Status::Pending | Status::Off | Status::Stopping | Status::Stopped => "stopped",
@@ -354,7 +354,7 @@ pub async fn start(
 ) -> Result<Json<StartedBody>, ApiError> {
     find(&caller.manager, &name).await?;
     let started = caller.manager.power_on(&name).await;
-    let sandbox = powered(&caller.manager, &name, started).await?;
+    let sandbox = started.map_err(|error| error.at_vm(&name))?;
     Ok(Json(StartedBody {
         message: "VM started successfully",
         vm_name: name_of(&sandbox),
@@ -385,7 +385,7 @@ pub async fn stop(
     let stop = stop_spec(body)?;
     find(&caller.manager, &name).await?;
     let stopped = caller.manager.power_off(&name, stop).await;
-    let sandbox = powered(&caller.manager, &name, stopped).await?;
+    let sandbox = stopped.map_err(|error| error.at_vm(&name))?;
     Ok(Json(StoppedBody {
         message: "VM stopped successfully",
         vm_name: name_of(&sandbox),
@@ -416,7 +416,7 @@ pub async fn restart(
     let stop = stop_spec(body)?;
     find(&caller.manager, &name).await?;
     let restarted = caller.manager.restart(&name, stop).await;
-    let sandbox = powered(&caller.manager, &name, restarted).await?;
+    let sandbox = restarted.map_err(|error| error.at_vm(&name))?;
     Ok(Json(RestartedBody {
         message: "VM restarted successfully",
         vm_name: name_of(&sandbox),
@@ -441,45 +441,4 @@ pub async fn delete(caller: Caller, Path(name): Path<String>) -> Result<StatusCo
     let destroyed = caller.manager.destroy(&name).await;
     destroyed.map_err(|error| error.at_vm(&name))?;
     Ok(StatusCode::NO_CONTENT)
-}
-
-/// The machine as it is now, or why it is not what it should be.
-pub async fn powered(
-    manager: &Manager,
-    name: &str,
-    done: Result<Sandbox, PowerError>,
-) -> Result<Sandbox, ApiError> {
-    match done {
-        Ok(sandbox) => Ok(sandbox),
-        Err(error) => Err(power_error(manager, name, error).await),
-    }
-}
-
-async fn power_error(manager: &Manager, name: &str, error: PowerError) -> ApiError {
-    match error {
-        PowerError::Lookup(source) => source.at_vm(name),
-        PowerError::NoSnapshot => ApiError::not_found(format!("VM '{name}' has no such snapshot")),
-        PowerError::WrongState {
-            verb,
-            status,
-            needed,
-        } => {
-            let word = match manager.get(name).await {
-                Ok(sandbox) if sandbox.status == status => status_of(&sandbox),
-                _ => word_of(status),
-            };
-            let needed = match needed {
-                "off" => "created or stopped",
-                "running, paused or off" => "running, paused or stopped",
-                other => other,
-            };
-            ApiError::conflict(format!(
-                "VM '{name}' is {word} and cannot be {verb}: it must be {needed}"
-            ))
-        }
-        PowerError::TooManyLayers(_) => ApiError::conflict(error.to_string()),
-        PowerError::ShuttingDown => ApiError::unavailable(error.to_string()),
-        PowerError::NotStarted(source) => source.at_vm(name),
-        PowerError::Host { .. } | PowerError::Interrupted => ApiError::internal(&error),
-    }
 }

@@ -33,7 +33,7 @@ impl Manager {
                 .console(&sandbox.id)
                 .await
                 .map_err(ExecError::Host),
-            status => Err(ExecError::NotRunning(status)),
+            _ => Err(ExecError::NotRunning(sandbox.standing())),
         }
     }
 }

@@ -184,8 +184,12 @@ impl Manager {
     ) -> Result<Option<(Sandbox, Turn)>, StoreError> {
         sandbox.address = address;
         sandbox.name = wishes.name.clone();
-        sandbox.is_kept |= wishes.is_kept;
         sandbox.snapshot = wishes.snapshot.clone();
+        sandbox.is_kept |= wishes.is_kept;
+        if sandbox.is_kept && sandbox.snapshot.is_none() && !sandbox.layers.memory.is_empty() {
+            // Until it has a disk of its own, it comes back to its template, and not to a warm snapshot of it.
+            sandbox.kept = Some(sandbox.layers.before_first_save());
+        }
         sandbox.owner = self.principal.owner().cloned();
         sandbox.key = self.principal.key().cloned();
         let turn = self.inner.turns.take(&sandbox.id).await;

@@ -49,7 +49,7 @@ impl Manager {
                     let sandbox = self.get(id.as_str()).await?;
                     return match sandbox.status {
                         Status::Running => Ok(InUse { sandbox, using }),
-                        status => Err(ExecError::NotRunning(status)),
+                        _ => Err(ExecError::NotRunning(sandbox.standing())),
                     };
                 }
                 Begun::BeingSetAside(done) => {

@@ -146,7 +146,7 @@ impl Manager {
     pub async fn measure(&self, id: &str) -> Result<Measured, MeasureError> {
         let sandbox = self.get(id).await?;
         if sandbox.status != Status::Running {
-            return Err(MeasureError::NotRunning(sandbox.status));
+            return Err(MeasureError::NotRunning(sandbox.standing()));
         }
         let usage = self.inner.host.sandbox_usage(&sandbox.id).await;
         let usage = usage.map_err(MeasureError::Host)?;
@@ -188,7 +188,7 @@ impl Manager {
                 Some(usage)
             }
             Status::Paused => None,
-            status => return Err(MeasureError::NotRunning(status)),
+            _ => return Err(MeasureError::NotRunning(sandbox.standing())),
         };
         let at = Timestamp::now();
         let mut points = {

@@ -46,6 +46,7 @@ use tracing::{Instrument, info};
 use super::error::{DestroyError, LookupError};
 use super::events::Events;
 use super::exec::ExecLimits;
+use super::haste::Haste;
 use super::host::Host;
 use super::id::SandboxId;
 use super::idle::Idle;
@@ -106,6 +107,7 @@ struct Inner {
     /// Held while a record is read, changed and written back.
     records: Mutex<()>,
     turns: Turns,
+    haste: Haste,
     warm: Warm,
     idle: Arc<Idle>,
     pool: Pool,
@@ -128,6 +130,7 @@ impl Manager {
                 limits,
                 records: Mutex::new(()),
                 turns: Turns::default(),
+                haste: Haste::default(),
                 warm: Warm::default(),
                 idle: Arc::default(),
                 pool: Pool::default(),

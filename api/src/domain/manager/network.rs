@@ -85,11 +85,11 @@ impl Manager {
         let task = async move {
             let _turn = manager.inner.turns.take(&id).await;
             let sandbox = manager.get(id.as_str()).await?;
-            let Some(before) = sandbox.spec.network else {
+            let Some(before) = &sandbox.spec.network else {
                 return Err(NetworkChangeError::NoNetwork);
             };
             if !can_change(sandbox.status) {
-                return Err(NetworkChangeError::WrongState(sandbox.status));
+                return Err(NetworkChangeError::WrongState(sandbox.standing()));
             }
             // Before the act, so that after a crash the sandbox is never resumed with what it was
             // to have no longer.
@@ -98,7 +98,7 @@ impl Manager {
             if sandbox.status == Status::Running
                 && let Err(source) = manager.inner.host.set_egress(&id, egress).await
             {
-                let back = Transition::Egress(before.egress);
+                let back = Transition::Egress(before.egress.clone());
                 manager.record(&id, back).await?;
                 return Err(NetworkChangeError::Host(source));
             }
@@ -137,7 +137,7 @@ impl Manager {
                 return Err(NetworkChangeError::NoNetwork);
             }
             if !can_change(sandbox.status) {
-                return Err(NetworkChangeError::WrongState(sandbox.status));
+                return Err(NetworkChangeError::WrongState(sandbox.standing()));
             }
             if sandbox.forwards.len() >= MAX_FORWARDS {
                 return Err(NetworkChangeError::TooManyForwards(sandbox.forwards.len()));
@@ -165,7 +165,7 @@ impl Manager {
                 other => {
                     manager.inner.host.close_forwards(&id, &[forward]).await;
                     match other? {
-                        Some(sandbox) => Err(NetworkChangeError::WrongState(sandbox.status)),
+                        Some(sandbox) => Err(NetworkChangeError::WrongState(sandbox.standing())),
                         None => Err(NetworkChangeError::Interrupted),
                     }
                 }

@@ -13,6 +13,7 @@ use tracing::{Instrument, info, warn};
 
 use super::super::error::{CreateError, LookupError, PowerError};
 use super::super::events::Change;
+use super::super::haste::Hurry;
 use super::super::host::{HostError, PowerOffRequest};
 use super::super::id::{LayerId, SandboxId};
 use super::super::layer::MAX_DISK;
@@ -76,30 +77,44 @@ impl Manager {
             .await
     }
 
-    /// Stops a sandbox that runs, and keeps its disk. It goes on if the caller goes away.
+    /// Stops a sandbox that runs, and keeps its disk. With force, a stop that is under way is not waited
+    /// for but made to end at once. It goes on if the caller goes away.
     ///
     /// # Errors
     /// It is in another state, or something of it is left.
     pub async fn power_off(&self, id: &str, stop: StopSpec) -> Result<Sandbox, PowerError> {
+        let hurry = self.hurry_if(id, stop.force).await?;
         self.with_turn(id, async move |manager, id, _turn| {
-            manager.turn_off(&id, stop, "stopped").await
+            manager.turn_off_in(hurry, &id, stop, "stopped").await
         })
         .await
     }
 
-    /// Stops a sandbox that runs, and starts it again. It goes on if the caller goes away.
+    /// Stops a sandbox that runs, as [`Manager::power_off`] does, and starts it again. It goes on if the
+    /// caller goes away.
     ///
     /// # Errors
     /// As of [`Manager::power_off`] and [`Manager::power_on`].
     pub async fn restart(&self, id: &str, stop: StopSpec) -> Result<Sandbox, PowerError> {
+        let hurry = self.hurry_if(id, stop.force).await?;
         self.with_turn(id, async move |manager, id, _turn| {
             if manager.is_closing() {
                 return Err(PowerError::ShuttingDown);
             }
-            manager.turn_off(&id, stop, "restarted").await?;
+            manager.turn_off_in(hurry, &id, stop, "restarted").await?;
             manager.turn_on(&id).await
         })
         .await
+    }
+
+    /// Urges whoever stops a sandbox now, if it is to be stopped with force.
+    async fn hurry_if(&self, id: &str, force: bool) -> Result<Option<Hurry>, LookupError> {
+        if !force {
+            return Ok(None);
+        }
+        let hurry = self.inner.haste.of(&self.get(id).await?.id);
+        hurry.urge();
+        Ok(Some(hurry))
     }
 
     /// Takes a sandbox back to what it was when one of its snapshots was taken, by id or name. It keeps
@@ -137,13 +152,13 @@ impl Manager {
     async fn turn_on(&self, id: &SandboxId) -> Result<Sandbox, PowerError> {
         let _starting = self.inner.pool.starting();
         let sandbox = self.get(id.as_str()).await?;
-        let wrong = |status| PowerError::WrongState {
+        let wrong = |sandbox: &Sandbox| PowerError::WrongState {
             verb: "started",
-            status,
+            standing: sandbox.standing(),
             needed: "off",
         };
         if sandbox.status != Status::Off {
-            return Err(wrong(sandbox.status));
+            return Err(wrong(&sandbox));
         }
         if self.is_closing() {
             return Err(PowerError::ShuttingDown);
@@ -167,7 +182,7 @@ impl Manager {
         };
         let (sandbox, warm) = match recorded.map_err(CreateError::from)? {
             (Some(sandbox), warm) if sandbox.status == Status::Pending => (sandbox, warm),
-            (Some(sandbox), _) => return Err(wrong(sandbox.status)),
+            (Some(sandbox), _) => return Err(wrong(&sandbox)),
             (None, _) => return Err(LookupError::NotFound.into()),
         };
         self.open_forwards(&sandbox).await;
@@ -189,6 +204,24 @@ impl Manager {
         (sandbox.layers == ground.layers).then_some((model, ground))
     }
 
+    /// Stops a sandbox that runs, or finds it stopped by another whom the caller has urged. The caller has
+    /// the turn.
+    async fn turn_off_in(
+        &self,
+        hurry: Option<Hurry>,
+        id: &SandboxId,
+        stop: StopSpec,
+        verb: &'static str,
+    ) -> Result<Sandbox, PowerError> {
+        if hurry.is_some_and(|hurry| hurry.was_heeded()) {
+            let sandbox = self.get(id.as_str()).await?;
+            if sandbox.status == Status::Off {
+                return Ok(sandbox);
+            }
+        }
+        self.turn_off(id, stop, verb).await
+    }
+
     /// The caller has the turn.
     async fn turn_off(
         &self,
@@ -198,13 +231,13 @@ impl Manager {
     ) -> Result<Sandbox, PowerError> {
         let sandbox = self.get(id.as_str()).await?;
         let failed = |source| PowerError::Host { verb, source };
-        let wrong = |status| PowerError::WrongState {
+        let wrong = |sandbox: &Sandbox| PowerError::WrongState {
             verb,
-            status,
+            standing: sandbox.standing(),
             needed: "running",
         };
         if sandbox.status != Status::Running {
-            return Err(wrong(sandbox.status));
+            return Err(wrong(&sandbox));
         }
         if !sandbox.keeps_its_disk() {
             self.keep_root(id).await.map_err(failed)?;
@@ -212,7 +245,7 @@ impl Manager {
         let sandbox = match self.record(id, Transition::PoweringOff).await? {
             Some(sandbox) if sandbox.status == Status::Stopping => sandbox,
             // It ended in the meantime.
-            Some(sandbox) => return Err(wrong(sandbox.status)),
+            Some(sandbox) => return Err(wrong(&sandbox)),
             None => return Err(LookupError::NotFound.into()),
         };
         let timeout = match stop.force {
@@ -225,7 +258,7 @@ impl Manager {
             timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
             layer: kept.and_then(|kept| kept.disk.last().cloned()),
         };
-        match self.inner.host.power_off(request).await {
+        match self.power_off_in_haste(request).await {
             Ok(in_order) => info!(sandbox = %id, in_order, "sandbox powered off"),
             // It ended by itself.
             Err(HostError::NotRunning { .. }) => {}
@@ -237,9 +270,25 @@ impl Manager {
                 self.merge_in_background(&sandbox.layers);
                 Ok(sandbox)
             }
-            Some(sandbox) => Err(wrong(sandbox.status)),
+            Some(sandbox) => Err(wrong(&sandbox)),
             None => Err(LookupError::NotFound.into()),
         }
+    }
+
+    /// Powers a sandbox off as the host does it, or cuts its power when somebody urges. The caller has the
+    /// turn.
+    async fn power_off_in_haste(&self, request: PowerOffRequest) -> Result<bool, HostError> {
+        let (host, id) = (&self.inner.host, request.id.clone());
+        let hurry = self.inner.haste.of(&id);
+        let mut powered_off = host.power_off(request);
+        tokio::select! {
+            // It has begun, so that it keeps the disk when the power is cut.
+            biased;
+            powered_off = &mut powered_off => return powered_off,
+            () = hurry.urged() => hurry.heed(),
+        }
+        host.destroy(&id).await?;
+        powered_off.await
     }
 
     /// The caller has the turn.
@@ -249,8 +298,13 @@ impl Manager {
             _ => Err(PowerError::NoSnapshot),
         };
         let snapshot = find().await?;
-        let before = self.get(id.as_str()).await?.status;
-        match before {
+        let before = self.get(id.as_str()).await?.standing();
+        let wrong = |standing| PowerError::WrongState {
+            verb: "rolled back",
+            standing,
+            needed: "running, paused or off",
+        };
+        match before.status {
             Status::Running => {
                 let cut = StopSpec {
                     force: true,
@@ -259,13 +313,7 @@ impl Manager {
                 self.turn_off(id, cut, "rolled back").await?;
             }
             Status::Off | Status::Paused => {}
-            status => {
-                return Err(PowerError::WrongState {
-                    verb: "rolled back",
-                    status,
-                    needed: "running, paused or off",
-                });
-            }
+            _ => return Err(wrong(before)),
         }
         {
             // Nobody can delete it before its layers are the sandbox's.
@@ -276,12 +324,8 @@ impl Manager {
             let name = snapshot.own_name().map(str::to_owned);
             let has_memory = !snapshot.layers.memory.is_empty();
             let rolled = Transition::RolledBack(snapshot.layers);
-            if let Err(late) = sandbox.apply(rolled, Timestamp::now()) {
-                return Err(PowerError::WrongState {
-                    verb: "rolled back",
-                    status: late.from,
-                    needed: "running, paused or off",
-                });
+            if sandbox.apply(rolled, Timestamp::now()).is_err() {
+                return Err(wrong(earlier.standing()));
             }
             if has_memory {
                 take_back(&mut sandbox, &snapshot.spec);
@@ -298,7 +342,7 @@ impl Manager {
             self.discard(&released).await;
         }
         info!(sandbox = %id, snapshot = %snapshot.id, "sandbox rolled back");
-        let runs = before == Status::Running || !snapshot.layers.memory.is_empty();
+        let runs = before.status == Status::Running || !snapshot.layers.memory.is_empty();
         match runs {
             true => self.turn_on(id).await,
             false => Ok(self.get(id.as_str()).await?),

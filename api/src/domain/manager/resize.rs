@@ -7,7 +7,7 @@
 use jiff::Timestamp;
 use tracing::{Instrument, info};
 
-use super::super::error::{CreateError, StartRefused};
+use super::super::error::{CreateError, LookupError, StartRefused};
 use super::super::host::HostError;
 use super::super::id::SandboxId;
 use super::super::request;
@@ -48,7 +48,7 @@ impl Manager {
     async fn resize(&self, id: &SandboxId, change: ResourceChange) -> Result<Sandbox, ResizeError> {
         let sandbox = self.get(id.as_str()).await?;
         if !matches!(sandbox.status, Status::Running | Status::Off) {
-            return Err(ResizeError::WrongState(sandbox.status));
+            return Err(ResizeError::WrongState(sandbox.standing()));
         }
         let spec = self.changed(&sandbox.spec, change).await?;
         match sandbox.status {
@@ -67,9 +67,12 @@ impl Manager {
             }
             self.record_locked(id, resized(&spec), records).await?
         };
-        let recorded = recorded.filter(|recorded| recorded.spec == spec);
-        // It ended in the meantime.
-        let recorded = recorded.ok_or(ResizeError::WrongState(Status::Stopped))?;
+        let recorded = match recorded {
+            Some(recorded) if recorded.spec == spec => recorded,
+            // It ended in the meantime.
+            Some(ended) => return Err(ResizeError::WrongState(ended.standing())),
+            None => return Err(LookupError::NotFound.into()),
+        };
         if sandbox.status == Status::Running {
             let (old, new) = (&sandbox.spec, &spec);
             let request = ResizeRequest {

@@ -136,7 +136,7 @@ impl Manager {
             }
             Status::Paused => None,
             Status::Off if !sandbox.layers.disk.is_empty() => None,
-            status => return Err(SnapshotError::NotSaveable(status)),
+            _ => return Err(SnapshotError::NotSaveable(sandbox.standing())),
         };
         let name = match spec.name {
             Some(name) if spec.is_own => Some(Snapshot::name_of(id, &name)),

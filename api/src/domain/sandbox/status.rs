@@ -79,6 +79,12 @@ pub struct Standing {
     pub was_on: bool,
 }
 
+impl fmt::Display for Standing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.status.fmt(f)
+    }
+}
+
 /// What the user wants a sandbox to be. Written before the act, so that a daemon that crashes
 /// in between knows at its next start what to finish.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -272,9 +272,13 @@ impl Host for FakeHost {
             return Err(HostError::NotRunning { id: request.id });
         }
         self.may_crash(Fault::CrashBeforeSave).await;
+        let hangs = request.timeout_ms > 0 && self.fails(Fault::NotShutDown);
+        while hangs && self.sandboxes.lock().unwrap().contains(&request.id) {
+            self.destroyed.notified().await;
+        }
         self.destroy(&request.id).await?;
         self.may_crash(Fault::CrashAfterSave).await;
-        let in_order = request.timeout_ms > 0;
+        let in_order = request.timeout_ms > 0 && !hangs;
         self.power_offs.lock().unwrap().push(request);
         Ok(in_order)
     }
@@ -282,6 +286,7 @@ impl Host for FakeHost {
     async fn destroy(&self, id: &SandboxId) -> Result<(), HostError> {
         self.sandboxes.lock().unwrap().retain(|other| other != id);
         self.ready.lock().unwrap().remove(id);
+        self.destroyed.notify_one();
         Ok(())
     }
 

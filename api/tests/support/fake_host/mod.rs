@@ -29,6 +29,8 @@ pub enum Fault {
     NotAtRest,
     /// The disk that a sandbox writes to is not kept.
     NotKept,
+    /// A guest that is asked to shut down does not.
+    NotShutDown,
     /// A sandbox does not start from layers.
     NotRestored,
     /// A ready machine does not start.
@@ -79,6 +81,8 @@ pub struct FakeHost {
     /// How sandboxes were powered off, in order.
     pub power_offs: Mutex<Vec<PowerOffRequest>>,
     pub fault: Mutex<Option<Fault>>,
+    /// Notified when a sandbox was destroyed.
+    destroyed: Notify,
     /// Notified when a command that talks has ended.
     pub dropped: Arc<Notify>,
     /// How long it takes to save a sandbox.
