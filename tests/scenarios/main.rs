@@ -24,6 +24,7 @@ mod jail;
 mod kills;
 mod measure;
 mod network;
+mod power;
 mod processes;
 mod refusals;
 mod resize;

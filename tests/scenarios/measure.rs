@@ -4,50 +4,10 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use e2e_tests::admin::Admin;
 use e2e_tests::daemon::{Daemon, Sandbox};
-use e2e_tests::http::Request;
 use e2e_tests::report;
 use serde_json::{Value, json};
-
-/// A caller of `/api/v1`.
-struct Admin {
-    bearer: String,
-}
-
-impl Admin {
-    fn register(daemon: &Daemon) -> Self {
-        let user = json!({"username": "root", "password": "Correct-horse-7", "role": "admin"});
-        let (status, body) = daemon.call("POST", "/api/v1/auth/register", &user.to_string());
-        assert_eq!(status, 201, "{body}");
-        let (status, body) = daemon.call("POST", "/api/v1/auth/login", &user.to_string());
-        assert_eq!(status, 200, "{body}");
-        Self {
-            bearer: format!("Bearer {}", body["access_token"].as_str().unwrap()),
-        }
-    }
-
-    fn call(&self, daemon: &Daemon, method: &str, path: &str, body: &Value) -> (u16, Value) {
-        let body = match body {
-            Value::Null => String::new(),
-            body => body.to_string(),
-        };
-        let request = Request::new(method, &format!("/api/v1{path}"))
-            .header("Content-Type", "application/json")
-            .header("Authorization", &self.bearer);
-        let response = daemon.send(request, body.as_bytes(), body.len() as u64);
-        (response.status, response.json())
-    }
-
-    #[track_caller]
-    fn must(&self, daemon: &Daemon, method: &str, path: &str, body: &Value) -> Value {
-        let (status, answer) = self.call(daemon, method, path, body);
-        assert!(
-            (200..300).contains(&status),
-            "{method} {path}: {status} {answer}"
-        );
-        answer
-    }
-}
 
 /// A field of the guest's /proc/meminfo, in MiB.
 fn mem_total(sandbox: &Sandbox<'_>) -> u64 {

@@ -2,48 +2,31 @@
 
 use std::collections::BTreeSet;
 
+use e2e_tests::admin::Admin;
 use e2e_tests::daemon::Daemon;
-use e2e_tests::http::Request;
 use e2e_tests::report;
 use e2e_tests::socket::Socket;
 use serde_json::{Value, json};
 use tungstenite::http::header::AUTHORIZATION;
 
-struct Client<'a> {
-    daemon: &'a Daemon,
-    token: String,
-}
-
-impl Client<'_> {
-    fn call(&self, method: &str, path: &str, body: &Value) -> (u16, Value) {
-        let request = Request::new(method, &format!("/api/v1{path}"));
-        let request = request.header("Authorization", &self.token);
-        let body = body.to_string();
-        let answer = self
-            .daemon
-            .send(request, body.as_bytes(), body.len() as u64);
-        (answer.status, answer.json())
-    }
-
-    /// What a scan of all machines came to.
-    fn scan(&self, kind: &str) -> Value {
-        let headers = [(AUTHORIZATION, self.token.as_str())];
-        let mut events = Socket::open_with(self.daemon, "/api/v1/system/events", &headers);
-        let body = json!({"scan_type": kind, "target": "all"});
-        let (status, started) = self.call("POST", "/security/scan", &body);
-        assert_eq!(status, 202, "{started}");
-        let path = format!("/security/scans/{}", started["scan_id"].as_str().unwrap());
-        loop {
-            let told = events.receive().unwrap();
-            if told["event_type"] == "scan_ended" {
-                assert_eq!(told["data"]["scan_id"], started["scan_id"]);
-                break;
-            }
+/// What a scan of all machines came to.
+fn scan(daemon: &Daemon, admin: &Admin, kind: &str) -> Value {
+    let headers = [(AUTHORIZATION, admin.bearer.as_str())];
+    let mut events = Socket::open_with(daemon, "/api/v1/system/events", &headers);
+    let body = json!({"scan_type": kind, "target": "all"});
+    let (status, started) = admin.call(daemon, "POST", "/security/scan", &body);
+    assert_eq!(status, 202, "{started}");
+    let path = format!("/security/scans/{}", started["scan_id"].as_str().unwrap());
+    loop {
+        let told = events.receive().unwrap();
+        if told["event_type"] == "scan_ended" {
+            assert_eq!(told["data"]["scan_id"], started["scan_id"]);
+            break;
         }
-        let (_, mut scan) = self.call("GET", &path, &json!({}));
-        assert_eq!(scan["status"], "completed", "{scan}");
-        scan["results"].take()
     }
+    let (_, mut scan) = admin.call(daemon, "GET", &path, &Value::Null);
+    assert_eq!(scan["status"], "completed", "{scan}");
+    scan["results"].take()
 }
 
 /// Names of the checks with a finding at this machine.
@@ -64,17 +47,10 @@ fn what_is_weak_in_a_guest_is_found_and_a_guest_that_is_off_is_not_looked_into()
     let setting = format!("[scan]\nadvisories = {:?}\n", advisories.to_str().unwrap());
     std::fs::write(&config, setting).unwrap();
     let daemon = Daemon::start_with(&["--config", config.to_str().unwrap()]);
-    let user = json!({"username": "root", "password": "Correct-horse-7", "role": "admin"});
-    let (status, answer) = daemon.call("POST", "/api/v1/auth/register", &user.to_string());
-    assert_eq!(status, 201, "{answer}");
-    let (_, token) = daemon.call("POST", "/api/v1/auth/login", &user.to_string());
-    let client = Client {
-        daemon: &daemon,
-        token: format!("Bearer {}", token["access_token"].as_str().unwrap()),
-    };
+    let admin = Admin::register(&daemon);
     let small = json!({"memory_mb": 192});
     let (weak, clean) = (daemon.create(&small), daemon.create(&small));
-    let (status, off) = client.call("POST", "/vms", &json!({"name": "off"}));
+    let (status, off) = admin.call(&daemon, "POST", "/vms", &json!({"name": "off"}));
     assert_eq!(status, 201, "{off}");
     let codename = weak.must(". /etc/os-release && echo $VERSION_CODENAME");
     let version = weak.must("dpkg-query -W -f '${source:Version}' bash");
@@ -87,7 +63,7 @@ fn what_is_weak_in_a_guest_is_found_and_a_guest_that_is_off_is_not_looked_into()
          echo 0 >/proc/sys/kernel/randomize_va_space",
     );
     let start = std::time::Instant::now();
-    let results = client.scan("configuration");
+    let results = scan(&daemon, &admin, "configuration");
     report(&format!(
         "a scan of two guests and one that is off: {:.1} s, {} checks",
         start.elapsed().as_secs_f64(),
@@ -133,7 +109,7 @@ fn what_is_weak_in_a_guest_is_found_and_a_guest_that_is_off_is_not_looked_into()
         "CVE-2000-0002": {"releases": {&codename: {"status": "resolved", "fixed_version": version}}},
     }});
     std::fs::write(&advisories, holes.to_string()).unwrap();
-    let results = client.scan("vulnerability");
+    let results = scan(&daemon, &admin, "vulnerability");
     assert_eq!(results["failed"], 2, "bash of both guests: {results}");
     let details = results["findings"][0]["details"].to_string();
     assert!(

@@ -6,6 +6,7 @@
 //!   vmm_api ─────────────────────────────────────────► vmm_api the REST API of `vmm`
 //!   guest ───────────────────────────────────────────► agent   the guest's agent over vsock
 //!   api ─────────────────────────────────────────────► daemon  `sandboxd`, sandboxes over REST
+//!   power, measure, scan ────────────────────────────► admin   its `/api/v1`
 //!   terminals ───────────────────────────────────────► screen  what a program shows on a terminal
 //! ```
 //!
@@ -22,6 +23,7 @@
     reason = "a scenario that cannot go on fails by a panic"
 )]
 
+pub mod admin;
 pub mod agent;
 pub mod daemon;
 pub mod disk;
