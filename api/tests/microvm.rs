@@ -666,7 +666,7 @@ async fn a_machine_without_a_name_that_does_not_start_is_gone() {
 }
 
 #[tokio::test]
-async fn a_port_of_anothers_machine_is_told_as_any_that_is_taken() {
+async fn a_port_or_address_of_anothers_machine_is_told_as_any_that_is_taken() {
     let mut api = api().await;
     running(&api).await;
     let path = "/vms/test-vm/network/port-forward";
@@ -683,6 +683,16 @@ async fn a_port_of_anothers_machine_is_told_as_any_that_is_taken() {
         refused.to_string().replace(&port.to_string(), "PORT")
     };
     assert_eq!(refused(8080).await, refused(9090).await);
+
+    let at = |name: &str, ip: &str| json!({"name": name, "network_config": {"ip": ip}});
+    let (own, hers) = ("192.168.200.50", "192.168.200.100");
+    assert_eq!(post(&api, "/vms", at("own", own)).await.0, 201);
+    let refused = async |ip: &str| {
+        let (status, refused) = post(&api, "/vms", at("other", ip)).await;
+        assert_eq!(status, 409, "{refused}");
+        refused.to_string().replace(ip, "IP")
+    };
+    assert_eq!(refused(own).await, refused(hers).await);
 }
 
 #[tokio::test]

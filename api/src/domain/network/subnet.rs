@@ -39,7 +39,7 @@ pub enum AddressError {
         last: Ipv4Addr,
     },
     /// Another sandbox has it.
-    #[error("the address {0} is another sandbox's; ask for another, or for none in particular")]
+    #[error("the address {0} is in use; ask for another, or for none in particular")]
     Taken(Ipv4Addr),
     /// None is free.
     #[error("all {1} addresses of {0} are taken; delete sandboxes, or configure a larger subnet")]
