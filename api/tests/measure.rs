@@ -531,7 +531,7 @@ async fn a_vmm_says_who_it_is_once_and_again_when_it_is_another() {
     // There is no kernel at the place that was given.
     assert!(health.images.unwrap_err().contains("guest kernel"));
     assert_eq!(served.host.health().await.vmm.unwrap().api, "54.0");
-    let vmm = served.dir.path().join("vmm");
+    let path = served.dir.path().join("vmm");
     let asked = || {
         std::fs::read_to_string(served.dir.path().join("pid"))
             .unwrap()
@@ -539,7 +539,7 @@ async fn a_vmm_says_who_it_is_once_and_again_when_it_is_another() {
             .count()
     };
     assert_eq!(asked(), 1, "it is asked once");
-    std::fs::remove_file(&vmm).unwrap();
+    std::fs::remove_file(&path).unwrap();
     assert!(
         served
             .host
@@ -549,9 +549,13 @@ async fn a_vmm_says_who_it_is_once_and_again_when_it_is_another() {
             .unwrap_err()
             .contains("cannot be used")
     );
-    std::fs::write(&vmm, "#!/bin/sh\nexit 3\n").unwrap();
-    use std::os::unix::fs::PermissionsExt;
-    std::fs::set_permissions(&vmm, std::fs::Permissions::from_mode(0o755)).unwrap();
-    let why = served.host.health().await.vmm.unwrap_err();
-    assert!(why.contains("ended without an answer"), "{why}");
+    // One that does not answer is started once, however many ask meanwhile.
+    let script = "#!/bin/sh\necho asked >>\"${0%/*}/pid\"\nexit 3\n";
+    vmm::executable::write(&path, script);
+    let all = futures_util::future::join_all((0..20).map(|_| served.host.health()));
+    for health in all.await {
+        let why = health.vmm.unwrap_err();
+        assert!(why.contains("ended without an answer"), "{why}");
+    }
+    assert_eq!(asked(), 2);
 }

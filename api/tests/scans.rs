@@ -16,6 +16,7 @@ use api::domain::{Change, News, Posture, Principal, Subscription, VmmPosture};
 use api::scan::{MAX_KEPT, Scan, ScanId, ScanKind, ScanSpec, ScanStatus, ScanStore, Scans};
 use rusqlite::Connection;
 use serde_json::{Value, json};
+use support::kept::spec;
 use support::{ADVISORIES, Api};
 
 /// The API, and a user of it.
@@ -281,6 +282,29 @@ async fn of_a_machine_that_is_off_only_the_host_is_looked_at() {
     let exposed = finding(&scan, "host.saved_files").unwrap();
     assert_eq!(exposed["details"], json!(["/d/disk.qcow2"]));
     assert_eq!(finding(&scan, "ssh.root_login"), None);
+}
+
+#[tokio::test]
+async fn a_scan_of_more_machines_than_it_looks_at_says_how_many_are_left_out() {
+    let bench = Bench::new().await;
+    for number in 0..1003 {
+        let spec = spec(&format!("vm-{number}"));
+        bench.api.manager.create_off(spec).await.unwrap();
+    }
+    for kind in ["configuration", "compliance", "vulnerability"] {
+        let all = json!({"scan_type": kind, "target": "all"});
+        let scan = bench.scan(all).await;
+        let left_out = finding(&scan, "machines.left_out").unwrap();
+        assert_eq!(
+            (&left_out["outcome"], &left_out["affected_resource"]),
+            (&json!("warning"), &json!("daemon"))
+        );
+        let details = left_out["details"].to_string();
+        assert!(details.contains("3 machines are older"), "{details}");
+        let one = json!({"scan_type": kind, "target": "vm-1"});
+        let scan = bench.scan(one).await;
+        assert_eq!(finding(&scan, "machines.left_out"), None);
+    }
 }
 
 #[tokio::test]

@@ -5,7 +5,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::control::{Control, Ping};
 use super::{Inner, command};
@@ -21,9 +21,26 @@ const LEAST_ROOM: u64 = 128 << 20;
 /// Tells one version of a file from all others.
 type Version = (u64, u64, i64, i64);
 
-/// The VMM that has answered last.
+/// How long a VMM that has not answered is not asked again. Anybody may ask for the host's health.
+const ASK_AGAIN: Duration = Duration::from_secs(10);
+
+/// What the VMM that was asked last has said. One is asked at a time.
 #[derive(Debug, Default)]
-pub(super) struct Probed(tokio::sync::Mutex<Option<(Version, VmmVersion)>>);
+pub(super) struct Probed(tokio::sync::Mutex<Option<Answer>>);
+
+#[derive(Debug)]
+struct Answer {
+    of: Version,
+    at: Instant,
+    said: Result<VmmVersion, String>,
+}
+
+impl Answer {
+    /// Whether it says what this one would say now.
+    fn is_of(&self, version: Version) -> bool {
+        self.of == version && (self.said.is_ok() || self.at.elapsed() < ASK_AGAIN)
+    }
+}
 
 impl Inner {
     pub(super) async fn health(&self) -> HostHealth {
@@ -46,7 +63,8 @@ impl Inner {
         }
     }
 
-    /// Whether KVM can be opened and the VMM answers, which one that has answered is not asked again.
+    /// Whether KVM can be opened and the VMM answers. One that has answered is not asked again, and one that
+    /// has not only after a while.
     async fn check_vmm(&self) -> Result<VmmVersion, String> {
         let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm");
         kvm.map_err(|error| {
@@ -57,14 +75,16 @@ impl Inner {
         let file = std::fs::metadata(vmm).map_err(|error| cannot(error.to_string()))?;
         let version = (file.dev(), file.ino(), file.mtime(), file.mtime_nsec());
         let mut probed = self.probed.0.lock().await;
-        if let Some((of, answer)) = &*probed
-            && *of == version
-        {
-            return Ok(answer.clone());
+        if let Some(answer) = probed.as_ref().filter(|answer| answer.is_of(version)) {
+            return answer.said.clone();
         }
-        let answer = self.ask_vmm().await.map_err(cannot)?;
-        *probed = Some((version, answer.clone()));
-        Ok(answer)
+        let said = self.ask_vmm().await.map_err(cannot);
+        *probed = Some(Answer {
+            of: version,
+            at: Instant::now(),
+            said: said.clone(),
+        });
+        said
     }
 
     /// Starts a VMM without a machine and asks who it is. The error is a sentence.

@@ -13,7 +13,7 @@ use super::evidence::{MAX_EVIDENCE, Reader};
 use super::packages::{self, Package, Packages, Release};
 use super::report::{Check, Details, Report, Results, Severity, Verdict};
 use super::turns::ScanTurn;
-use super::{MAX_TIME, Scan, ScanKind, advisories, guest, host};
+use super::{MAX_MACHINES, MAX_TIME, Scan, ScanKind, advisories, guest, host};
 use crate::audit::AuditLog;
 use crate::chain;
 use crate::domain::{HostError, Manager, Sandbox, Status};
@@ -23,6 +23,13 @@ const MAX_RELEASE: usize = 1 << 16;
 /// What is affected by checks of the daemon itself.
 const DAEMON: &str = "daemon";
 
+static LEFT_OUT: Check = Check {
+    id: "machines.left_out",
+    failure: "Not all machines were looked at",
+    recommendation: "Scan the others by their names",
+    severity: Severity::Low,
+    area: Area::Files,
+};
 static NOT_SEEN: Check = Check {
     id: "guest.not_inspected",
     failure: "The guest was not looked into",
@@ -58,6 +65,8 @@ pub struct Job<'a> {
     pub manager: &'a Manager,
     /// The scan.
     pub scan: &'a Scan,
+    /// How many machines are not looked at, since they are too many.
+    pub left_out: u64,
     /// Known holes of packages.
     pub advisories: Option<&'a Path>,
     /// The audit log.
@@ -94,6 +103,13 @@ impl Job<'_> {
             let began = Instant::now();
             self.look_at_audit(&mut report).await;
             work += began.elapsed();
+        }
+        if self.left_out > 0 {
+            let why = format_args!(
+                "{} machines are older than the latest {}, which are those that a scan of all looks at",
+                self.left_out, MAX_MACHINES
+            );
+            report.add(&LEFT_OUT, DAEMON, Verdict::warning(why));
         }
         for machine in machines {
             let _turn = turn.guest().await;

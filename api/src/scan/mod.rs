@@ -256,7 +256,7 @@ impl Scans {
         principal: &Principal,
         spec: ScanSpec,
     ) -> Result<Scan, ScanError> {
-        let machines = machines(manager, spec.target.as_deref()).await?;
+        let (machines, left_out) = machines(manager, spec.target.as_deref()).await?;
         let target = match &spec.target {
             Some(_) => machines.first().map(Sandbox::shown).unwrap_or_default(),
             None => "all".to_owned(),
@@ -301,8 +301,11 @@ impl Scans {
                 self.clone(),
                 manager.clone(),
                 scan.clone(),
-                machines,
-                is_of_one,
+                Targets {
+                    machines,
+                    left_out,
+                    is_of_one,
+                },
             );
             inner.tasks.spawn(task.in_current_span());
         }
@@ -356,24 +359,28 @@ impl Scan {
     }
 }
 
-/// Looks at the machines, and writes down what that came to.
-async fn run(
-    scans: Scans,
-    manager: Manager,
-    mut scan: Scan,
+/// What a scan looks at.
+struct Targets {
     machines: Vec<Sandbox>,
+    /// How many more there are, which are older.
+    left_out: u64,
+    /// Whether it was asked for one by its name.
     is_of_one: bool,
-) {
+}
+
+/// Looks at the machines, and writes down what that came to.
+async fn run(scans: Scans, manager: Manager, mut scan: Scan, targets: Targets) {
     let inner = &scans.inner;
     let job = job::Job {
         manager: &manager,
         scan: &scan,
+        left_out: targets.left_out,
         advisories: inner.advisories.as_deref(),
         audit: &inner.audit,
     };
     let work = async {
         let turn = inner.turns.scan(job.scan.owner.as_ref()).await;
-        job.run(&machines, &turn).await
+        job.run(&targets.machines, &turn).await
     };
     let ended = tokio::select! {
         results = work => Some(results),
@@ -394,17 +401,20 @@ async fn run(
         warn!(scan = %scan.id, error = %chain(&source), "the end of a scan is not recorded");
         return;
     }
-    let one = machines.first().filter(|_| is_of_one);
+    let one = targets.machines.first().filter(|_| targets.is_of_one);
     let (id, status) = (scan.id.to_string(), scan.status.as_str());
     manager.tell_scan_ended(one, scan.owner, id, scan.target, status);
 }
 
-/// The machines that are to be looked at.
-async fn machines(manager: &Manager, target: Option<&str>) -> Result<Vec<Sandbox>, ScanError> {
+/// The machines that are to be looked at, and how many are left out.
+async fn machines(
+    manager: &Manager,
+    target: Option<&str>,
+) -> Result<(Vec<Sandbox>, u64), ScanError> {
     if let Some(name) = target {
         return match manager.get(name).await? {
             gone if gone.status == Status::Stopped => Err(LookupError::NotFound.into()),
-            machine => Ok(vec![machine]),
+            machine => Ok((vec![machine], 0)),
         };
     }
     let page = Page {
@@ -417,11 +427,5 @@ async fn machines(manager: &Manager, target: Option<&str>) -> Result<Vec<Sandbox
         offset: 0,
     };
     let (machines, total) = manager.page(&page).await?;
-    if total > u64::from(MAX_MACHINES) {
-        warn!(
-            total,
-            "only the latest {MAX_MACHINES} machines are looked at"
-        );
-    }
-    Ok(machines)
+    Ok((machines, total.saturating_sub(u64::from(MAX_MACHINES))))
 }

@@ -7,7 +7,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on may panic")]
 
-mod executable;
+pub mod executable;
 
 use std::collections::HashMap;
 use std::fs::{self, File};
