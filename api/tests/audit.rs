@@ -7,6 +7,7 @@ mod support;
 use std::time::Duration;
 
 use api::audit::{self, AuditError, Broken};
+use api::domain::{Egress, NetworkInfo};
 use api::http::Rates;
 use axum::body::Body;
 use axum::http::{Request, StatusCode};
@@ -117,6 +118,59 @@ async fn what_changes_something_is_on_record_and_holds_no_secret() {
 }
 
 #[tokio::test]
+async fn what_is_behind_the_name_of_a_machine_is_on_record() {
+    let api = Api::new(1 << 20, 1 << 20).await;
+    api.host.networks.lock().unwrap().push(NetworkInfo {
+        name: "chbr0".into(),
+        subnet: "192.168.200.0/24".parse().unwrap(),
+        default_egress: Egress::All,
+    });
+    let root = api.user("root", "admin").await;
+    let headers = [("authorization", root.as_str())];
+    let act = async |method: &str, path: &str, body: Value| {
+        let body = match body {
+            Value::Null => String::new(),
+            body => body.to_string(),
+        };
+        let path = format!("/api/v1/vms{path}");
+        let (status, answer) = api.call_as(method, &path, &body, &headers).await;
+        assert!(status.is_success(), "{method} {path}: {answer}");
+    };
+    act("POST", "", json!({"name": "vm"})).await;
+    act("POST", "/vm/start", Value::Null).await;
+    act("POST", "/vm/snapshots", json!({"name": "s1"})).await;
+    act("POST", "/vm/snapshots/s1/restore", Value::Null).await;
+    act("DELETE", "/vm/snapshots/s1", Value::Null).await;
+    let forward = json!({"host_port": 8080, "guest_port": 80});
+    act("POST", "/vm/network/port-forward", forward).await;
+    act("DELETE", "/vm/network/port-forward/8080", Value::Null).await;
+    let of = async |action: &str| {
+        let (_, found) = logs(&api, &root, &format!("?action_type={action}")).await;
+        let [record] = &found["logs"].as_array().unwrap()[..] else {
+            panic!("{action}: {found}");
+        };
+        assert_eq!(record["resource_id"], "vm");
+        record["details"].clone()
+    };
+    assert_eq!(of("vm_snapshots").await["name"], "s1");
+    assert_eq!(of("vm_snapshots_restore").await["snapshot_name"], "s1");
+    assert_eq!(of("vm_snapshots_delete").await["snapshot_name"], "s1");
+    let opened = of("vm_network_port_forward").await;
+    assert_eq!(
+        (
+            &opened["host_port"],
+            &opened["guest_port"],
+            &opened["protocol"]
+        ),
+        (&json!(8080), &json!(80), &json!("tcp"))
+    );
+    assert_eq!(
+        of("vm_network_port_forward_delete").await["host_port"],
+        "8080"
+    );
+}
+
+#[tokio::test]
 async fn filters_and_who_may_read() {
     let api = Api::new(1, 1).await;
     let root = api.user("root", "admin").await;
@@ -153,11 +207,29 @@ async fn filters_and_who_may_read() {
     );
     let (_, two) = logs(&api, &root, "?limit=2").await;
     assert_eq!(two["logs"].as_array().unwrap().len(), 2);
-    assert_eq!(two["total"], 7);
+    assert_eq!((&two["total"], &two["offset"]), (&json!(7), &json!(0)));
+    // Pages come to the whole, and a time as it is told has all of its second.
+    let (_, all) = logs(&api, &root, "").await;
+    let all = all["logs"].as_array().unwrap();
+    let mut paged = Vec::new();
+    for offset in [0, 3, 6, 9] {
+        let (_, page) = logs(&api, &root, &format!("?limit=3&offset={offset}")).await;
+        assert_eq!(
+            (&page["total"], &page["offset"]),
+            (&json!(7), &json!(offset))
+        );
+        paged.extend_from_slice(page["logs"].as_array().unwrap());
+    }
+    assert_eq!(&paged, all);
+    let latest = all[0]["timestamp"].as_str().unwrap();
+    let (_, until) = logs(&api, &root, &format!("?end_time={latest}")).await;
+    assert_eq!(until["logs"].as_array().unwrap(), all);
     for bad in [
         "?limit=0",
         "?limit=x",
         "?limit=1001",
+        "?offset=-1",
+        "?offset=x",
         "?start_time=yesterday",
     ] {
         let (status, error) = logs(&api, &root, bad).await;

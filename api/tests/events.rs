@@ -419,8 +419,10 @@ async fn a_slow_reader_brakes_nobody_and_is_told_how_much_it_missed() {
         .await;
     let (mut told, mut lost, mut last) = (0, 0, None);
     loop {
-        let (event, data) = slow.event().await;
-        match event.as_str() {
+        let message = slow.next().await;
+        assert_eq!(message["vm_name"], id, "{message}");
+        let data = &message["data"];
+        match message["event_type"].as_str().unwrap() {
             "file_written" => {
                 told += 1;
                 let path = data["path"].as_str().unwrap();

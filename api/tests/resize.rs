@@ -230,6 +230,9 @@ async fn what_goes_wrong_leaves_a_machine_as_it_was() {
     let other = bench.call("PUT", "/api/v1/vms/other/resources", json!({"vcpus": 1}));
     assert_eq!(other.await.0, 404);
     assert!(bench.api.host.meter.resizes.lock().unwrap().is_empty());
+    // All of it is no limit, which every host has.
+    let (status, set) = bench.set(json!({"cpu_limit_percent": 100})).await;
+    assert_eq!(status, 200, "{set}");
 }
 
 #[tokio::test]

@@ -80,6 +80,8 @@ pub struct Filter {
     pub user_id: Option<String>,
     /// How many at most.
     pub limit: u32,
+    /// How many of the latest are left out.
+    pub offset: u64,
 }
 
 /// Why there is no audit log.
@@ -266,12 +268,21 @@ fn read(connection: &Connection, filter: &Filter) -> rusqlite::Result<(Vec<Entry
             params![start, end, action_type, resource_type, user_id],
             |row| row.get(0),
         )?;
-    let sql = format!("SELECT {COLUMNS} {condition} ORDER BY seq DESC LIMIT ?6");
+    let sql = format!("SELECT {COLUMNS} {condition} ORDER BY seq DESC LIMIT ?6 OFFSET ?7");
     let limit = filter.limit.min(MAX_LIMIT);
+    let offset = i64::try_from(filter.offset).unwrap_or(i64::MAX);
     let records = connection
         .prepare_cached(&sql)?
         .query_map(
-            params![start, end, action_type, resource_type, user_id, limit],
+            params![
+                start,
+                end,
+                action_type,
+                resource_type,
+                user_id,
+                limit,
+                offset
+            ],
             |row| read_row(row).map(|(_, entry, _)| entry),
         )?
         .collect::<rusqlite::Result<_>>()?;

@@ -169,6 +169,7 @@ async fn answer(
         }
     };
     let response = while_on_record(under_way.as_ref(), answer).await;
+    let response = recorded(&state, &who, act, under_way, &path, response).await;
     let answered = Answered {
         method,
         route,
@@ -176,11 +177,23 @@ async fn answer(
         took: began.elapsed(),
     };
     state.metrics.answered(who.principal.as_ref(), answered);
+    response
+}
+
+/// The answer, once what was done is on record, or that it is not.
+async fn recorded(
+    state: &AppState,
+    who: &Identified,
+    act: Act,
+    under_way: Option<UnderWay>,
+    path: &str,
+    response: Response,
+) -> Response {
     let record = act.record_for(response.status());
     if record == Record::None {
         return response;
     }
-    let (entry, response) = act.record(&who, response).await;
+    let (entry, response) = act.record(who, response).await;
     // What is being written now is written even if the caller hangs up.
     if let Some(under_way) = under_way {
         under_way.answered();
@@ -191,7 +204,7 @@ async fn answer(
     };
     match recorded {
         Ok(()) => response,
-        Err(source) => told_as_in(&response, not_on_record(&path, &source)),
+        Err(source) => told_as_in(&response, not_on_record(path, &source)),
     }
 }
 

@@ -16,7 +16,17 @@ const MAX_ANSWER: u64 = 64 * 1024;
 /// The action, and the path, of a request at a path where nothing is served.
 const NOT_SERVED: &str = "not_served";
 /// What is taken from an answer that tells of a new thing.
-const TOLD: [&str; 5] = ["name", "username", "role", "template", "sandbox_id"];
+const TOLD: [&str; 9] = [
+    "name",
+    "username",
+    "role",
+    "template",
+    "sandbox_id",
+    "host_address",
+    "host_port",
+    "guest_port",
+    "protocol",
+];
 /// What is taken from one that tells of a new machine, as its `vm_config`.
 const SHAPE: [&str; 2] = ["vcpus", "memory_mb"];
 
@@ -37,6 +47,8 @@ pub struct Act {
     action_type: String,
     resource_type: &'static str,
     resource_id: Option<String>,
+    /// What stands in the path behind the name of the resource, by the names of its parameters.
+    parameters: Vec<(String, String)>,
     changes: bool,
 }
 
@@ -63,9 +75,11 @@ impl Act {
         match matched.map(MatchedPath::as_str) {
             Some(matched) => {
                 let (action_type, resource_type) = name(method, matched, only_asks);
+                let mut parameters = parameters(matched, path);
                 Self {
                     method: method.clone(),
-                    resource_id: first_parameter(matched, path),
+                    resource_id: parameters.next().map(|(_, value)| value),
+                    parameters: parameters.collect(),
                     path: matched.to_owned(),
                     action_type,
                     resource_type,
@@ -79,6 +93,7 @@ impl Act {
                 action_type: NOT_SERVED.to_owned(),
                 resource_type: "service",
                 resource_id: None,
+                parameters: Vec::new(),
                 changes: false,
             },
         }
@@ -92,6 +107,7 @@ impl Act {
             action_type: "vm_ports".to_owned(),
             resource_type: "vm",
             resource_id: Some(shortened(sandbox)),
+            parameters: Vec::new(),
             changes: false,
         }
     }
@@ -127,6 +143,9 @@ impl Act {
         let mut details = Map::new();
         details.insert("method".into(), self.method.as_str().into());
         details.insert("path".into(), self.path.clone().into());
+        for (name, value) in &self.parameters {
+            details.insert(name.clone(), value.as_str().into());
+        }
         if let Some(key) = who.principal.as_ref().and_then(|by| by.key()) {
             details.insert("api_key".into(), key.as_str().into());
         }
@@ -242,11 +261,14 @@ fn name(method: &Method, matched: &str, only_asks: bool) -> (String, &'static st
     (words.join("_"), resource_type)
 }
 
-/// What stands in a path where its pattern has the first parameter.
-fn first_parameter(matched: &str, path: &str) -> Option<String> {
-    let mut pairs = matched.split('/').zip(path.split('/'));
-    let (_, value) = pairs.find(|(pattern, _)| pattern.starts_with('{'))?;
-    Some(shortened(value))
+/// What stands in a path where its pattern has parameters, by their names. What has a path of its own, as of
+/// a program in a sandbox, is none.
+fn parameters(matched: &str, path: &str) -> impl Iterator<Item = (String, String)> {
+    let pairs = matched.split('/').zip(path.split('/'));
+    pairs.filter_map(|(pattern, value)| {
+        let name = pattern.strip_prefix('{')?.strip_suffix('}')?;
+        (!name.starts_with('*')).then(|| (name.to_owned(), shortened(value)))
+    })
 }
 
 fn shortened(name: &str) -> String {
@@ -311,8 +333,26 @@ mod tests {
         }
         let (action, _) = name(&Method::GET, "/api/v1/security/audit-logs", true);
         assert_eq!(action, "security_audit_logs_read");
-        let id = first_parameter("/v1/sandboxes/{id}/exec", "/v1/sandboxes/sb-1/exec");
-        assert_eq!(id.as_deref(), Some("sb-1"));
-        assert_eq!(first_parameter("/v1/sandboxes", "/v1/sandboxes"), None);
+        for (matched, path, expected) in [
+            (
+                "/v1/sandboxes/{id}/exec",
+                "/v1/sandboxes/sb-1/exec",
+                "id=sb-1",
+            ),
+            ("/v1/sandboxes", "/v1/sandboxes", ""),
+            (
+                "/vms/{vm_name}/snapshots/{name}",
+                "/vms/a/snapshots/b",
+                "vm_name=a name=b",
+            ),
+            (
+                "/ports/{id}/{port}/{*path}",
+                "/ports/a/80/secret/x",
+                "id=a port=80",
+            ),
+        ] {
+            let found = parameters(matched, path).map(|(name, value)| format!("{name}={value}"));
+            assert_eq!(found.collect::<Vec<_>>().join(" "), expected);
+        }
     }
 }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::control::{Area, Framework};
 
-/// The most findings of one scan; what comes after them is counted, and not told.
+/// The most findings of one scan that are told; of more, the least severe are counted only.
 pub const MAX_FINDINGS: usize = 2000;
 /// The most things that one finding names.
 const MAX_DETAILS: usize = 20;
@@ -223,7 +223,10 @@ pub struct Results {
 #[derive(Debug)]
 pub struct Report {
     frameworks: BTreeSet<Framework>,
+    /// All but the findings.
     results: Results,
+    /// Each with how much of `room` it takes.
+    findings: BTreeMap<Severity, Vec<(Finding, usize)>>,
     /// The risk of each thing that was looked at.
     risks: BTreeMap<String, u32>,
     /// How many more bytes of details there may be.
@@ -236,6 +239,7 @@ impl Report {
         Self {
             frameworks: frameworks.iter().copied().collect(),
             results: Results::default(),
+            findings: BTreeMap::new(),
             risks: BTreeMap::new(),
             room: MAX_TOLD,
         }
@@ -296,18 +300,25 @@ impl Report {
         });
     }
 
-    /// Adds a finding, as far as there is room.
+    /// Adds a finding, as far as there is room, or in the place of one that is less severe.
     fn tell(&mut self, mut finding: Finding) {
-        if self.results.findings.len() >= MAX_FINDINGS {
+        if self.findings.values().map(Vec::len).sum::<usize>() >= MAX_FINDINGS {
             self.results.findings_left_off += 1;
-            return;
+            let least = self.findings.iter_mut().find(|(_, all)| !all.is_empty());
+            let less = least.filter(|(severity, _)| **severity < finding.severity);
+            let Some((_, size)) = less.and_then(|(_, all)| all.pop()) else {
+                return;
+            };
+            self.room += size;
         }
-        let size = finding.details.iter().map(String::len).sum();
-        match self.room.checked_sub(size) {
-            Some(room) => self.room = room,
-            None => finding.details = vec!["there is too much in all to be told".to_owned()],
+        let mut size = finding.details.iter().map(String::len).sum();
+        if size > self.room {
+            finding.details = vec!["there is too much in all to be told".to_owned()];
+            size = 0;
         }
-        self.results.findings.push(finding);
+        self.room -= size;
+        let all = self.findings.entry(finding.severity).or_default();
+        all.push((finding, size));
     }
 
     /// Adds all of another, of the same frameworks.
@@ -319,9 +330,8 @@ impl Report {
         results.warnings += more.warnings;
         results.not_applicable += more.not_applicable;
         results.findings_left_off += more.findings_left_off;
-        more.findings
-            .into_iter()
-            .for_each(|finding| self.tell(finding));
+        let findings = other.findings.into_values().rev().flatten();
+        findings.for_each(|(finding, _)| self.tell(finding));
         for (resource, risk) in other.risks {
             let sum = self.risks.entry(resource).or_default();
             *sum = sum.saturating_add(risk);
@@ -350,12 +360,11 @@ impl Report {
     pub fn finish(mut self) -> Results {
         let risk = self.risks.values().copied().max().unwrap_or(0);
         self.results.risk_score = risk.min(MAX_RISK);
-        let findings = &mut self.results.findings;
-        findings.sort_by(|a, b| {
-            b.severity
-                .cmp(&a.severity)
-                .then_with(|| a.check.cmp(&b.check))
-        });
+        for mut findings in self.findings.into_values().rev() {
+            findings.sort_by(|(a, _), (b, _)| a.check.cmp(&b.check));
+            let findings = findings.into_iter().map(|(finding, _)| finding);
+            self.results.findings.extend(findings);
+        }
         self.results
     }
 }
@@ -456,6 +465,35 @@ mod tests {
             .filter(|size| *size == long.len())
             .sum();
         assert!(told > MAX_TOLD / 2 && told <= MAX_TOLD, "{told}");
+    }
+
+    #[test]
+    fn of_more_than_are_told_the_least_severe_are_left_off() {
+        const LOW: Check = check("low", Severity::Low, Area::Files);
+        let mut report = Report::new(&[]);
+        let long = "x".repeat(MAX_DETAIL);
+        for _ in 0..MAX_FINDINGS {
+            let details = std::iter::repeat_n(&long, MAX_DETAILS);
+            report.add(&LOW, "one", Verdict::unless(details));
+        }
+        report.add(&LOW, "one", Verdict::unless(["x"]));
+        let mut last = Report::new(&[]);
+        last.add(&BAD, "last", Verdict::unless(["y"]));
+        last.add(&HARD, "last", Verdict::unless(["z"]));
+        report.merge(last);
+        let results = report.finish();
+        let (told, left_off) = (results.findings.len(), results.findings_left_off);
+        assert_eq!((told, left_off), (MAX_FINDINGS, 3));
+        let first = results.findings.iter().take(3);
+        let first: Vec<_> = first
+            .map(|one| (one.check.as_str(), &one.details[0]))
+            .collect();
+        assert_eq!(
+            first[..2],
+            [("bad", &"y".to_owned()), ("hard", &"z".to_owned())]
+        );
+        assert_eq!(first[2].0, "low");
+        assert_eq!(results.failed, MAX_FINDINGS as u32 + 3);
     }
 
     #[test]

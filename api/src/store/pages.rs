@@ -5,13 +5,23 @@ use rusqlite::{Connection, params};
 use super::{COLUMNS, read as read_row};
 use crate::domain::{Page, Sandbox, SortBy, Totals, UserId};
 
+/// When a sandbox last ran; null if it never did.
+const LAST_START: &str = "coalesce(started_at, stopped_at)";
+/// The state of a sandbox as who follows it would call it, so that those that are on the way to a state stand
+/// with those that are there, and those that never ran by themselves.
+const SHOWN_STATUS: &str = "CASE \
+    WHEN status IN ('off', 'pending') AND coalesce(started_at, stopped_at) IS NULL THEN 'created' \
+    WHEN status IN ('off', 'pending', 'stopping') THEN 'stopped' \
+    WHEN status IN ('pausing', 'paused', 'resuming') THEN 'paused' \
+    ELSE status END";
+
 /// The sandboxes of a page, and how many there are on all pages.
 pub fn read(connection: &Connection, page: &Page) -> rusqlite::Result<(Vec<Sandbox>, u64)> {
     let filter = "FROM sandboxes WHERE status <> 'stopped' \
                   AND (?1 = '' OR instr(?1, ',' || status || ',') > 0) \
                   AND (?2 IS NULL OR (last_start IS NOT NULL) = ?2) \
                   AND (?3 IS NULL OR owner = ?3)";
-    let filter = filter.replace("last_start", "coalesce(started_at, stopped_at)");
+    let filter = filter.replace("last_start", LAST_START);
     let words = match &page.statuses {
         Some(statuses) => {
             let words: Vec<_> = statuses.iter().map(|status| status.as_str()).collect();
@@ -22,7 +32,7 @@ pub fn read(connection: &Connection, page: &Page) -> rusqlite::Result<(Vec<Sandb
     let column = match page.sort {
         SortBy::CreatedAt => "created_at",
         SortBy::Name => "coalesce(name, id)",
-        SortBy::Status => "status",
+        SortBy::Status => SHOWN_STATUS,
         SortBy::Vcpus => "vcpus",
         SortBy::MemoryMb => "memory_mb",
     };

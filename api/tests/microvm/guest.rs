@@ -179,6 +179,10 @@ async fn files_go_in_and_out() {
     assert_eq!(list["files"][1]["is_directory"], true);
     let (_, all) = get(&api, "/vms/test-vm/files?path=/srv&recursive=true").await;
     assert_eq!(paths(&all), ["/srv/ab.txt", "/srv/sub", "/srv/sub/deep"]);
+    for word in ["True", "TRUE", "1"] {
+        let path = format!("/vms/test-vm/files?path=/srv&recursive={word}");
+        assert_eq!(get(&api, &path).await.1, all);
+    }
     assert_eq!(get(&api, "/vms/test-vm/files?recursive=maybe").await.0, 400);
 
     let long = "d".repeat(2 << 20);

@@ -1,5 +1,6 @@
 //! Machines: made, started, stopped, listed, deleted, and whose they are.
 
+use api::domain::{Egress, NetworkInfo};
 use axum::body::Body;
 use axum::http::StatusCode;
 use serde_json::{Value, json};
@@ -115,6 +116,60 @@ async fn a_machine_without_a_name_that_does_not_start_is_gone() {
 }
 
 #[tokio::test]
+async fn where_no_machine_can_start_the_service_is_unavailable() {
+    let api = api().await;
+    running(&api).await;
+    post(&api, "/vms/test-vm/stop", Value::Null).await;
+    let broken = json!({"name": "broken", "template": "broken"});
+    assert_eq!(post(&api, "/vms", broken).await.0, 201);
+    assert_eq!(post(&api, "/vms/broken/start", Value::Null).await.0, 502);
+    let why = "/dev/kvm cannot be opened";
+    api.host.meter.health.lock().unwrap().vmm = Err(why.into());
+    for (path, body) in [
+        ("/vms/broken/start", Value::Null),
+        ("/vms", json!({"template": "broken"})),
+    ] {
+        let (status, refused) = post(&api, path, body).await;
+        assert_eq!(
+            (status, &refused["error"]),
+            (503, &json!("service_unavailable"))
+        );
+        let message = refused["message"].as_str().unwrap();
+        assert!(
+            message.starts_with("Cloud Hypervisor service unavailable"),
+            "{message}"
+        );
+        assert!(!message.contains(why), "{message}");
+    }
+    // What is wrong with the request is told as ever.
+    assert_eq!(post(&api, "/vms/test-vm/stop", Value::Null).await.0, 409);
+    assert_eq!(post(&api, "/vms/test-vm/start", Value::Null).await.0, 200);
+}
+
+#[tokio::test]
+async fn a_machine_whose_network_is_configured_no_more_is_in_no_bridge() {
+    let api = api().await;
+    let further = NetworkInfo {
+        name: "chbr1".into(),
+        subnet: "192.168.201.0/24".parse().unwrap(),
+        default_egress: Egress::All,
+    };
+    api.host.networks.lock().unwrap().push(further);
+    let made = json!({"name": "other", "network_config": {"bridge": "chbr1"}});
+    let (status, made) = post(&api, "/vms", made).await;
+    assert_eq!(
+        (status, &made["network_config"]["bridge"]),
+        (201, &json!("chbr1"))
+    );
+    api.host.networks.lock().unwrap().pop();
+    let (_, vm) = get(&api, "/vms/other").await;
+    let (_, network) = get(&api, "/vms/other/network").await;
+    assert!(vm["network_config"]["bridge"].is_null(), "{vm}");
+    assert!(network["bridge_name"].is_null(), "{network}");
+    assert_eq!(vm["ip_address"], made["ip_address"]);
+}
+
+#[tokio::test]
 async fn lists_are_filtered_sorted_and_have_pages() {
     let api = api().await;
     for (name, vcpus) in [("b", 2), ("a", 1), ("c", 4)] {
@@ -146,6 +201,9 @@ async fn lists_are_filtered_sorted_and_have_pages() {
         ("sort=created_at&order=asc", "3 bac"),
         ("sort=name", "3 abc"),
         ("sort=vcpus&order=desc", "3 cba"),
+        // By the words that are shown: created, running, stopped.
+        ("sort=status", "3 acb"),
+        ("sort=status&order=desc", "3 bca"),
         ("limit=1&offset=1&sort=name", "3 b"),
         ("status=created", "1 a"),
         ("status=running&os_type=linux", "1 c"),

@@ -2,7 +2,7 @@
 
 use axum::Json;
 use axum::extract::State;
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
@@ -19,7 +19,7 @@ use crate::http::{AppState, Caller};
 pub struct AuditQuery {
     /// Not before this time (ISO 8601, with a zone).
     start_time: Option<String>,
-    /// Not after this time.
+    /// Not after this time; one without a fraction is all of its second.
     end_time: Option<String>,
     /// Only of this action, as in `vm_create`.
     action_type: Option<String>,
@@ -29,6 +29,8 @@ pub struct AuditQuery {
     user_id: Option<String>,
     /// How many at most, 1 to 1000. 100 if not given.
     limit: Option<String>,
+    /// Leave out so many of the latest. None if not given.
+    offset: Option<String>,
 }
 
 /// Records, latest first.
@@ -41,6 +43,8 @@ pub struct AuditLogsBody {
     pub total: u64,
     /// How many were asked for.
     pub limit: u32,
+    /// How many were left out.
+    pub offset: u64,
 }
 
 /// A record.
@@ -62,7 +66,7 @@ pub struct AuditLogBody {
     pub user_id: String,
     /// From where.
     pub source_ip: Option<String>,
-    /// `success`, `denied` or `failure`.
+    /// `success`, `denied` or `failure`; `unanswered` if there was no answer, and it may have been done.
     pub outcome: String,
     /// More of it.
     #[schema(value_type = Object)]
@@ -125,13 +129,19 @@ pub async fn logs(
             "must be a time such as 2025-10-01T12:00:00Z",
         )),
     };
+    let offset = match query.offset.as_deref().map(str::parse) {
+        None => 0,
+        Some(Ok(offset)) => offset,
+        Some(Err(_)) => return Err(ApiError::bad_parameter("offset", "must be 0 or more")),
+    };
     let filter = Filter {
         start: time("start_time", query.start_time)?,
-        end: time("end_time", query.end_time)?,
+        end: time("end_time", query.end_time)?.map(end_of_second),
         action_type: query.action_type,
         resource_type: query.resource_type,
         user_id: query.user_id,
         limit,
+        offset,
     };
     let listed = state.audit.list(filter).await;
     let (logs, total) = listed.map_err(|error| ApiError::internal(&error))?;
@@ -139,5 +149,15 @@ pub async fn logs(
         logs: logs.into_iter().map(Into::into).collect(),
         total,
         limit,
+        offset,
     }))
+}
+
+/// The last moment of a second, so that a time as records tell it has all of that second; a time with a
+/// fraction is what it is.
+fn end_of_second(time: Timestamp) -> Timestamp {
+    match time.subsec_nanosecond() {
+        0 => time + SignedDuration::from_micros(999_999),
+        _ => time,
+    }
 }

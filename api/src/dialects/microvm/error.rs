@@ -100,6 +100,11 @@ impl ApiError {
         }
     }
 
+    /// The status of the answer.
+    pub fn status(&self) -> StatusCode {
+        self.status
+    }
+
     /// The same with details.
     #[must_use]
     pub fn with_details(mut self, details: Value) -> Self {

@@ -73,13 +73,13 @@ pub async fn of_vm(
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Result<Response, ApiError> {
     let subscribed = caller.manager.subscribe_to(&name).await;
-    let (_, subscription) = subscribed.map_err(|error| error.at_vm(&name))?;
+    let (vm, subscription) = subscribed.map_err(|error| error.at_vm(&name))?;
     let client = Client {
         state,
         principal: caller.principal,
         headers,
         path: uri.path().to_owned(),
-        is_of_one: true,
+        of: Some(super::vms::name_of(&vm)),
     };
     serve(client, subscription, permit, upgrade)
 }
@@ -110,7 +110,7 @@ pub async fn of_system(
         principal: caller.principal,
         headers,
         path: uri.path().to_owned(),
-        is_of_one: false,
+        of: None,
     };
     serve(client, subscription, permit, upgrade)
 }
@@ -121,7 +121,8 @@ struct Client {
     principal: Principal,
     headers: HeaderMap,
     path: String,
-    is_of_one: bool,
+    /// Name of the machine, if it is one.
+    of: Option<String>,
 }
 
 fn serve(
@@ -166,7 +167,7 @@ impl Client {
                 news = subscription.next() => match news {
                     Ok(News::Event(event)) if is_silent(&event.change) => continue,
                     Ok(News::Event(event)) => Message::Text(self.message(&event).to_string().into()),
-                    Ok(News::Lost(count)) => Message::Text(lost(count).to_string().into()),
+                    Ok(News::Lost(count)) => Message::Text(self.lost(count).to_string().into()),
                     Err(Over::Deleted) => return Some(close(close_code::NORMAL, "VM deleted")),
                     Err(Over::Closing) => {
                         return Some(close(close_code::AWAY, "the daemon shuts down"));
@@ -208,7 +209,7 @@ impl Client {
         let (event_type, mut data) = told(&event.change);
         let name = event.subject.sandbox.as_ref().map(name_of);
         let timestamp = rfc3339(event.at);
-        if self.is_of_one {
+        if self.of.is_some() {
             return json!({
                 "event_type": event_type, "vm_name": name, "timestamp": timestamp, "data": data,
             });
@@ -221,6 +222,18 @@ impl Client {
         data.insert("user_id".into(), owner.into());
         json!({"event_type": event_type, "timestamp": timestamp, "data": data})
     }
+
+    fn lost(&self, count: u64) -> Value {
+        let mut message = json!({
+            "event_type": "events_lost",
+            "timestamp": rfc3339(Timestamp::now()),
+            "data": {"count": count},
+        });
+        if let Some(name) = &self.of {
+            message["vm_name"] = name.as_str().into();
+        }
+        message
+    }
 }
 
 fn close(code: u16, reason: &'static str) -> CloseFrame {
@@ -228,14 +241,6 @@ fn close(code: u16, reason: &'static str) -> CloseFrame {
         code,
         reason: reason.into(),
     }
-}
-
-fn lost(count: u64) -> Value {
-    json!({
-        "event_type": "events_lost",
-        "timestamp": rfc3339(Timestamp::now()),
-        "data": {"count": count},
-    })
 }
 
 fn name_of(sandbox: &Named) -> String {

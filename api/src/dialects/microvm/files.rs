@@ -344,10 +344,10 @@ pub async fn list(
     Query(query): Query<HashMap<String, String>>,
 ) -> Result<Json<FileListBody>, ApiError> {
     let path = query.get("path").map_or("/", String::as_str);
-    let depth = match query.get("recursive").map(String::as_str) {
-        None | Some("false" | "0") => 1,
-        Some("true" | "1") => MAX_DEPTH,
-        Some(_) => {
+    let depth = match query.get("recursive").map(|word| is_true(word)) {
+        None | Some(Some(false)) => 1,
+        Some(Some(true)) => MAX_DEPTH,
+        Some(None) => {
             return Err(ApiError::bad_parameter(
                 "recursive",
                 "must be true or false",
@@ -361,6 +361,16 @@ pub async fn list(
         files: files.into_iter().map(Into::into).collect(),
         directory: path.to_owned(),
     }))
+}
+
+/// What a parameter of a query says, in any case: Python's words begin with a capital.
+fn is_true(word: &str) -> Option<bool> {
+    let is = |words: [&str; 2]| words.iter().any(|one| word.eq_ignore_ascii_case(one));
+    if is(["true", "1"]) {
+        Some(true)
+    } else {
+        is(["false", "0"]).then_some(false)
+    }
 }
 
 #[cfg(test)]

@@ -70,6 +70,22 @@ pub struct GuestCommandBody {
     /// `utf-8`, or, if one of the outputs is not text, `base64` for both.
     #[schema(inline)]
     pub encoding: Encoding,
+    /// Its standard output.
+    pub stdout: String,
+    /// Its standard error.
+    pub stderr: String,
+}
+
+/// The fields of that which are short.
+#[derive(Serialize)]
+struct Head {
+    success: bool,
+    exit_code: i32,
+    execution_time_ms: u64,
+    error: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    message: Option<String>,
+    encoding: Encoding,
 }
 
 /// A file to upload.
@@ -81,6 +97,8 @@ struct GuestUploadForm {
     file: String,
     /// Absolute path in the machine.
     remote_path: String,
+    /// Its permission bits, in octal digits; 644 if not given.
+    permissions: Option<String>,
 }
 
 /// A file was uploaded.
@@ -155,7 +173,7 @@ pub async fn command(
     .await?;
     let (status, exit_code, error) = exec::end_of(&output, timeout_sec);
     let (error, message) = error.unzip();
-    let head = GuestCommandBody {
+    let head = Head {
         success: exit_code == 0,
         exit_code,
         execution_time_ms: u64::try_from(output.duration.as_millis()).unwrap_or(u64::MAX),

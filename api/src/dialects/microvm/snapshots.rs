@@ -15,7 +15,7 @@ use super::error::{ApiError, ErrorBody};
 use super::extract::Path;
 use super::fields::Fields;
 use super::rfc3339;
-use super::vms::{find, name_of, word_of};
+use super::vms::{find, name_of, not_started, word_of};
 use crate::domain::{
     Manager, Sandbox, Snapshot, SnapshotSpec, check_snapshot_description, check_snapshot_name,
 };
@@ -219,6 +219,7 @@ pub async fn create(
         (status = 404, description = "No such machine or snapshot", body = ErrorBody),
         (status = 409, description = "It neither runs nor is paused or stopped", body = ErrorBody),
         (status = 502, description = "It did not start, and is stopped", body = ErrorBody),
+        (status = 503, description = "No machine can start now", body = ErrorBody),
     ),
 )]
 pub async fn restore(
@@ -229,7 +230,10 @@ pub async fn restore(
     let snapshot = find_snapshot(&caller.manager, &vm, &snapshot).await?;
     let id = snapshot.id.as_str();
     let restored = caller.manager.roll_back(vm.id.as_str(), id).await;
-    let sandbox = restored.map_err(|error| error.at_vm(&name))?;
+    let sandbox = match restored {
+        Ok(sandbox) => sandbox,
+        Err(error) => return Err(not_started(&caller.manager, error.at_vm(&name)).await),
+    };
     Ok(Json(RestoredBody {
         message: "VM restored successfully",
         vm_name: name_of(&sandbox),

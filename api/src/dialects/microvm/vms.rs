@@ -21,7 +21,7 @@ use super::rfc3339;
 use super::vm_requests::{CreateVmRequest, StopRequest, page, spec, stop_spec};
 use crate::chain;
 use crate::domain::{
-    CreateError, CreateSpec, InUse, MacAddress, Manager, Sandbox, Standing, Status,
+    CreateError, CreateSpec, InUse, MacAddress, Manager, NetworkInfo, Sandbox, Standing, Status,
 };
 use crate::http::Caller;
 
@@ -189,12 +189,15 @@ async fn create_nameless(manager: &Manager, spec: CreateSpec) -> Result<Sandbox,
     created
 }
 
-/// A machine, on a host whose first bridge this is.
-pub fn vm(sandbox: Sandbox, bridge: Option<&str>) -> VmBody {
+/// A machine, on a host with these networks.
+pub fn vm(sandbox: Sandbox, networks: &[NetworkInfo]) -> VmBody {
     let runs = sandbox.status == Status::Running;
     let started = sandbox.started_at.filter(|_| runs);
     let connection = sandbox.spec.network.as_ref();
-    let connected = connection.and_then(|connection| connection.network.clone());
+    let network = match connection.and_then(|connection| connection.network.as_ref()) {
+        Some(name) => networks.iter().find(|network| network.name == *name),
+        None => networks.first(),
+    };
     let template = sandbox.made_from().to_owned();
     let uptime = started.map(|at| Timestamp::now().as_second().saturating_sub(at.as_second()));
     VmBody {
@@ -219,7 +222,7 @@ pub fn vm(sandbox: Sandbox, bridge: Option<&str>) -> VmBody {
         ip_address: sandbox.address.map(|address| address.to_string()),
         network_config: sandbox.address.map(|address| NetworkConfigBody {
             ip: address.to_string(),
-            bridge: connected.or_else(|| bridge.map(str::to_owned)),
+            bridge: network.map(|network| network.name.clone()),
             mac_address: MacAddress::of(address).to_string(),
         }),
         id: sandbox.id.into(),
@@ -242,11 +245,21 @@ pub async fn running(manager: &Manager, name: &str) -> Result<InUse, ApiError> {
     in_use.map_err(|error| error.at_vm(name))
 }
 
-/// The bridge of the network that machines are in which ask for none, if the host has one.
-async fn bridge(manager: &Manager) -> Result<Option<String>, ApiError> {
+/// The networks that the host has now.
+async fn networks(manager: &Manager) -> Result<Vec<NetworkInfo>, ApiError> {
     let networks = manager.host_networks().await;
-    let networks = networks.map_err(|error| ApiError::internal(&error))?;
-    Ok(networks.into_iter().next().map(|network| network.name))
+    networks.map_err(|error| ApiError::internal(&error))
+}
+
+/// Why a machine did not start: 503 if none can, since the host has no KVM or its VMM does not answer.
+pub async fn not_started(manager: &Manager, error: ApiError) -> ApiError {
+    if error.status() == StatusCode::BAD_GATEWAY && manager.host_health().await.vmm.is_err() {
+        return ApiError::unavailable(
+            "Cloud Hypervisor service unavailable: this host cannot start virtual machines now; \
+             GET /api/v1/health tells more, to administrators why",
+        );
+    }
+    error
 }
 
 /// List virtual machines
@@ -274,10 +287,10 @@ pub async fn list(
         true => (Vec::new(), 0),
         false => caller.manager.page(&page).await?,
     };
-    let bridge = bridge(&caller.manager).await?;
+    let networks = networks(&caller.manager).await?;
     let vms = sandboxes.into_iter();
     Ok(Json(VmListBody {
-        vms: vms.map(|sandbox| vm(sandbox, bridge.as_deref())).collect(),
+        vms: vms.map(|sandbox| vm(sandbox, &networks)).collect(),
         total,
         limit: page.limit,
         offset: page.offset,
@@ -297,7 +310,7 @@ pub async fn list(
         (status = 409, description = "The name or address is taken", body = ErrorBody),
         (status = 422, description = "Fields are wrong; all of them are named", body = ErrorBody),
         (status = 502, description = "It did not start", body = ErrorBody),
-        (status = 503, description = "The daemon is shutting down", body = ErrorBody),
+        (status = 503, description = "No machine can start now, or the daemon is shutting down", body = ErrorBody),
     ),
 )]
 pub async fn create(
@@ -306,15 +319,18 @@ pub async fn create(
 ) -> Result<(StatusCode, Json<VmBody>), ApiError> {
     let mut fields = Fields::parse_optional(body)?;
     let request = CreateVmRequest::read(&mut fields);
-    let bridge = bridge(&caller.manager).await?;
+    let networks = networks(&caller.manager).await?;
     let spec = spec(&caller.manager, request, fields).await?;
     let name = spec.name.clone().unwrap_or_default();
     let created = match spec.name {
         Some(_) => caller.manager.create_off(spec).await,
         None => create_nameless(&caller.manager, spec).await,
     };
-    let sandbox = created.map_err(|error| error.at_vm(&name))?;
-    Ok((StatusCode::CREATED, Json(vm(sandbox, bridge.as_deref()))))
+    let sandbox = match created {
+        Ok(sandbox) => sandbox,
+        Err(error) => return Err(not_started(&caller.manager, error.at_vm(&name)).await),
+    };
+    Ok((StatusCode::CREATED, Json(vm(sandbox, &networks))))
 }
 
 /// Get a virtual machine
@@ -328,9 +344,9 @@ pub async fn create(
 )]
 pub async fn get(caller: Caller, Path(name): Path<String>) -> Result<Json<VmBody>, ApiError> {
     let sandbox = find(&caller.manager, &name).await?;
-    let bridge = bridge(&caller.manager).await?;
+    let networks = networks(&caller.manager).await?;
     let resource_usage = in_short(&caller.manager, &sandbox).await;
-    let body = vm(sandbox, bridge.as_deref());
+    let body = vm(sandbox, &networks);
     Ok(Json(VmBody {
         resource_usage,
         ..body
@@ -346,6 +362,7 @@ pub async fn get(caller: Caller, Path(name): Path<String>) -> Result<Json<VmBody
         (status = 404, description = "No such machine", body = ErrorBody),
         (status = 409, description = "It is neither created nor stopped", body = ErrorBody),
         (status = 502, description = "It did not start, and is as before", body = ErrorBody),
+        (status = 503, description = "No machine can start now", body = ErrorBody),
     ),
 )]
 pub async fn start(
@@ -354,7 +371,10 @@ pub async fn start(
 ) -> Result<Json<StartedBody>, ApiError> {
     find(&caller.manager, &name).await?;
     let started = caller.manager.power_on(&name).await;
-    let sandbox = started.map_err(|error| error.at_vm(&name))?;
+    let sandbox = match started {
+        Ok(sandbox) => sandbox,
+        Err(error) => return Err(not_started(&caller.manager, error.at_vm(&name)).await),
+    };
     Ok(Json(StartedBody {
         message: "VM started successfully",
         vm_name: name_of(&sandbox),
@@ -406,6 +426,7 @@ pub async fn stop(
         (status = 404, description = "No such machine", body = ErrorBody),
         (status = 409, description = "It does not run", body = ErrorBody),
         (status = 502, description = "It did not start, and is stopped", body = ErrorBody),
+        (status = 503, description = "No machine can start now", body = ErrorBody),
     ),
 )]
 pub async fn restart(
@@ -416,7 +437,10 @@ pub async fn restart(
     let stop = stop_spec(body)?;
     find(&caller.manager, &name).await?;
     let restarted = caller.manager.restart(&name, stop).await;
-    let sandbox = restarted.map_err(|error| error.at_vm(&name))?;
+    let sandbox = match restarted {
+        Ok(sandbox) => sandbox,
+        Err(error) => return Err(not_started(&caller.manager, error.at_vm(&name)).await),
+    };
     Ok(Json(RestartedBody {
         message: "VM restarted successfully",
         vm_name: name_of(&sandbox),

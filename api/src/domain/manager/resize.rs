@@ -125,7 +125,10 @@ impl Manager {
             resources.memory_limit_percent,
         );
         limits.map_err(ResizeError::Invalid)?;
-        if change.cpu_limit_percent.is_some() && !host.limits_cpu {
+        let is_limited = change
+            .cpu_limit_percent
+            .is_some_and(|percent| percent < 100);
+        if is_limited && !host.limits_cpu {
             return Err(ResizeError::Host(HostError::Conflict {
                 reason: NO_CPU_LIMIT.to_owned(),
             }));
