@@ -558,4 +558,29 @@ async fn a_vmm_says_who_it_is_once_and_again_when_it_is_another() {
         assert!(why.contains("ended without an answer"), "{why}");
     }
     assert_eq!(asked(), 2);
+
+    // Nor is it for those who hang up.
+    std::fs::remove_file(&path).unwrap();
+    let waits = served.dir.path().join("waits");
+    let made = std::process::Command::new("mkfifo").arg(&waits).status();
+    assert!(made.unwrap().success());
+    let script = "#!/bin/sh\necho asked >>\"${0%/*}/pid\"\nread -r _ <\"${0%/*}/waits\"\nexit 3\n";
+    vmm::executable::write(&path, script);
+    for _ in 0..3 {
+        let health = served.host.health();
+        let started = async {
+            while asked() < 3 {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::select! {
+            health = health => panic!("{:?}", health.vmm),
+            () = started => {}
+        }
+    }
+    let go_on = tokio::task::spawn_blocking(move || std::fs::write(waits, "now\n"));
+    let why = served.host.health().await.vmm.unwrap_err();
+    assert!(why.contains("ended without an answer"), "{why}");
+    go_on.await.unwrap().unwrap();
+    assert_eq!(asked(), 3);
 }

@@ -12,7 +12,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::domain::{
-    CreateError, End, Page, PowerError, Sandbox, SnapshotSpec, SortBy, Status, StopSpec,
+    Change, CreateError, End, News, Page, PowerError, Sandbox, SnapshotSpec, SortBy, Status,
+    StopSpec,
 };
 use support::kept::{STOP, is_tidy, spec};
 use support::{Api, Fault};
@@ -404,4 +405,66 @@ async fn a_stop_with_force_does_not_wait_for_the_guest_that_another_stop_waits_f
         manager.power_off("box", forced).await.unwrap();
         again.await.unwrap().unwrap();
     }
+}
+
+#[tokio::test]
+async fn an_end_that_is_told_when_it_is_off_takes_no_disk() {
+    let api = Api::new(1 << 20, 1 << 20).await;
+    let (manager, host) = (&api.manager, &api.host);
+    let made = manager.create(spec("box")).await.unwrap();
+    // It has ended; that is told when somebody has stopped it already.
+    host.sandboxes.lock().unwrap().clear();
+    let off = manager.power_off("box", STOP).await.unwrap();
+    assert_eq!((off.status, off.layers.disk.len()), (Status::Off, 1));
+    let reason = "the guest's kernel panicked".to_owned();
+    host.end(made.id.as_str(), End::Failed { reason });
+    // What is told of another comes after it.
+    let other = manager.create(spec("other")).await.unwrap();
+    let reason = "it was powered off".to_owned();
+    host.end(other.id.as_str(), End::Orderly { reason });
+    while manager.get("other").await.unwrap().status != Status::Off {
+        tokio::task::yield_now().await;
+    }
+    let still = manager.get("box").await.unwrap();
+    assert_eq!((still.status, &still.layers), (Status::Off, &off.layers));
+    is_tidy(&api).await;
+    manager.power_on("box").await.unwrap();
+}
+
+#[tokio::test]
+async fn what_is_asked_for_goes_on_when_its_caller_has_gone_though_another_had_the_turn() {
+    let api = Api::new(1 << 20, 1 << 20).await;
+    let (manager, host) = (api.manager.clone(), Arc::clone(&api.host));
+    manager.create(spec("box")).await.unwrap();
+    *host.fault.lock().unwrap() = Some(Fault::NotShutDown);
+    let slow = StopSpec {
+        timeout: Duration::from_secs(3600),
+        ..STOP
+    };
+    let patient = manager.clone();
+    let patient = tokio::spawn(async move { patient.power_off("box", slow).await });
+    while host.fault.lock().unwrap().is_some() {
+        tokio::task::yield_now().await;
+    }
+    let forced = StopSpec {
+        force: true,
+        ..STOP
+    };
+    let mut events = manager.subscribe();
+    let restart = manager.clone();
+    let restart = tokio::spawn(async move { restart.restart("box", forced).await });
+    // Its urging is the last thing that its caller waits for; it hangs up then.
+    while !patient.is_finished() {
+        tokio::task::yield_now().await;
+    }
+    restart.abort();
+    let mut is_on = false;
+    while !is_on {
+        if let News::Event(event) = events.next().await.unwrap()
+            && let Change::Status { to, .. } = event.change
+        {
+            is_on = to.status == Status::Running;
+        }
+    }
+    assert_eq!(manager.get("box").await.unwrap().status, Status::Running);
 }

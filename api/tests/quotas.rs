@@ -10,13 +10,14 @@
 mod operations;
 mod support;
 
-use api::domain::{Quota, Quotas};
+use api::domain::{Quota, Quotas, Status};
 use api::http::Access;
 use axum::http::StatusCode;
 use operations::{Things, body_for};
 use proptest::prelude::*;
 use serde_json::{Value, json};
-use support::{Api, FakeHost, PASSWORD};
+use support::kept::is_tidy;
+use support::{Api, FakeHost, Fault, PASSWORD};
 
 async fn call(api: &Api, token: &str, method: &str, path: &str, body: &str) -> (StatusCode, Value) {
     api.call_as(method, path, body, &[("authorization", token)])
@@ -330,6 +331,91 @@ async fn quotas_hold_for_create_fork_and_resume_of_each_user() {
     for _ in 0..3 {
         api.create().await;
     }
+}
+
+#[tokio::test]
+async fn a_machine_that_is_stopping_counts_until_it_is_off() {
+    let quota = Quota {
+        sandboxes: 1,
+        ..Quota::default()
+    };
+    let api = Api::with_quotas(of_user(quota)).await;
+    let alice = api.user("alice", "user").await;
+    let act = async |path: &str, body: &str| {
+        let path = format!("/api/v1/vms{path}");
+        call(&api, &alice, "POST", &path, body).await.0
+    };
+    for name in ["a", "b"] {
+        let made = act("", &json!({"name": name}).to_string()).await;
+        assert_eq!(made, StatusCode::CREATED);
+    }
+    assert_eq!(act("/a/start", "").await, StatusCode::OK);
+    *api.host.fault.lock().unwrap() = Some(Fault::NotShutDown);
+    let patient = async {
+        let stopped = act("/a/stop", r#"{"timeout_seconds": 3600}"#).await;
+        assert_eq!(stopped, StatusCode::OK);
+    };
+    let others = async {
+        while api.host.fault.lock().unwrap().is_some() {
+            tokio::task::yield_now().await;
+        }
+        let refused = act("/b/start", "").await;
+        assert_eq!(refused, StatusCode::TOO_MANY_REQUESTS);
+        assert_eq!(act("/a/stop", r#"{"force": true}"#).await, StatusCode::OK);
+    };
+    tokio::join!(patient, others);
+    assert_eq!(act("/b/start", "").await, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn a_restore_or_restart_beyond_the_quota_changes_nothing() {
+    let quota = Quota {
+        vcpus: 2,
+        ..Quota::default()
+    };
+    let api = Api::with_quotas(of_user(quota)).await;
+    let alice = api.user("alice", "user").await;
+    let act = async |method: &str, path: &str, body: Value| {
+        let body = match body {
+            Value::Null => String::new(),
+            body => body.to_string(),
+        };
+        let path = format!("/api/v1/vms{path}");
+        call(&api, &alice, method, &path, &body).await
+    };
+    let must = async |method: &str, path: &str, body: Value| {
+        let (status, answer) = act(method, path, body).await;
+        assert!(status.is_success(), "{path}: {status} {answer}");
+    };
+    for (name, vcpus) in [("a", 2), ("b", 1)] {
+        must("POST", "", json!({"name": name, "vcpus": vcpus})).await;
+    }
+    must("POST", "/a/start", Value::Null).await;
+    must(
+        "POST",
+        "/a/snapshots",
+        json!({"name": "s", "include_memory": true}),
+    )
+    .await;
+    must("POST", "/a/stop", Value::Null).await;
+    must("PUT", "/a/resources", json!({"vcpus": 1})).await;
+    must("POST", "/a/start", Value::Null).await;
+    must("POST", "/b/start", Value::Null).await;
+    let before = api.manager.get("a").await.unwrap();
+    let (status, refused) = act("POST", "/a/snapshots/s/restore", Value::Null).await;
+    assert_eq!(status, StatusCode::TOO_MANY_REQUESTS, "{refused}");
+    let after = api.manager.get("a").await.unwrap();
+    assert_eq!(
+        (after.status, &after.layers),
+        (Status::Running, &before.layers)
+    );
+    assert_eq!((&after.kept, &after.spec), (&before.kept, &before.spec));
+    // What it has counts once, so that what it takes now it can have again.
+    must("POST", "/a/restart", Value::Null).await;
+    must("POST", "/b/stop", Value::Null).await;
+    must("POST", "/a/snapshots/s/restore", Value::Null).await;
+    assert_eq!(api.manager.get("a").await.unwrap().spec.vcpus, 2);
+    is_tidy(&api).await;
 }
 
 /// What sandboxes that run have together, by the host's word.

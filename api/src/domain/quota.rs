@@ -80,10 +80,12 @@ impl Usage {
     pub fn add(&mut self, sandbox: &Sandbox, disk_mb: u64) {
         self.disk_mb += disk_mb;
         match sandbox.status {
-            Status::Pending | Status::Running | Status::Pausing | Status::Resuming => {
-                self.start(&sandbox.spec);
-            }
-            _ => {}
+            Status::Pending
+            | Status::Running
+            | Status::Pausing
+            | Status::Resuming
+            | Status::Stopping => self.start(&sandbox.spec),
+            Status::Paused | Status::Off | Status::Stopped | Status::Error => {}
         }
     }
 

@@ -5,6 +5,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::control::{Control, Ping};
@@ -26,7 +27,7 @@ const ASK_AGAIN: Duration = Duration::from_secs(10);
 
 /// What the VMM that was asked last has said. One is asked at a time.
 #[derive(Debug, Default)]
-pub(super) struct Probed(tokio::sync::Mutex<Option<Answer>>);
+pub(super) struct Probed(Arc<tokio::sync::Mutex<Option<Answer>>>);
 
 #[derive(Debug)]
 struct Answer {
@@ -43,7 +44,7 @@ impl Answer {
 }
 
 impl Inner {
-    pub(super) async fn health(&self) -> HostHealth {
+    pub(super) async fn health(self: &Arc<Self>) -> HostHealth {
         let network = async {
             match &self.config.networks {
                 Some(networks) => Some(networks.check().await),
@@ -65,7 +66,7 @@ impl Inner {
 
     /// Whether KVM can be opened and the VMM answers. One that has answered is not asked again, and one that
     /// has not only after a while.
-    async fn check_vmm(&self) -> Result<VmmVersion, String> {
+    async fn check_vmm(self: &Arc<Self>) -> Result<VmmVersion, String> {
         let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm");
         kvm.map_err(|error| {
             format!("/dev/kvm cannot be opened ({error}); `vmm doctor` tells what to do")
@@ -74,17 +75,23 @@ impl Inner {
         let cannot = |error: String| format!("{} cannot be used: {error}", vmm.display());
         let file = std::fs::metadata(vmm).map_err(|error| cannot(error.to_string()))?;
         let version = (file.dev(), file.ino(), file.mtime(), file.mtime_nsec());
-        let mut probed = self.probed.0.lock().await;
+        let mut probed = Arc::clone(&self.probed.0).lock_owned().await;
         if let Some(answer) = probed.as_ref().filter(|answer| answer.is_of(version)) {
-            return answer.said.clone();
+            return answer.said.clone().map_err(cannot);
         }
-        let said = self.ask_vmm().await.map_err(cannot);
-        *probed = Some(Answer {
-            of: version,
-            at: Instant::now(),
-            said: said.clone(),
+        // It is asked to the end, so that who hangs up does not have it started for the next question.
+        let inner = Arc::clone(self);
+        let asked = tokio::spawn(async move {
+            let said = inner.ask_vmm().await;
+            *probed = Some(Answer {
+                of: version,
+                at: Instant::now(),
+                said: said.clone(),
+            });
+            said
         });
-        said
+        let said = asked.await.map_err(|error| error.to_string());
+        said.flatten().map_err(cannot)
     }
 
     /// Starts a VMM without a machine and asks who it is. The error is a sentence.

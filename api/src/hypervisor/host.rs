@@ -236,7 +236,12 @@ impl Host for LocalHost {
     }
 
     async fn power_off(&self, request: PowerOffRequest) -> Result<bool, HostError> {
-        let entry = self.running(&request.id)?;
+        // One that has just ended by itself has not told so yet, and does not then.
+        let entry = self.inner.state().sandboxes.get(&request.id).cloned();
+        let entry = entry.ok_or_else(|| HostError::NotRunning {
+            id: request.id.clone(),
+        })?;
+        entry.set_powering_off();
         let inner = Arc::clone(&self.inner);
         tokio::spawn(async move { inner.power_off(&entry, &request).await })
             .await

@@ -43,9 +43,8 @@ impl Inner {
         entry: &Entry,
         request: &PowerOffRequest,
     ) -> Result<bool, HostError> {
-        entry.set_powering_off();
         let timeout = Duration::from_millis(request.timeout_ms);
-        let ended = if timeout.is_zero() {
+        let ended = if timeout.is_zero() || !entry.is_running() {
             None
         } else {
             let in_order = async {
@@ -61,7 +60,7 @@ impl Inner {
             };
             tokio::time::timeout(timeout, in_order).await.ok().flatten()
         };
-        if ended.is_none() {
+        if ended.is_none() && entry.is_running() {
             info!(sandbox = %request.id, "cutting the power of a sandbox");
         }
         // Waits until nothing is left, also of one that has ended.

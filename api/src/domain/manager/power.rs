@@ -16,12 +16,11 @@ use super::super::events::Change;
 use super::super::haste::Hurry;
 use super::super::host::{HostError, PowerOffRequest};
 use super::super::id::{LayerId, SandboxId};
-use super::super::layer::MAX_DISK;
+use super::super::layer::{Layers, MAX_DISK};
 use super::super::request::CreateSpec;
 use super::super::sandbox::{Sandbox, Status, Transition};
 use super::super::snapshot::Model;
 use super::super::timings::Start;
-use super::super::turns::Turn;
 use super::Manager;
 use super::create::Wishes;
 use super::resize::take_back;
@@ -73,7 +72,7 @@ impl Manager {
     /// # Errors
     /// It is in another state, or off as before.
     pub async fn power_on(&self, id: &str) -> Result<Sandbox, PowerError> {
-        self.with_turn(id, async |manager, id, _turn| manager.turn_on(&id).await)
+        self.with_turn(id, false, async |manager, id, _| manager.turn_on(&id).await)
             .await
     }
 
@@ -83,8 +82,7 @@ impl Manager {
     /// # Errors
     /// It is in another state, or something of it is left.
     pub async fn power_off(&self, id: &str, stop: StopSpec) -> Result<Sandbox, PowerError> {
-        let hurry = self.hurry_if(id, stop.force).await?;
-        self.with_turn(id, async move |manager, id, _turn| {
+        self.with_turn(id, stop.force, async move |manager, id, hurry| {
             manager.turn_off_in(hurry, &id, stop, "stopped").await
         })
         .await
@@ -96,25 +94,19 @@ impl Manager {
     /// # Errors
     /// As of [`Manager::power_off`] and [`Manager::power_on`].
     pub async fn restart(&self, id: &str, stop: StopSpec) -> Result<Sandbox, PowerError> {
-        let hurry = self.hurry_if(id, stop.force).await?;
-        self.with_turn(id, async move |manager, id, _turn| {
-            if manager.is_closing() {
-                return Err(PowerError::ShuttingDown);
+        if self.is_closing() {
+            return Err(PowerError::ShuttingDown);
+        }
+        self.with_turn(id, stop.force, async move |manager, id, hurry| {
+            let sandbox = manager.get(id.as_str()).await?;
+            if sandbox.status == Status::Running {
+                let disk = sandbox.kept.as_ref().unwrap_or(&sandbox.layers).clone();
+                manager.may_run(&sandbox, &disk).await?;
             }
             manager.turn_off_in(hurry, &id, stop, "restarted").await?;
             manager.turn_on(&id).await
         })
         .await
-    }
-
-    /// Urges whoever stops a sandbox now, if it is to be stopped with force.
-    async fn hurry_if(&self, id: &str, force: bool) -> Result<Option<Hurry>, LookupError> {
-        if !force {
-            return Ok(None);
-        }
-        let hurry = self.inner.haste.of(&self.get(id).await?.id);
-        hurry.urge();
-        Ok(Some(hurry))
     }
 
     /// Takes a sandbox back to what it was when one of its snapshots was taken, by id or name. It keeps
@@ -125,24 +117,33 @@ impl Manager {
     /// It is in another state, or there is no such snapshot of it; otherwise it may be off.
     pub async fn roll_back(&self, id: &str, snapshot: &str) -> Result<Sandbox, PowerError> {
         let snapshot = snapshot.to_owned();
-        self.with_turn(id, async move |manager, id, _turn| {
+        self.with_turn(id, false, async move |manager, id, _| {
             manager.roll_back_known(&id, &snapshot).await
         })
         .await
     }
 
-    /// Does `work` at a sandbox with the turn at it, in a task of its own.
+    /// Waits for the turn at a sandbox and does `work` at it, in a task of its own. With force, whoever stops it
+    /// before is urged.
     async fn with_turn<F>(
         &self,
         id: &str,
-        work: impl FnOnce(Self, SandboxId, Turn) -> F + Send + 'static,
+        force: bool,
+        work: impl FnOnce(Self, SandboxId, Option<Hurry>) -> F + Send + 'static,
     ) -> Result<Sandbox, PowerError>
     where
         F: Future<Output = Result<Sandbox, PowerError>> + Send + 'static,
     {
         let id = self.get(id).await?.id;
-        let turn = self.inner.turns.take(&id).await;
-        let task = work(self.clone(), id, turn);
+        let manager = self.clone();
+        let hurry = force.then(|| self.inner.haste.of(&id));
+        if let Some(hurry) = &hurry {
+            hurry.urge();
+        }
+        let task = async move {
+            let _turn = manager.inner.turns.take(&id).await;
+            work(manager.clone(), id, hurry).await
+        };
         tokio::spawn(task.in_current_span())
             .await
             .unwrap_or(Err(PowerError::Interrupted))
@@ -194,6 +195,21 @@ impl Manager {
             self.warm_up(model);
         }
         Ok(sandbox)
+    }
+
+    /// Whether a sandbox that is about to be stopped may run again after that as `sandbox` says, based on
+    /// `layers`: what is refused afterwards has been stopped already. It is asked again when it starts.
+    async fn may_run(&self, sandbox: &Sandbox, layers: &Layers) -> Result<(), PowerError> {
+        if self.is_closing() {
+            return Err(PowerError::ShuttingDown);
+        }
+        if layers.disk.len() >= MAX_DISK {
+            self.merge_in_background(layers);
+            return Err(PowerError::TooManyLayers(layers.disk.len()));
+        }
+        let _records = self.inner.records.lock().await;
+        let allowed = self.check_quota_of_resized(sandbox, &sandbox.spec).await;
+        Ok(allowed.map_err(CreateError::from)?)
     }
 
     /// The model of a sandbox that is off and has nothing of its own yet, and what it is based on: its
@@ -298,12 +314,26 @@ impl Manager {
             _ => Err(PowerError::NoSnapshot),
         };
         let snapshot = find().await?;
-        let before = self.get(id.as_str()).await?.standing();
+        let mut sandbox = self.get(id.as_str()).await?;
+        let before = sandbox.standing();
         let wrong = |standing| PowerError::WrongState {
             verb: "rolled back",
             standing,
             needed: "running, paused or off",
         };
+        let has_memory = !snapshot.layers.memory.is_empty();
+        let runs = before.status == Status::Running || has_memory;
+        if runs
+            && matches!(
+                before.status,
+                Status::Running | Status::Off | Status::Paused
+            )
+        {
+            if has_memory {
+                take_back(&mut sandbox, &snapshot.spec);
+            }
+            self.may_run(&sandbox, &snapshot.layers).await?;
+        }
         match before.status {
             Status::Running => {
                 let cut = StopSpec {
@@ -322,7 +352,6 @@ impl Manager {
             let mut sandbox = self.get(id.as_str()).await?;
             let earlier = sandbox.clone();
             let name = snapshot.own_name().map(str::to_owned);
-            let has_memory = !snapshot.layers.memory.is_empty();
             let rolled = Transition::RolledBack(snapshot.layers);
             if sandbox.apply(rolled, Timestamp::now()).is_err() {
                 return Err(wrong(earlier.standing()));
@@ -342,7 +371,6 @@ impl Manager {
             self.discard(&released).await;
         }
         info!(sandbox = %id, snapshot = %snapshot.id, "sandbox rolled back");
-        let runs = before.status == Status::Running || !snapshot.layers.memory.is_empty();
         match runs {
             true => self.turn_on(id).await,
             false => Ok(self.get(id.as_str()).await?),

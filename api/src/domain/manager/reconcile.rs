@@ -287,7 +287,9 @@ impl Manager {
                 return Ok(());
             }
             Divergence::NoProcess => Some(failed("its vmm is gone, and nobody has told why")),
-            Divergence::NoLayers => Some(failed("what was saved of it is no longer on the host")),
+            Divergence::NoLayers => Some(Transition::Lost {
+                reason: "what was saved of it is no longer on the host".to_owned(),
+            }),
             Divergence::HalfDeleted => Some(Transition::Stopped { reason: None }),
             Divergence::HalfDone => Some(match sandbox.status {
                 Status::Pausing if presence == Some(Presence::Runs) => {

@@ -154,6 +154,10 @@ impl Manager {
             return Ok(Some(Transition::Stopped { reason: None }));
         }
         let failed = |reason: String| Some(Transition::Failed { reason });
+        let lost = |reason: &str| {
+            let reason = reason.to_owned();
+            Some(Transition::Lost { reason })
+        };
         Ok(match (sandbox.status, found) {
             (Status::Running, Some(Ok(Adopted { layers }))) => {
                 (layers != sandbox.layers).then_some(Transition::Based(layers))
@@ -164,11 +168,11 @@ impl Manager {
             }
             (Status::Pausing, None) => Some(Transition::Paused),
             (Status::Paused, _) if !self.has(&sandbox.layers).await? => {
-                failed("what was saved when it was paused is no longer on the host".to_owned())
+                lost("what was saved when it was paused is no longer on the host")
             }
             (Status::Paused, _) => None,
             (Status::Off, _) if !self.has(&sandbox.layers).await? => {
-                failed("the disk that was kept of it is no longer on the host".to_owned())
+                lost("the disk that was kept of it is no longer on the host")
             }
             (Status::Off, _) => None,
             (Status::Resuming, _) => Some(Transition::NotResumed {

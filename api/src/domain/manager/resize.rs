@@ -33,10 +33,9 @@ impl Manager {
         change: ResourceChange,
     ) -> Result<Sandbox, ResizeError> {
         let id = self.get(id).await?.id;
-        let turn = self.inner.turns.take(&id).await;
         let manager = self.clone();
         let task = async move {
-            let _turn = turn;
+            let _turn = manager.inner.turns.take(&id).await;
             manager.resize(&id, change).await
         };
         tokio::spawn(task.in_current_span())

@@ -56,6 +56,11 @@ pub enum Transition {
         /// Why, as a sentence.
         reason: String,
     },
+    /// What was saved of it, or its disk, is no longer on the host.
+    Lost {
+        /// What it is, as a sentence.
+        reason: String,
+    },
     /// It is to be started from these layers; it is off.
     PoweringOn(Layers),
     /// It is kept, and based on these layers when it is off.
@@ -194,10 +199,9 @@ impl Sandbox {
                 self.want(Desired::Paused);
                 self.status_reason = Some(reason);
             }
-            (
-                Pending | Running | Pausing | Paused | Off | Stopping,
-                Transition::Failed { reason },
-            ) => self.end(Error, Some(reason)),
+            // Of one that is at rest nothing fails any more: what is told then is of a run that is over.
+            (Pending | Running | Pausing | Stopping, Transition::Failed { reason })
+            | (Paused | Off, Transition::Lost { reason }) => self.end(Error, Some(reason)),
             (_, Transition::Unwanted) => self.desired = Desired::Stopped,
             // Of one that is off and stays so, it is told twice.
             (Off, Transition::Stopped { reason }) if rests => {
@@ -306,7 +310,7 @@ mod tests {
             layers: Vec::new(),
             into: LayerId::random(),
         };
-        let table: [(Transition, &[(Status, Status)]); 16] = [
+        let table: [(Transition, &[(Status, Status)]); 17] = [
             (merged, &[(Running, Running), (Paused, Paused), (Off, Off)]),
             (
                 Transition::Started(Timings::default()),
@@ -350,10 +354,12 @@ mod tests {
                     (Pending, Error),
                     (Running, Error),
                     (Pausing, Error),
-                    (Paused, Error),
                     (Stopping, Error),
-                    (Off, Error),
                 ],
+            ),
+            (
+                Transition::Lost { reason: "x".into() },
+                &[(Paused, Error), (Off, Error)],
             ),
             (
                 stopped(),
@@ -420,6 +426,8 @@ mod tests {
             assert_eq!((&sandbox.kept, &sandbox.saving), (&None, &None));
             // What is told twice, or too late, changes nothing.
             assert!(sandbox.apply(stopped(), at(6)).is_err());
+            assert!(sandbox.apply(failed(), at(6)).is_err());
+            assert_eq!(&sandbox.layers, expected);
             // Deleted, it ends as others do.
             deleted.apply(Transition::Unwanted, at(5)).unwrap();
             deleted.apply(stopped(), at(5)).unwrap();
