@@ -16,13 +16,17 @@ use std::time::Duration;
 use rustix::fs::FlockOperation;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tracing::{info, warn};
 
 use crate::audit::{self, AuditError, AuditLog};
 use crate::chain;
 use crate::config::{Config, NetworkMode};
-use crate::domain::{ExecLimits, Host, Limits, Manager, OnStop, PoolLimits, Quotas, RecoverError};
+use crate::descriptors;
+use crate::domain::{
+    ExecLimits, Host, Limits, Manager, OnStop, PoolLimits, Quotas, RecoverError, SpoolSpace,
+};
 use crate::http::{self, Access, AppState, OpenApiError, RateLimiter, Rates, Sockets, Stop};
 use crate::hypervisor::{
     HostConfig, HostNetwork, HostNetworks, LeftoverError, LocalHost, Paths, PathsError,
@@ -45,6 +49,9 @@ const GOODBYE: Duration = Duration::from_secs(1);
 /// Why the daemon did not start, or ended otherwise than asked.
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
+    /// As many files as are allowed cannot be opened.
+    #[error("the limit of open files cannot be raised to what is allowed (ulimit -n)")]
+    Descriptors(#[source] io::Error),
     /// This program does not know where it is itself.
     #[error("the directory of this program is unknown; name the files by --vmm and --images-dir")]
     OwnDirectory(#[source] io::Error),
@@ -141,6 +148,7 @@ pub enum Ended {
 /// # Errors
 /// It cannot start. Once it serves, it ends only as asked.
 pub async fn serve(config: Config) -> Result<Ended, DaemonError> {
+    let connections = descriptors::raise().map_err(DaemonError::Descriptors)?;
     let images_dir = config.images_dir().map_err(DaemonError::OwnDirectory)?;
     let images = images(&config, &images_dir)?;
     let vmm = config.vmm_path().map_err(DaemonError::OwnDirectory)?;
@@ -188,7 +196,7 @@ pub async fn serve(config: Config) -> Result<Ended, DaemonError> {
         exec: ExecLimits {
             max_output: config.limits.exec_output_bytes,
             memory_threshold: config.limits.exec_memory_bytes,
-            spool_dir,
+            spool: SpoolSpace::new(spool_dir, config.limits.spool_bytes),
         },
         warm_bytes: config.limits.warm_disk_bytes,
         when_idle: config.when_idle,
@@ -247,6 +255,7 @@ pub async fn serve(config: Config) -> Result<Ended, DaemonError> {
     };
     let router = http::router(state)?;
     let stop = Stop::default();
+    let room = Arc::new(Semaphore::new(connections));
     let mut servers = JoinSet::new();
     for listener in listeners {
         if let Ok(address) = listener.local_addr() {
@@ -256,6 +265,7 @@ pub async fn serve(config: Config) -> Result<Ended, DaemonError> {
             listener,
             router.clone(),
             patience.head,
+            Arc::clone(&room),
             stop.clone(),
         ));
     }

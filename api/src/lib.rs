@@ -11,6 +11,7 @@ pub mod audit;
 pub mod cli;
 pub mod config;
 pub mod daemon;
+mod descriptors;
 pub mod dialects;
 pub mod domain;
 pub mod http;

@@ -12,12 +12,14 @@ mod support;
 
 use api::domain::{Quota, Quotas, Status};
 use api::http::Access;
-use axum::http::StatusCode;
+use axum::body::Body;
+use axum::http::{Request, StatusCode};
 use operations::{Things, body_for};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use support::kept::is_tidy;
-use support::{Api, FakeHost, Fault, PASSWORD};
+use support::{Api, FakeHost, Fault, PASSWORD, form, read_json};
+use tower::ServiceExt;
 
 async fn call(api: &Api, token: &str, method: &str, path: &str, body: &str) -> (StatusCode, Value) {
     api.call_as(method, path, body, &[("authorization", token)])
@@ -331,6 +333,57 @@ async fn quotas_hold_for_create_fork_and_resume_of_each_user() {
     for _ in 0..3 {
         api.create().await;
     }
+}
+
+#[tokio::test]
+async fn what_waits_to_be_read_or_passed_on_takes_a_bounded_part_of_the_disk_for_each_user() {
+    let api = Api::new(1 << 20, 1 << 20).await;
+    let alice = api.user("alice", "user").await;
+    let bob = api.user("bob", "user").await;
+    let ask = async |token: &str, path: String, kind: &str, body: Vec<u8>| {
+        let request = Request::builder()
+            .method("POST")
+            .uri(path)
+            .header("host", "localhost:8000")
+            .header("content-type", kind)
+            .header("authorization", token)
+            .body(Body::from(body))
+            .unwrap();
+        api.router.clone().oneshot(request).await.unwrap()
+    };
+    let (hers, his) = (create(&api, &alice).await, create(&api, &bob).await);
+    let flood = async |token: &str, sandbox: &str| {
+        let body = br#"{"cmd": "flood", "args": ["1048576"]}"#.to_vec();
+        let path = format!("/v1/sandboxes/{sandbox}/exec");
+        ask(token, path, "application/json", body).await
+    };
+    // There is room for four, of which nobody reads any.
+    let mut unread = Vec::new();
+    for _ in 0..4 {
+        let answer = flood(&alice, &hers).await;
+        assert_eq!(answer.status(), StatusCode::OK);
+        unread.push(answer);
+    }
+    let (status, killed) = read_json(flood(&alice, &hers).await).await;
+    assert_eq!(status, StatusCode::BAD_GATEWAY);
+    let message = killed["error"]["message"].as_str().unwrap();
+    assert!(message.contains("have not been read yet"), "{message}");
+    // Nor for a file that waits for where it is to go.
+    let large = vec![b'x'; 1 << 20];
+    let upload = async || {
+        let form = form(&[("file", &large), ("path", b"/f")]);
+        let path = format!("/api/v1/vms/{hers}/files/upload");
+        let kind = "multipart/form-data; boundary=X";
+        read_json(ask(&alice, path, kind, form).await).await
+    };
+    let (status, refused) = upload().await;
+    assert_eq!(status, StatusCode::TOO_MANY_REQUESTS, "{refused}");
+    assert_eq!(flood(&bob, &his).await.status(), StatusCode::OK);
+    // Whoever goes away leaves the room to others.
+    unread.pop();
+    let (status, uploaded) = upload().await;
+    assert!(status.is_success(), "{uploaded}");
+    assert_eq!(flood(&alice, &hers).await.status(), StatusCode::OK);
 }
 
 #[tokio::test]

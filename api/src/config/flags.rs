@@ -154,6 +154,10 @@ pub struct Flags {
     /// [default: 262144, 256 KiB]
     #[arg(long, env = "SANDBOXD_EXEC_MEMORY_BYTES", value_name = "BYTES")]
     pub(super) exec_memory_bytes: Option<usize>,
+    /// Output of commands and uploads of one user that wait on the daemon's disk to be read or passed on, in
+    /// bytes; with more, a command is killed, and an upload is refused [default: 4294967296, 4 GiB]
+    #[arg(long, env = "SANDBOXD_SPOOL_BYTES", value_name = "BYTES")]
+    pub(super) spool_bytes: Option<u64>,
     /// Disk space for warm snapshots of templates, from which sandboxes start in less time, in
     /// bytes; 0 is none [default: 4294967296, 4 GiB]
     #[arg(long, env = "SANDBOXD_WARM_DISK_BYTES", value_name = "BYTES")]

@@ -192,6 +192,7 @@ impl Config {
         );
         set(&mut self.limits.exec_output_bytes, flags.exec_output_bytes);
         set(&mut self.limits.exec_memory_bytes, flags.exec_memory_bytes);
+        set(&mut self.limits.spool_bytes, flags.spool_bytes);
         set(&mut self.limits.warm_disk_bytes, flags.warm_disk_bytes);
         set(&mut self.limits.prefetch, flags.prefetch);
         set(&mut self.limits.pool_size, flags.pool_size);

@@ -179,6 +179,8 @@ pub struct LimitsConfig {
     pub exec_output_bytes: u64,
     /// Output of one stream of a command that is kept in memory, in bytes; more goes to disk.
     pub exec_memory_bytes: usize,
+    /// Output and uploads of one user that wait on the disk to be read or passed on, in bytes.
+    pub spool_bytes: u64,
     /// Warm snapshots of templates on the disk, in bytes; 0 is none.
     pub warm_disk_bytes: u64,
     /// Whether sandboxes that start warm, are forked or resumed have the memory that they touch first
@@ -201,6 +203,7 @@ impl Default for LimitsConfig {
             template_archive_bytes: 10 << 30,
             exec_output_bytes: 1 << 30,
             exec_memory_bytes: 256 << 10,
+            spool_bytes: 4 << 30,
             warm_disk_bytes: 4 << 30,
             prefetch: true,
             pool_size: 2,

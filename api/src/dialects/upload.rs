@@ -18,7 +18,7 @@ use super::forms::{
     ends_with_none, form,
 };
 use crate::chain;
-use crate::domain::{FileError, InUse, Manager, Spool, Spooled, check_path};
+use crate::domain::{FileError, InUse, Manager, Spooled, check_path};
 
 /// The longest text field that is read, in bytes: a path, as the domain allows it.
 const MAX_TEXT: usize = 4095;
@@ -72,6 +72,9 @@ pub enum UploadError {
     /// It could not be written in the guest.
     #[error("the file could not be written")]
     File(#[source] FileError),
+    /// Too much of its user waits on the daemon's disk already.
+    #[error("{0}")]
+    TooManyWait(String),
     /// It could not wait on the daemon's disk.
     #[error("the file cannot be spooled to disk")]
     Spool(#[source] io::Error),
@@ -223,14 +226,21 @@ impl Upload<'_> {
     }
 
     async fn spool(&self, field: &mut FormField<'_>) -> Result<Spooled, UploadError> {
-        let mut spool = Spool::new(&self.manager.limits().exec.spool_dir, SPOOL_MEMORY);
+        let mut spool = self.manager.spool(SPOOL_MEMORY);
         while let Some(piece) = field.chunk().await.map_err(|error| bad_form(&error))? {
             if spool.len() + piece.len() as u64 > self.rules.limit {
                 return Err(UploadError::TooLarge(self.rules.limit));
             }
-            spool.push(&piece).await.map_err(UploadError::Spool)?;
+            spool.push(&piece).await.map_err(not_spooled)?;
         }
         spool.finish().await.map_err(UploadError::Spool)
+    }
+}
+
+fn not_spooled(error: io::Error) -> UploadError {
+    match error.kind() {
+        io::ErrorKind::QuotaExceeded => UploadError::TooManyWait(error.to_string()),
+        _ => UploadError::Spool(error),
     }
 }
 

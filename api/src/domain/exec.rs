@@ -1,24 +1,25 @@
 //! Commands whose output is collected before it is told.
 
 use std::io;
-use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 
 use super::host::{ExecEvent, HostError};
-use super::spool::{Spool, Spooled};
+use super::id::UserId;
+use super::spool::{SpoolSpace, Spooled};
 
 /// How much output is collected, and where.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct ExecLimits {
     /// Bytes of both streams together, after which the command is killed.
     pub max_output: u64,
     /// Bytes of each stream that are kept in memory; more go to a file.
     pub memory_threshold: usize,
-    /// Directory of these files.
-    pub spool_dir: PathBuf,
+    /// Where these files are.
+    pub spool: Arc<SpoolSpace>,
 }
 
 /// How a collected command ended.
@@ -30,6 +31,8 @@ pub enum ExecEnd {
     TimedOut,
     /// Killed, for it wrote too much.
     TooMuchOutput,
+    /// Killed, for there was no room for what it wrote beside other output and uploads of its owner.
+    NoRoom,
 }
 
 /// What a command left behind.
@@ -56,15 +59,16 @@ pub enum CollectError {
     Spool(#[from] io::Error),
 }
 
-/// Collects the output of a command that was started at `start`. Returning early drops the
+/// Collects the output of a command of `owner` that was started at `start`. Returning early drops the
 /// stream, which kills the command.
 pub async fn collect(
     mut events: BoxStream<'static, Result<ExecEvent, HostError>>,
     limits: &ExecLimits,
+    owner: Option<&UserId>,
     start: Instant,
 ) -> Result<ExecOutput, CollectError> {
-    let mut stdout = Spool::new(&limits.spool_dir, limits.memory_threshold);
-    let mut stderr = Spool::new(&limits.spool_dir, limits.memory_threshold);
+    let mut stdout = limits.spool.spool(owner, limits.memory_threshold);
+    let mut stderr = limits.spool.spool(owner, limits.memory_threshold);
     let end = loop {
         match events.next().await.transpose()? {
             Some(event @ (ExecEvent::Stdout(_) | ExecEvent::Stderr(_))) => {
@@ -73,7 +77,12 @@ pub async fn collect(
                     ExecEvent::Stderr(bytes) => (&mut stderr, bytes),
                     ExecEvent::Started { .. } | ExecEvent::Exited(_) => continue,
                 };
-                spool.push(&bytes).await?;
+                match spool.push(&bytes).await {
+                    Err(full) if full.kind() == io::ErrorKind::QuotaExceeded => {
+                        break ExecEnd::NoRoom;
+                    }
+                    pushed => pushed?,
+                }
                 if stdout.len() + stderr.len() > limits.max_output {
                     break ExecEnd::TooMuchOutput;
                 }
@@ -111,7 +120,7 @@ mod tests {
         let limits = ExecLimits {
             max_output,
             memory_threshold: 4,
-            spool_dir: dir.path().to_owned(),
+            spool: SpoolSpace::new(dir.path().to_owned(), 12),
         };
         (dir, limits)
     }
@@ -121,7 +130,8 @@ mod tests {
         max_output: u64,
     ) -> Result<ExecOutput, CollectError> {
         let (_dir, limits) = limits(max_output);
-        collect(stream::iter(events).boxed(), &limits, Instant::now()).await
+        let events = stream::iter(events).boxed();
+        collect(events, &limits, None, Instant::now()).await
     }
 
     fn exited(code: i32, timed_out: bool) -> Result<ExecEvent, HostError> {
@@ -158,6 +168,10 @@ mod tests {
             .await
             .unwrap();
         assert_eq!(output.end, ExecEnd::TooMuchOutput);
+        // There is room for two of three.
+        let output = run(vec![some(), some(), some(), exited(0, false)], 100);
+        let output = output.await.unwrap();
+        assert_eq!((output.end, output.stdout.len()), (ExecEnd::NoRoom, 10));
     }
 
     #[tokio::test]

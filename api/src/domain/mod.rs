@@ -76,7 +76,7 @@ pub use resources::{
 pub use runs::{DayUsage, KEPT_DAYS, Reserved, Run, Runs, start_of};
 pub use sandbox::{Desired, IllegalTransition, Sandbox, Spec, Standing, Status, Transition};
 pub use snapshot::{LayersInfo, Model, Snapshot, WarmSnapshot};
-pub use spool::{Spool, Spooled};
+pub use spool::{Spool, SpoolSpace, Spooled};
 pub use store::{Page, SortBy, Store, StoreError, TakenAddresses, Totals};
 pub use template::{
     DEFAULT_MEMORY_MB, DEFAULT_VCPUS, Readiness, Settings, Source, Template, TemplateContent,

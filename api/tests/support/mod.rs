@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::audit::{self, AuditLog};
-use api::domain::{ExecLimits, Host, Limits, Manager, PoolLimits, Quotas, WhenIdle};
+use api::domain::{ExecLimits, Host, Limits, Manager, PoolLimits, Quotas, SpoolSpace, WhenIdle};
 use api::http::{Access, AppState, Patience, RateLimiter, Rates, Sockets, router};
 use api::identity::{Identity, Registration, Tokens};
 use api::metrics::Metrics;
@@ -51,7 +51,7 @@ fn limits() -> Limits {
         exec: ExecLimits {
             max_output: 1 << 20,
             memory_threshold: 64 * 1024,
-            spool_dir: "/nonexistent".into(),
+            spool: SpoolSpace::new("/nonexistent".into(), 1 << 30),
         },
         warm_bytes: 0,
         merge_from: usize::MAX,
@@ -170,7 +170,7 @@ impl Api {
         mut limits: Limits,
     ) -> Self {
         let store = Arc::new(SqliteStore::open(&dir.path().join("db")).unwrap());
-        limits.exec.spool_dir = dir.path().to_owned();
+        limits.exec.spool = SpoolSpace::new(dir.path().to_owned(), 4 * limits.exec.max_output);
         let manager = Manager::new(host.clone(), store.clone(), limits);
         let events = host.events().await;
         manager.recover().await.unwrap();

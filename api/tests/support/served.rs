@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::audit::{self, AuditLog};
-use api::domain::{ExecLimits, Host, Limits, Manager, PoolLimits, Quotas, WhenIdle};
+use api::domain::{ExecLimits, Host, Limits, Manager, PoolLimits, Quotas, SpoolSpace, WhenIdle};
 use api::http::{Access, AppState, Patience, RateLimiter, Rates, Sockets, Stop, router, serve};
 use api::hypervisor::{HostConfig, LocalHost, Paths};
 use api::identity::{Identity, Registration, Tokens};
@@ -29,6 +29,7 @@ use hyper::{Request, Response, body::Incoming};
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
 use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::tungstenite::{Error, Message};
 use tokio_tungstenite::{WebSocketStream, client_async_with_config};
@@ -80,7 +81,7 @@ impl Served {
             exec: ExecLimits {
                 max_output: 1 << 20,
                 memory_threshold: 64 * 1024,
-                spool_dir: path.to_owned(),
+                spool: SpoolSpace::new(path.to_owned(), 1 << 30),
             },
             quotas: Quotas::default(),
             warm_bytes: 0,
@@ -125,7 +126,14 @@ impl Served {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let router = router(state).unwrap();
-        tokio::spawn(serve(listener, router, patience.head, Stop::default()));
+        let room = Arc::new(Semaphore::new(1000));
+        tokio::spawn(serve(
+            listener,
+            router,
+            patience.head,
+            room,
+            Stop::default(),
+        ));
         Self {
             address,
             host,

@@ -181,6 +181,17 @@ pub fn end_of(
                 Some(("payload_too_large", message)),
             )
         }
+        ExecEnd::NoRoom => {
+            let message =
+                "The command wrote more than there is room for and was killed, since answers to \
+                           other commands have not been read yet; read them first"
+                    .to_owned();
+            (
+                StatusCode::TOO_MANY_REQUESTS,
+                KILLED,
+                Some(("rate_limit_exceeded", message)),
+            )
+        }
     }
 }
 

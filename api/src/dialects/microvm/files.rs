@@ -171,6 +171,7 @@ impl AtVm for UploadError {
             Self::Form(problem) => ApiError::bad_request(problem),
             Self::Field { field, problem } => wrong(field, problem),
             Self::File(source) => source.at_vm(name),
+            Self::TooManyWait(why) => ApiError::too_many(why, None),
             Self::Spool(_) => ApiError::internal(&self),
         }
     }

@@ -164,6 +164,14 @@ fn answer(
                  let it write to a file, and read that"
             )),
         ),
+        ExecEnd::NoRoom => (
+            137,
+            Some(
+                "the command wrote more than there is room for and was killed, since answers to other \
+                 commands have not been read yet; read them first"
+                    .to_owned(),
+            ),
+        ),
     };
     let status = if problem.is_some() {
         StatusCode::BAD_GATEWAY

@@ -78,6 +78,9 @@ impl From<UploadError> for ApiError {
             UploadError::TooLarge(limit) => over_limit(limit),
             UploadError::Form(_) | UploadError::Field { .. } => Self::invalid(source.to_string()),
             UploadError::File(source) => source.into(),
+            UploadError::TooManyWait(why) => {
+                Self::new(StatusCode::TOO_MANY_REQUESTS, "quota_exceeded", why)
+            }
             UploadError::Spool(_) => Self::internal(chain(&source)),
         }
     }

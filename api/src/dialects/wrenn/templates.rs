@@ -403,7 +403,7 @@ async fn read_form(
                 what = Some(parse(Ok::<_, StatusCode>(bytes))?);
             }
             Some("archive") if archive.is_none() => {
-                let dir = &caller.manager.limits().exec.spool_dir;
+                let dir = caller.manager.limits().exec.spool.dir();
                 archive = Some(spool(&mut field, dir, state.max_archive).await?);
             }
             name => {

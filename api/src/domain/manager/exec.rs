@@ -35,7 +35,13 @@ impl Manager {
             .await
             .map_err(ExecError::Host)?;
         let events = self.telling(in_use, events);
-        let output = exec::collect(events, &self.inner.limits.exec, start).await;
+        let output = exec::collect(
+            events,
+            &self.inner.limits.exec,
+            self.principal.owner(),
+            start,
+        )
+        .await;
         self.used(id).await;
         Ok(output?)
     }

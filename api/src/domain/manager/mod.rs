@@ -54,6 +54,7 @@ use super::observe::Observer;
 use super::principal::Principal;
 use super::quota::Quotas;
 use super::sandbox::{Sandbox, Transition};
+use super::spool::Spool;
 use super::store::{Page, Store, StoreError};
 use super::turns::Turns;
 use builds::Builds;
@@ -76,7 +77,7 @@ pub use snapshots::Forked;
 use warm::Warm;
 
 /// What the manager allows.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Limits {
     /// Output of commands.
     pub exec: ExecLimits,
@@ -240,5 +241,11 @@ impl Manager {
     /// Where output and uploads are spooled.
     pub fn limits(&self) -> &Limits {
         &self.inner.limits
+    }
+
+    /// An empty spool of the principal, that holds up to `threshold` bytes in memory.
+    pub fn spool(&self, threshold: usize) -> Spool {
+        let space = &self.inner.limits.exec.spool;
+        space.spool(self.principal.owner(), threshold)
     }
 }
