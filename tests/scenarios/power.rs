@@ -6,6 +6,7 @@ use std::time::Instant;
 use e2e_tests::PATIENCE;
 use e2e_tests::admin::Admin;
 use e2e_tests::daemon::Daemon;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 #[test]
@@ -43,5 +44,40 @@ fn force_ends_a_stop_that_waits_for_the_guest_and_the_disk_is_kept() {
         .wait_for("cutting the power of a sandbox");
     admin.must(&daemon, "POST", "/vms/vm/start", &Value::Null);
     assert_eq!(sandbox.must("cat /root/kept"), "kept");
+    sandbox.delete();
+}
+
+#[test]
+fn a_machine_whose_vmm_dies_as_it_is_stopped_keeps_its_disk() {
+    let daemon = Daemon::start();
+    let admin = Admin::register(&daemon);
+    let vm = json!({"name": "vm", "memory_mb": 192});
+    let made = admin.must(&daemon, "POST", "/vms", &vm);
+    let sandbox = daemon.sandbox(made["id"].as_str().unwrap());
+    let status = || admin.must(&daemon, "GET", "/vms/vm", &Value::Null)["status"].take();
+    let mut written = String::new();
+    for (round, operation) in ["stop", "restart", "stop", "restart"].iter().enumerate() {
+        if status() != "running" {
+            admin.must(&daemon, "POST", "/vms/vm/start", &Value::Null);
+        }
+        written.push_str(&format!("{round}\n"));
+        sandbox.must(&format!("echo {round} >>/root/kept && sync"));
+        let pid = Pid::from_raw(sandbox.vmm_pid().cast_signed()).unwrap();
+        kill_process(pid, Signal::KILL).unwrap();
+        // Before the daemon has seen that, while it sees to it, or after.
+        let path = format!("/vms/vm/{operation}");
+        let (answered, answer) = admin.call(&daemon, "POST", &path, &json!({"force": true}));
+        assert!([200, 409, 502].contains(&answered), "{answered} {answer}");
+        // The end is told by now, or was no news.
+        let deadline = Instant::now() + PATIENCE;
+        while sandbox.find_outer_pid().is_none() && status() == "running" {
+            assert!(Instant::now() < deadline, "its end is not told");
+        }
+        assert_ne!(status(), "error", "{operation}: {answered} {answer}");
+    }
+    if status() != "running" {
+        admin.must(&daemon, "POST", "/vms/vm/start", &Value::Null);
+    }
+    assert_eq!(sandbox.must("cat /root/kept"), written.trim_end());
     sandbox.delete();
 }

@@ -44,7 +44,9 @@ impl Inner {
         request: &PowerOffRequest,
     ) -> Result<bool, HostError> {
         let timeout = Duration::from_millis(request.timeout_ms);
-        let ended = if timeout.is_zero() || !entry.is_running() {
+        // One that has ended by itself is only waited for.
+        let runs = entry.is_running();
+        let ended = if timeout.is_zero() || !runs {
             None
         } else {
             let in_order = async {
@@ -60,7 +62,7 @@ impl Inner {
             };
             tokio::time::timeout(timeout, in_order).await.ok().flatten()
         };
-        if ended.is_none() && entry.is_running() {
+        if ended.is_none() && runs {
             info!(sandbox = %request.id, "cutting the power of a sandbox");
         }
         // Waits until nothing is left, also of one that has ended.
