@@ -414,6 +414,8 @@ async fn a_machine_that_is_stopping_counts_until_it_is_off() {
         }
         let refused = act("/b/start", "").await;
         assert_eq!(refused, StatusCode::TOO_MANY_REQUESTS);
+        let (_, stats) = call(&api, &alice, "GET", "/v1/sandboxes/stats", "").await;
+        assert_eq!(stats["current"]["running_count"], 1, "{stats}");
         assert_eq!(act("/a/stop", r#"{"force": true}"#).await, StatusCode::OK);
     };
     tokio::join!(patient, others);

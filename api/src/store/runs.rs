@@ -13,7 +13,8 @@ pub fn follow(transaction: &Transaction<'_>, sandbox: &Sandbox) -> rusqlite::Res
         .prepare_cached("SELECT vcpus, memory_mb FROM runs WHERE sandbox = ?1 AND ended IS NULL")?
         .query_row([sandbox.id.as_str()], |row| Ok((row.get(0)?, row.get(1)?)))
         .optional()?;
-    let runs = sandbox.status == Status::Running;
+    // A guest that is shutting down runs until it is off, which may take it an hour.
+    let runs = matches!(sandbox.status, Status::Running | Status::Stopping);
     let now = runs.then_some((sandbox.spec.vcpus, sandbox.spec.memory_mb));
     if known == now {
         return Ok(());
