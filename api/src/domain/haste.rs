@@ -1,21 +1,19 @@
 //! Haste: who wants a sandbox off at once does not wait for a guest that another lets take its time.
 
-use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use tokio_util::sync::CancellationToken;
 
 use super::id::SandboxId;
+use super::shared::Shared;
 
 /// The haste with all sandboxes.
 #[derive(Debug, Default)]
-pub struct Haste {
-    known: Mutex<HashMap<SandboxId, Weak<Shared>>>,
-}
+pub struct Haste(Shared<State>);
 
 #[derive(Debug, Default)]
-struct Shared {
+struct State {
     urged: CancellationToken,
     heeded: AtomicBool,
 }
@@ -23,22 +21,12 @@ struct Shared {
 /// The haste with one sandbox. There is none with the next stop once all who have been in this one have dropped
 /// theirs.
 #[derive(Debug)]
-pub struct Hurry(Arc<Shared>);
+pub struct Hurry(Arc<State>);
 
 impl Haste {
     /// For whoever is about to stop this sandbox.
     pub fn of(&self, id: &SandboxId) -> Hurry {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        let shared = match known.get(id).and_then(Weak::upgrade) {
-            Some(shared) => shared,
-            None => {
-                known.retain(|_, shared| shared.strong_count() > 0);
-                let shared = Arc::default();
-                known.insert(id.clone(), Arc::downgrade(&shared));
-                shared
-            }
-        };
-        Hurry(shared)
+        Hurry(self.0.of(id))
     }
 }
 
@@ -88,10 +76,6 @@ mod tests {
         drop((forced, other));
         assert!(!is_urged(&haste.of(&a)));
         let _last = haste.of(&b);
-        assert_eq!(
-            haste.known.lock().unwrap().len(),
-            1,
-            "old ones are forgotten"
-        );
+        assert_eq!(haste.0.count(), 1, "old ones are forgotten");
     }
 }

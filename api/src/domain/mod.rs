@@ -21,6 +21,7 @@ mod request;
 mod resources;
 mod runs;
 mod sandbox;
+mod shared;
 mod snapshot;
 mod spool;
 mod store;

@@ -1,17 +1,13 @@
 //! Turns: who changes a sandbox from one state to another does so alone.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
-
-use tokio::sync::OwnedMutexGuard;
+use tokio::sync::{Mutex, OwnedMutexGuard};
 
 use super::id::SandboxId;
+use super::shared::Shared;
 
 /// The turns of all sandboxes.
 #[derive(Debug, Default)]
-pub struct Turns {
-    taken: Mutex<HashMap<SandboxId, Weak<tokio::sync::Mutex<()>>>>,
-}
+pub struct Turns(Shared<Mutex<()>>);
 
 /// The turn at one sandbox, until it is dropped.
 pub type Turn = OwnedMutexGuard<()>;
@@ -19,27 +15,12 @@ pub type Turn = OwnedMutexGuard<()>;
 impl Turns {
     /// Waits for the turn at a sandbox.
     pub async fn take(&self, id: &SandboxId) -> Turn {
-        self.turn(id).lock_owned().await
+        self.0.of(id).lock_owned().await
     }
 
     /// The turn at a sandbox, if nobody has it.
     pub fn try_take(&self, id: &SandboxId) -> Option<Turn> {
-        self.turn(id).try_lock_owned().ok()
-    }
-
-    fn turn(&self, id: &SandboxId) -> Arc<tokio::sync::Mutex<()>> {
-        {
-            let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-            match taken.get(id).and_then(Weak::upgrade) {
-                Some(turn) => turn,
-                None => {
-                    taken.retain(|_, turn| turn.strong_count() > 0);
-                    let turn = Arc::default();
-                    taken.insert(id.clone(), Arc::downgrade(&turn));
-                    turn
-                }
-            }
-        }
+        self.0.of(id).try_lock_owned().ok()
     }
 }
 
@@ -63,10 +44,6 @@ mod tests {
         assert!(turns.take(&a).now_or_never().is_some());
         drop(other);
         let _last = turns.take(&SandboxId::random()).await;
-        assert_eq!(
-            turns.taken.lock().unwrap().len(),
-            1,
-            "old ones are forgotten"
-        );
+        assert_eq!(turns.0.count(), 1, "old ones are forgotten");
     }
 }

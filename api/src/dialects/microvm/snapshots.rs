@@ -15,7 +15,7 @@ use super::error::{ApiError, ErrorBody};
 use super::extract::Path;
 use super::fields::Fields;
 use super::rfc3339;
-use super::vms::{find, name_of, not_started, word_of};
+use super::vms::{find, name_of, running_or_why, word_of};
 use crate::domain::{
     Manager, Sandbox, Snapshot, SnapshotSpec, check_snapshot_description, check_snapshot_name,
 };
@@ -230,10 +230,7 @@ pub async fn restore(
     let snapshot = find_snapshot(&caller.manager, &vm, &snapshot).await?;
     let id = snapshot.id.as_str();
     let restored = caller.manager.roll_back(vm.id.as_str(), id).await;
-    let sandbox = match restored {
-        Ok(sandbox) => sandbox,
-        Err(error) => return Err(not_started(&caller.manager, error.at_vm(&name)).await),
-    };
+    let sandbox = running_or_why(&caller.manager, &name, restored).await?;
     Ok(Json(RestoredBody {
         message: "VM restored successfully",
         vm_name: name_of(&sandbox),

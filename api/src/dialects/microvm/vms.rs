@@ -251,15 +251,24 @@ async fn networks(manager: &Manager) -> Result<Vec<NetworkInfo>, ApiError> {
     networks.map_err(|error| ApiError::internal(&error))
 }
 
-/// Why a machine did not start: 503 if none can, since the host has no KVM or its VMM does not answer.
-pub async fn not_started(manager: &Manager, error: ApiError) -> ApiError {
+/// The machine that was to start, or why it did not: 503 if none can, since the host has no KVM or its VMM does
+/// not answer.
+pub async fn running_or_why<E: AtVm>(
+    manager: &Manager,
+    name: &str,
+    done: Result<Sandbox, E>,
+) -> Result<Sandbox, ApiError> {
+    let error = match done {
+        Ok(sandbox) => return Ok(sandbox),
+        Err(error) => error.at_vm(name),
+    };
     if error.status() == StatusCode::BAD_GATEWAY && manager.host_health().await.vmm.is_err() {
-        return ApiError::unavailable(
+        return Err(ApiError::unavailable(
             "Cloud Hypervisor service unavailable: this host cannot start virtual machines now; \
              GET /api/v1/health tells more, to administrators why",
-        );
+        ));
     }
-    error
+    Err(error)
 }
 
 /// List virtual machines
@@ -326,10 +335,7 @@ pub async fn create(
         Some(_) => caller.manager.create_off(spec).await,
         None => create_nameless(&caller.manager, spec).await,
     };
-    let sandbox = match created {
-        Ok(sandbox) => sandbox,
-        Err(error) => return Err(not_started(&caller.manager, error.at_vm(&name)).await),
-    };
+    let sandbox = running_or_why(&caller.manager, &name, created).await?;
     Ok((StatusCode::CREATED, Json(vm(sandbox, &networks))))
 }
 
@@ -371,10 +377,7 @@ pub async fn start(
 ) -> Result<Json<StartedBody>, ApiError> {
     find(&caller.manager, &name).await?;
     let started = caller.manager.power_on(&name).await;
-    let sandbox = match started {
-        Ok(sandbox) => sandbox,
-        Err(error) => return Err(not_started(&caller.manager, error.at_vm(&name)).await),
-    };
+    let sandbox = running_or_why(&caller.manager, &name, started).await?;
     Ok(Json(StartedBody {
         message: "VM started successfully",
         vm_name: name_of(&sandbox),
@@ -437,10 +440,7 @@ pub async fn restart(
     let stop = stop_spec(body)?;
     find(&caller.manager, &name).await?;
     let restarted = caller.manager.restart(&name, stop).await;
-    let sandbox = match restarted {
-        Ok(sandbox) => sandbox,
-        Err(error) => return Err(not_started(&caller.manager, error.at_vm(&name)).await),
-    };
+    let sandbox = running_or_why(&caller.manager, &name, restarted).await?;
     Ok(Json(RestartedBody {
         message: "VM restarted successfully",
         vm_name: name_of(&sandbox),

@@ -323,27 +323,24 @@ impl Manager {
         };
         let has_memory = !snapshot.layers.memory.is_empty();
         let runs = before.status == Status::Running || has_memory;
-        if runs
-            && matches!(
-                before.status,
-                Status::Running | Status::Off | Status::Paused
-            )
-        {
+        if !matches!(
+            before.status,
+            Status::Running | Status::Off | Status::Paused
+        ) {
+            return Err(wrong(before));
+        }
+        if runs {
             if has_memory {
                 take_back(&mut sandbox, &snapshot.spec);
             }
             self.may_run(&sandbox, &snapshot.layers).await?;
         }
-        match before.status {
-            Status::Running => {
-                let cut = StopSpec {
-                    force: true,
-                    timeout: Duration::ZERO,
-                };
-                self.turn_off(id, cut, "rolled back").await?;
-            }
-            Status::Off | Status::Paused => {}
-            _ => return Err(wrong(before)),
+        if before.status == Status::Running {
+            let cut = StopSpec {
+                force: true,
+                timeout: Duration::ZERO,
+            };
+            self.turn_off(id, cut, "rolled back").await?;
         }
         {
             // Nobody can delete it before its layers are the sandbox's.
